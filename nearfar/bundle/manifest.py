@@ -1,0 +1,224 @@
+"""The bundle manifest: what `manifest.json` says. Specification: docs/reference/bundle.md.
+
+Fields are added only with defaults, so an old reader meets a new manifest without harm.
+Unknown fields are ignored; an unknown `schema_version` is refused by the loader.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Union
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+Task = Literal["text-generation", "embedding", "classification", "tensor"]
+EngineName = Literal["onnxruntime", "onnxruntime-genai", "tensorrt", "torch"]
+Placement = Literal["edge", "cloud"]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One input or output, in Open Inference Protocol terms.
+
+    Attributes:
+        name: Name of the tensor in the model's graph.
+        datatype: ``BOOL UINT8 … INT64 FP16 BF16 FP32 FP64 BYTES``; see `nearfar.tensors`.
+        shape: Sizes, with -1 where the size is free.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of the bundle.
+
+    Attributes:
+        path: Relative POSIX path inside the bundle.
+        size_bytes: Exact size.
+        sha256: Lower-case hex digest.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class TextPreprocessing(msgspec.Struct, frozen=True, kw_only=True, tag="text", tag_field="kind"):
+    """Text to `input_ids` / `attention_mask` (and `token_type_ids`) with a `tokenizers` file.
+
+    Attributes:
+        tokenizer: Path of ``tokenizer.json`` in the bundle (one of `Manifest.files`).
+        max_length_tokens: Longer text is an error, or is cut when `truncate` is set.
+        truncate: Whether the model was trained to see cut text (sentence embeddings are).
+    """
+
+    tokenizer: str
+    max_length_tokens: int
+    truncate: bool = True
+
+
+class HeadTailPreprocessing(
+    msgspec.Struct, frozen=True, kw_only=True, tag="head-tail", tag_field="kind"
+):
+    """Any bytes to a fixed row of integers: stripped head, then stripped tail (magika's scheme).
+
+    Attributes:
+        head_bytes: Integers taken from the start; right-padded with `padding_value`.
+        tail_bytes: Integers taken from the end; left-padded with `padding_value`.
+        block_bytes: How much of each end is looked at before white space is stripped.
+        padding_value: Integer outside 0..255 that marks padding.
+    """
+
+    head_bytes: int
+    tail_bytes: int
+    block_bytes: int
+    padding_value: int
+
+
+Preprocessing = Union[TextPreprocessing, HeadTailPreprocessing]
+
+
+class Requirements(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine must have to run a variant.
+
+    Attributes:
+        execution_provider: ONNX Runtime name, ``CPUExecutionProvider`` by default.
+        sm_arch: CUDA compute capability such as ``87`` (Orin), when the files depend on it.
+        tensorrt_version: Exact version, when the files depend on it.
+        memory_bytes: Resident memory while loaded, as measured; 0 when not measured.
+    """
+
+    execution_provider: str = "CPUExecutionProvider"
+    sm_arch: str | None = None
+    tensorrt_version: str | None = None
+    memory_bytes: int = 0
+
+
+class QualityFigure(msgspec.Struct, frozen=True, kw_only=True):
+    """One measured comparison with the reference.
+
+    Attributes:
+        metric: For example ``cosine_mean``, ``top1_agreement``, ``perplexity``, ``max_abs_error``.
+        value: The figure.
+        higher_is_better: Direction.
+        samples: How many inputs (or tokens) it was measured on.
+        reference: What it was compared with: a variant id or the source's name.
+    """
+
+    metric: str
+    value: float
+    higher_is_better: bool
+    samples: int
+    reference: str
+
+
+class LatencyFigure(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured speed on one machine; seeds the router's predictions.
+
+    Attributes:
+        machine: CPU or GPU model and core count.
+        execution_provider: Where it ran.
+        p50_ms: Median of one call (batch 1); for text generation, time to first token.
+        p99_ms: 99th percentile of the same.
+        ms_per_token: For text generation: median time per output token after the first.
+        calls: How many calls were timed.
+        input_tokens: For text: how long the timed input was.
+    """
+
+    machine: str
+    execution_provider: str
+    p50_ms: float
+    p99_ms: float
+    calls: int
+    ms_per_token: float | None = None
+    input_tokens: int | None = None
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """One runnable form of the model.
+
+    Attributes:
+        id: Unique in the bundle, for example ``int4`` or ``fp32``.
+        engine: Which `nearfar.engines` module runs it.
+        precision: ``fp32 fp16 int8 int4 …``, for people.
+        entry: The file (``onnxruntime``) or folder (``onnxruntime-genai``) the engine opens.
+        files: The variant's own files.
+        placement: Where it is meant to run, best first.
+        quality_rank: Order of quality within the bundle; 0 is the best.
+    """
+
+    id: str
+    engine: EngineName
+    precision: str
+    entry: str
+    files: tuple[FileEntry, ...]
+    placement: tuple[Placement, ...] = ("edge", "cloud")
+    quality_rank: int = 0
+    requirements: Requirements = Requirements()
+    quality: tuple[QualityFigure, ...] = ()
+    latency: tuple[LatencyFigure, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+
+class Lineage(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bundle came from.
+
+    Attributes:
+        source: What was converted (file name, wheel name and version), never a local path.
+        source_sha256: Digest of the source file, where it is one file.
+        tools: Tool name to version.
+    """
+
+    source: str = ""
+    source_sha256: str = ""
+    tools: dict[str, str] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`manifest.json`.
+
+    Attributes:
+        files: Files shared by all variants (tokenizer, licence, labels).
+        labels: Class names in output order, for classification.
+        label_output: Output tensor that holds class scores, for classification.
+        embedding_output: Output tensor that holds the vectors, for embeddings.
+        context_length_tokens: Prompt and answer together, for text generation.
+        mixed_routes: Whether vectors of different variants may be compared (embeddings).
+    """
+
+    name: str
+    version: str
+    task: Task
+    variants: tuple[Variant, ...]
+    schema_version: int = SCHEMA_VERSION
+    description: str = ""
+    license: str = ""
+    lineage: Lineage = Lineage()
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    files: tuple[FileEntry, ...] = ()
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] = ()
+    label_output: str | None = None
+    embedding_output: str | None = None
+    context_length_tokens: int | None = None
+    mixed_routes: bool = False
+
+    def variant(self, variant_id: str) -> Variant | None:
+        """The variant with that id, or `None`."""
+        return next((v for v in self.variants if v.id == variant_id), None)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Deterministic, indented JSON, as written to disk."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Parse and type-check; says nothing about the files. Raises `msgspec.ValidationError`."""
+    return msgspec.json.decode(data, type=Manifest)

@@ -1,0 +1,125 @@
+"""What every engine can do, whatever library runs it.
+
+An engine runs one variant of one bundle on this machine. Engines are blocking and thread-safe:
+runtimes call them from worker threads and decide how many calls run at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from nearfar.bundle.manifest import TensorSpec
+from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
+
+@dataclass(slots=True)
+class CancelToken:
+    """Lets one thread stop work that another thread does; engines look at it between tokens."""
+
+    _event: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._event.is_set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions:
+    """Engine settings that matter in practice.
+
+    Attributes:
+        threads: Compute threads for one call; 0 lets the engine choose (all physical cores).
+        execution_providers: Wished order of ONNX Runtime providers; empty picks by device:
+            TensorRT, then CUDA, then CPU, as far as installed.
+        use_arena: Keep freed memory for reuse: faster, larger. Turn off on small devices.
+        require_execution_provider: Raise `EngineError` rather than fall back to another provider.
+        cache_dir: Where compiled engines (TensorRT) are kept between runs.
+    """
+
+    threads: int = 0
+    execution_providers: tuple[str, ...] = ()
+    use_arena: bool = True
+    require_execution_provider: bool = False
+    cache_dir: str | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Common part of all engines.
+
+    Attributes:
+        variant_id: Which variant is loaded.
+        execution_provider: Where it really runs, as the library reports it, not as asked for.
+    """
+
+    variant_id: str
+    execution_provider: str
+
+    def close(self) -> None:
+        """Free the model; idempotent."""
+        ...
+
+
+@runtime_checkable
+class TensorEngine(Engine, Protocol):
+    """Runs tensors to tensors.
+
+    Attributes:
+        inputs: Input specs in model order.
+        outputs: Output specs in model order.
+    """
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one call.
+
+        Args:
+            feeds: Input name to array; dtype and shape as in `inputs`.
+
+        Returns:
+            Output name to array, in model order; the arrays belong to the caller.
+
+        Raises:
+            InvalidInput: A name, dtype or shape does not fit; the error names it.
+            EngineError: The engine failed.
+        """
+        ...
+
+
+@runtime_checkable
+class GenerationEngine(Engine, Protocol):
+    """Continues text.
+
+    Attributes:
+        context_length_tokens: Prompt and answer together.
+    """
+
+    context_length_tokens: int
+
+    def count_prompt_tokens(self, prompt: Prompt) -> int:
+        """Number of tokens the prompt becomes, chat template included."""
+        ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> Iterator[GenerationChunk]:
+        """Stream an answer; closing the iterator frees the KV cache at once.
+
+        Raises:
+            InvalidInput: The prompt is empty, or with `max_new_tokens` exceeds the context.
+            EngineError: The engine failed.
+        """
+        ...

@@ -1,0 +1,222 @@
+"""The messages of the wire protocol: msgpack headers. Specification: docs/reference/wire.md.
+
+Each message is one msgspec Struct, encoded as a msgpack array whose first element is the integer
+tag. New fields go to the end, with defaults, so that older peers skip them. Tensors are described
+by `TensorHeader` in the header; their bytes follow it (see `nearfar.wire.codec`).
+
+``stream`` is chosen by the client: 1, 2, 3 …, never reused on a connection; 0 is the connection.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Union
+
+import msgspec
+
+from nearfar.bundle.manifest import Manifest
+from nearfar.generation import FinishReason, GenerationOptions, Prompt, Usage
+
+PROTOCOL_VERSION = 1
+
+InputForm = Literal["tensors", "text", "bytes"]
+
+
+class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
+    """Describes one tensor whose bytes follow the header, in order.
+
+    Attributes:
+        name: Tensor name.
+        datatype: Open Inference Protocol name.
+        shape: Sizes, all known.
+        size_bytes: Length of the data that follows (before alignment padding).
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Base of all messages; gives them one encoding."""
+
+
+class Auth(_Message, tag=1):
+    """Client, first message: who is asking. Only ever sent inside the secure channel."""
+
+    protocol_version: int = PROTOCOL_VERSION
+    token: str = ""
+    client: str = ""
+
+
+class Ready(_Message, tag=2):
+    """Server, answer to `Auth`: the connection is open for requests.
+
+    Attributes:
+        max_streams: Streams the client may have open at once.
+        max_message_bytes: Largest plaintext message either side may send.
+    """
+
+    protocol_version: int
+    server: str
+    max_streams: int
+    max_message_bytes: int
+    region: str = ""
+
+
+class ListModels(_Message, tag=3):
+    """Client: ask for the models served here."""
+
+    stream: int
+
+
+class ModelOffer(msgspec.Struct, frozen=True, kw_only=True):
+    """One served model.
+
+    Attributes:
+        manifest: The bundle's manifest; `variants` holds only what the server runs.
+        variant: Variant that answers when the request names none.
+        queue_ms: Current wait for a slot, as the server estimates it.
+    """
+
+    manifest: Manifest
+    variant: str
+    queue_ms: float = 0.0
+
+
+class Models(_Message, tag=4):
+    """Server: answer to `ListModels`."""
+
+    stream: int
+    models: tuple[ModelOffer, ...]
+
+
+class Infer(_Message, tag=5):
+    """Client: run one batch.
+
+    Attributes:
+        request_id: 16 random bytes, the idempotency key.
+        form: ``tensors``: `tensors` are the model's own inputs. ``text`` / ``bytes``: one BYTES
+            tensor named ``input`` of shape (batch,), which the server preprocesses.
+        deadline_ms: Time left when the message was written; `None` for no deadline.
+        priority: 0 (background) to 9 (urgent).
+    """
+
+    stream: int
+    request_id: bytes
+    model: str
+    tensors: tuple[TensorHeader, ...]
+    form: InputForm = "tensors"
+    version: str | None = None
+    variant: str | None = None
+    deadline_ms: float | None = None
+    priority: int = 5
+
+
+class Result(_Message, tag=6):
+    """Server: the outputs of an `Infer`, raw model outputs; ends the stream."""
+
+    stream: int
+    tensors: tuple[TensorHeader, ...]
+    variant: str
+    execution_provider: str
+    queue_ms: float
+    compute_ms: float
+
+
+class Generate(_Message, tag=7):
+    """Client: continue text, streamed.
+
+    Attributes:
+        credit: Tokens the server may send before it must wait for `Credit`.
+    """
+
+    stream: int
+    request_id: bytes
+    model: str
+    prompt: Prompt
+    options: GenerationOptions
+    credit: int
+    version: str | None = None
+    variant: str | None = None
+    deadline_ms: float | None = None
+    priority: int = 5
+
+
+class Token(_Message, tag=8):
+    """Server: one piece of an answer; `index` counts from 0 without gaps."""
+
+    stream: int
+    index: int
+    text: str
+
+
+class Fin(_Message, tag=9):
+    """Server: the answer is complete; ends the stream.
+
+    Attributes:
+        count: Number of `Token` messages of the stream.
+        digest: SHA-256 of the UTF-8 of all texts in order, so that a cut or a change is noticed.
+    """
+
+    stream: int
+    count: int
+    digest: bytes
+    finish_reason: FinishReason
+    usage: Usage
+    variant: str
+    execution_provider: str
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class Cancel(_Message, tag=10):
+    """Client: stop working on a stream; the server answers with `Error` code ``cancelled``."""
+
+    stream: int
+
+
+class Credit(_Message, tag=11):
+    """Client: the server may send that many more tokens on the stream."""
+
+    stream: int
+    tokens: int
+
+
+class Ping(_Message, tag=12):
+    """Either side: measure the round trip; answered at once with `Pong` of the same id."""
+
+    id: int
+
+
+class Pong(_Message, tag=13):
+    id: int
+
+
+class GoAway(_Message, tag=14):
+    """Server: no new streams; those up to `last_stream` are still answered."""
+
+    last_stream: int
+    reason: str = ""
+
+
+class Error(_Message, tag=15):
+    """Server: a stream failed (`stream` > 0) or the connection ends (`stream` 0).
+
+    Attributes:
+        code: `NearfarError.code`; `problem` and `fix` are its texts.
+    """
+
+    stream: int
+    code: str
+    problem: str
+    fix: str = ""
+
+
+ClientMessage = Union[Auth, ListModels, Infer, Generate, Cancel, Credit, Ping, Pong]
+ServerMessage = Union[Ready, Models, Result, Token, Fin, Ping, Pong, GoAway, Error]
+Message = Union[
+    Auth, Ready, ListModels, Models, Infer, Result, Generate, Token, Fin, Cancel, Credit,
+    Ping, Pong, GoAway, Error,
+]  # fmt: skip
