@@ -41,7 +41,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Base of all messages; gives them one encoding."""
 
 
-class Auth(_Message, tag=1):
+class Auth(_Message, frozen=True, tag=1):
     """Client, first message: who is asking. Only ever sent inside the secure channel."""
 
     protocol_version: int = PROTOCOL_VERSION
@@ -49,7 +49,7 @@ class Auth(_Message, tag=1):
     client: str = ""
 
 
-class Ready(_Message, tag=2):
+class Ready(_Message, frozen=True, tag=2):
     """Server, answer to `Auth`: the connection is open for requests.
 
     Attributes:
@@ -64,7 +64,7 @@ class Ready(_Message, tag=2):
     region: str = ""
 
 
-class ListModels(_Message, tag=3):
+class ListModels(_Message, frozen=True, tag=3):
     """Client: ask for the models served here."""
 
     stream: int
@@ -84,14 +84,14 @@ class ModelOffer(msgspec.Struct, frozen=True, kw_only=True):
     queue_ms: float = 0.0
 
 
-class Models(_Message, tag=4):
+class Models(_Message, frozen=True, tag=4):
     """Server: answer to `ListModels`."""
 
     stream: int
     models: tuple[ModelOffer, ...]
 
 
-class Infer(_Message, tag=5):
+class Infer(_Message, frozen=True, tag=5):
     """Client: run one batch.
 
     Attributes:
@@ -113,7 +113,7 @@ class Infer(_Message, tag=5):
     priority: int = 5
 
 
-class Result(_Message, tag=6):
+class Result(_Message, frozen=True, tag=6):
     """Server: the outputs of an `Infer`, raw model outputs; ends the stream."""
 
     stream: int
@@ -124,7 +124,7 @@ class Result(_Message, tag=6):
     compute_ms: float
 
 
-class Generate(_Message, tag=7):
+class Generate(_Message, frozen=True, tag=7):
     """Client: continue text, streamed.
 
     Attributes:
@@ -143,7 +143,7 @@ class Generate(_Message, tag=7):
     priority: int = 5
 
 
-class Token(_Message, tag=8):
+class Token(_Message, frozen=True, tag=8):
     """Server: one piece of an answer; `index` counts from 0 without gaps."""
 
     stream: int
@@ -151,7 +151,7 @@ class Token(_Message, tag=8):
     text: str
 
 
-class Fin(_Message, tag=9):
+class Fin(_Message, frozen=True, tag=9):
     """Server: the answer is complete; ends the stream.
 
     Attributes:
@@ -171,37 +171,37 @@ class Fin(_Message, tag=9):
     decode_ms: float
 
 
-class Cancel(_Message, tag=10):
+class Cancel(_Message, frozen=True, tag=10):
     """Client: stop working on a stream; the server answers with `Error` code ``cancelled``."""
 
     stream: int
 
 
-class Credit(_Message, tag=11):
+class Credit(_Message, frozen=True, tag=11):
     """Client: the server may send that many more tokens on the stream."""
 
     stream: int
     tokens: int
 
 
-class Ping(_Message, tag=12):
+class Ping(_Message, frozen=True, tag=12):
     """Either side: measure the round trip; answered at once with `Pong` of the same id."""
 
     id: int
 
 
-class Pong(_Message, tag=13):
+class Pong(_Message, frozen=True, tag=13):
     id: int
 
 
-class GoAway(_Message, tag=14):
+class GoAway(_Message, frozen=True, tag=14):
     """Server: no new streams; those up to `last_stream` are still answered."""
 
     last_stream: int
     reason: str = ""
 
 
-class Error(_Message, tag=15):
+class Error(_Message, frozen=True, tag=15):
     """Server: a stream failed (`stream` > 0) or the connection ends (`stream` 0).
 
     Attributes:

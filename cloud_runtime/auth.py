@@ -1,0 +1,248 @@
+"""API keys: who may ask this cloud runtime.
+
+A key is 32 random bytes; the file holds only its SHA-256, a name and a date. A fast hash is right
+here: unlike a password, 256 random bits cannot be guessed however fast each guess is.
+
+Keys travel inside the secure channel only, so neither a TLS proxy nor a log ever sees one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
+from nearfar.errors import ConfigError, SecurityError
+
+logger = logging.getLogger(__name__)
+
+#: Lets secret scanners (and people) recognise a leaked key for what it is.
+KEY_PREFIX = "nfk_"
+KEY_BYTES = 32
+
+#: 4 MiB holds some 30,000 keys; a larger file is a mistake.
+MAX_FILE_BYTES = 4 << 20
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
+    """One accepted key.
+
+    Attributes:
+        name: Who holds it; appears in the access log.
+        sha256: Lower-case hex digest of the whole key, prefix included.
+        created: UTC date and time, ISO 8601.
+    """
+
+    name: str
+    sha256: str
+    created: str
+
+
+#: Stands for clients that gave no key, where that is allowed.
+ANONYMOUS = ApiKey(name="anonymous", sha256="", created="")
+
+
+class _KeyFile(msgspec.Struct, frozen=True, kw_only=True):
+    version: int = 1
+    keys: tuple[ApiKey, ...] = ()
+
+
+def generate_api_key() -> str:
+    """A fresh key: the prefix and 43 characters of base64url."""
+    encoded = base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).rstrip(b"=")
+    return KEY_PREFIX + encoded.decode("ascii")
+
+
+def key_digest(token: str) -> str:
+    """What is stored of a key."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The accepted keys.
+
+    Raises:
+        ConfigError: The file is missing, too large or malformed.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(
+                f"The API key file {path} is larger than {MAX_FILE_BYTES >> 20} MiB",
+                field=str(path),
+                fix="Restore it from a backup, or start anew with `nearfar cloud init --force`",
+            )
+        file = msgspec.json.decode(path.read_bytes(), type=_KeyFile)
+    except FileNotFoundError as exc:
+        raise ConfigError(
+            f"There is no API key file {path}",
+            field=str(path),
+            fix="Create the state directory with `nearfar cloud init DIR`",
+        ) from exc
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise ConfigError(
+            f"The API key file {path} cannot be read: {exc}",
+            field=str(path),
+            fix="Repair it, or restore it from a backup",
+        ) from exc
+    if file.version != 1:
+        raise ConfigError(
+            f"The API key file {path} has version {file.version}",
+            field=str(path),
+            fix="Update nearfar: this version reads version 1",
+        )
+    return file.keys
+
+
+def write_keys(path: Path, keys: tuple[ApiKey, ...]) -> None:
+    """Replace the file in one step, readable by its owner only."""
+    data = msgspec.json.format(msgspec.json.encode(_KeyFile(keys=keys)), indent=2) + b"\n"
+    write_atomically(path, data, mode=PRIVATE_MODE)
+
+
+def new_entry(name: str, token: str) -> ApiKey:
+    """Entry for the file.
+
+    Raises:
+        ConfigError: The name is empty or has characters that would not fit a log line.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot name an API key",
+            field="name",
+            fix="Use up to 64 letters, digits, dots, dashes, underscores and @, e.g. clinic-2",
+        )
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return ApiKey(name=name, sha256=key_digest(token), created=created)
+
+
+def add_key(state: StateDir, name: str) -> str:
+    """Add a key and return it in clear, which is the only time that anybody sees it.
+
+    Raises:
+        ConfigError: The name is taken or unfit, or the file cannot be read.
+    """
+    token = generate_api_key()
+    entry = new_entry(name, token)
+    _require_directory(state)
+    with state.locked():
+        keys = read_keys(state.api_keys)
+        if any(key.name == name for key in keys):
+            raise ConfigError(
+                f"There is an API key named {name!r} already",
+                field="name",
+                fix=f"Choose another name, or remove it first: nearfar cloud key remove {name}",
+            )
+        write_keys(state.api_keys, (*keys, entry))
+    return token
+
+
+def remove_key(state: StateDir, name: str) -> None:
+    """Withdraw a key; a running server closes its connections within a second.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    _require_directory(state)
+    with state.locked():
+        keys = read_keys(state.api_keys)
+        kept = tuple(key for key in keys if key.name != name)
+        if len(kept) == len(keys):
+            known = ", ".join(key.name for key in keys) or "none"
+            raise ConfigError(
+                f"There is no API key named {name!r}", field="name", fix=f"Known keys: {known}"
+            )
+        write_keys(state.api_keys, kept)
+
+
+def _require_directory(state: StateDir) -> None:
+    if not state.path.is_dir():
+        raise ConfigError(
+            f"There is no state directory {state.path}",
+            field="state",
+            fix=f"Create it with: nearfar cloud init {state.path}",
+        )
+
+
+class Authenticator:
+    """Checks keys against the file, and follows the file while the server runs.
+
+    A file that cannot be read admits nobody: errors deny.
+
+    Args:
+        path: The key file; `None` only together with `allow_anonymous`.
+        allow_anonymous: Whether a client that gives no key at all is let in. A wrong key is
+            refused even then, because its owner believes it to be checked.
+
+    Raises:
+        ConfigError: The file is missing or malformed.
+    """
+
+    def __init__(self, path: Path | None, *, allow_anonymous: bool = False) -> None:
+        self._path = path
+        self._allow_anonymous = allow_anonymous
+        self._stamp = _stamp_of(path)
+        self._keys = () if path is None else read_keys(path)
+
+    def authenticate(self, token: str) -> ApiKey:
+        """The key that the token is; `ANONYMOUS` for none, where that is allowed.
+
+        Raises:
+            SecurityError: The key is missing, unknown or withdrawn. All three read alike.
+        """
+        self.reload_if_changed()
+        if not token and self._allow_anonymous:
+            return ANONYMOUS
+        digest = key_digest(token).encode()
+        found = None
+        for key in self._keys:  # no early exit: the time taken tells nothing about the entries
+            if hmac.compare_digest(key.sha256.encode(), digest):
+                found = key
+        if found is None:
+            raise SecurityError(
+                "The API key is missing or not accepted here",
+                fix="Set `credentials` of this cloud to a key made with `nearfar cloud key add`",
+            )
+        return found
+
+    def is_accepted(self, key: ApiKey) -> bool:
+        """Whether a key that was accepted once still is."""
+        return key in self._keys or (key is ANONYMOUS and self._allow_anonymous)
+
+    def reload_if_changed(self) -> bool:
+        """Read the file again if it changed; says whether it did."""
+        if self._path is None:
+            return False
+        stamp = _stamp_of(self._path)
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        try:
+            self._keys = read_keys(self._path)
+        except ConfigError as error:
+            self._keys = ()
+            logger.error("no client is admitted until this is repaired: %s", error)
+        else:
+            logger.info("API keys read again: %d accepted", len(self._keys))
+        return True
+
+
+def _stamp_of(path: Path | None) -> tuple[int, int, int] | None:
+    """Changes whenever the file is replaced, even within one tick of the clock."""
+    if path is None:
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

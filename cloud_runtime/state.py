@@ -1,0 +1,97 @@
+"""The state directory of a cloud runtime: which files are in it, and how they are written.
+
+Secrets are created with mode 0600 from their first byte on, and every file is replaced in one step,
+so that a reader (a running server notices changed API keys) never sees half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PRIVATE_MODE = 0o600
+PUBLIC_MODE = 0o644
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Names of everything that ``nearfar cloud init`` writes.
+
+    Attributes:
+        path: The directory.
+    """
+
+    path: Path
+
+    @property
+    def ca_certificate(self) -> Path:
+        """Certificate of the development CA; clients trust it."""
+        return self.path / "ca.pem"
+
+    @property
+    def server_chain(self) -> Path:
+        """Server certificate, then the CA's."""
+        return self.path / "server.pem"
+
+    @property
+    def server_key(self) -> Path:
+        """Private TLS key of the server; secret."""
+        return self.path / "server.key"
+
+    @property
+    def identity(self) -> Path:
+        """Ed25519 identity that clients pin; secret."""
+        return self.path / "identity.key"
+
+    @property
+    def pin(self) -> Path:
+        """What clients put into ``identity = …``."""
+        return self.path / "pin.txt"
+
+    @property
+    def api_keys(self) -> Path:
+        """Hashes of the accepted API keys."""
+        return self.path / "api-keys.json"
+
+    @property
+    def client_key(self) -> Path:
+        """The first API key in clear, to be carried to the client; secret."""
+        return self.path / "client-key.txt"
+
+    @property
+    def client_config(self) -> Path:
+        """Snippet for the client's nearfar.toml."""
+        return self.path / "client.toml"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other writers out while a file is read, changed and written back."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int) -> None:
+    """Write a file in one step: readers see the old content or the new, never a part.
+
+    The temporary file has its final mode from the start, whatever the umask adds to it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,32 @@
+"""How much of a peer's data one connection will hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds that are checked before memory is spent.
+
+    Attributes:
+        max_message_bytes: Largest plaintext message, header and tensors together. 64 MiB holds a
+            batch of a hundred 224 x 224 RGB images in FP32.
+        max_header_bytes: Largest msgpack header; a list of models with their manifests is the
+            longest one in practice.
+        max_unauthenticated_bytes: Largest message before the connection is open: the handshake
+            (2.5 KB) and `Auth` with its token.
+        max_tensors: Tensors in one message.
+        max_streams: Streams open at once.
+        max_unsent_replies: Automatic answers (`Pong`) that may wait for `data_to_send`; a peer
+            that pings faster than it reads is cut off.
+    """
+
+    max_message_bytes: int = 64 * MIB
+    max_header_bytes: int = 4 * MIB
+    max_unauthenticated_bytes: int = 64 * 1024
+    max_tensors: int = 256
+    max_streams: int = 64
+    max_unsent_replies: int = 64

@@ -1,0 +1,1 @@
+"""The far route: one encrypted websocket to a cloud runtime."""

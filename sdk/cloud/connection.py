@@ -1,0 +1,484 @@
+"""One open websocket to the cloud: moves bytes, matches answers to requests, fails as a whole.
+
+All protocol lives in `nearfar.session.ClientSession`; this is its asyncio shell. Everything here
+runs on one event loop. One task reads, one task writes, so a request that is cancelled can never
+leave half a message behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from nearfar.errors import (
+    Cancelled,
+    CloudUnavailable,
+    DeadlineExceeded,
+    NearfarError,
+    Overloaded,
+    RemoteProtocolError,
+    StreamInterrupted,
+    from_code,
+)
+from nearfar.units import Deadline
+from nearfar.wire import messages as wire
+from sdk.cloud import egress
+from sdk.cloud.failures import translate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from websockets.asyncio.client import ClientConnection
+
+    from nearfar.session import ClientSession, Received
+    from sdk.cloud.egress import Permit
+    from sdk.config import CloudConfig
+
+#: Tokens the cloud may send ahead of the app; at 20-60 tokens/s one to three seconds of answer.
+CREDIT_TOKENS = 64
+#: Room for record and websocket framing around the largest plaintext message.
+_FRAMING_BYTES = 64 * 1024
+#: How long a goodbye may take; the peer gains nothing by stretching it.
+_CLOSE_TIMEOUT_S = 2.0
+#: An unanswered websocket ping closes the connection after this time (noticed at once when the
+#: operating system says so; this is for networks that swallow packets).
+_PING_INTERVAL_S, _PING_TIMEOUT_S = 10.0, 10.0
+
+
+class TensorReply:
+    """The answer to `Connection.infer`, with the sizes it took on the wire.
+
+    Attributes:
+        message: The server's `Result`.
+        outputs: Output name to array, as the model gave them; they belong to the caller.
+        bytes_sent: Sealed size of the request.
+        bytes_received: Sealed size of the answer.
+    """
+
+    __slots__ = ("bytes_received", "bytes_sent", "message", "outputs")
+
+    def __init__(
+        self,
+        message: wire.Result,
+        outputs: dict[str, np.ndarray],
+        *,
+        bytes_sent: int,
+        bytes_received: int,
+    ) -> None:
+        self.message = message
+        self.outputs = outputs
+        self.bytes_sent = bytes_sent
+        self.bytes_received = bytes_received
+
+
+class Stream:
+    """One request on a connection: what came for it, and what ended it.
+
+    Attributes:
+        bytes_sent: Sealed bytes that left for this request so far.
+        fin: The server's last word on a generation that ended well.
+        received_tokens: Tokens that arrived so far.
+    """
+
+    def __init__(self, connection: Connection, stream_id: int, permit: Permit | None) -> None:
+        self._connection = connection
+        self._id = stream_id
+        self._permit = permit
+        self._arrived: deque[Received] = deque()
+        self._news = asyncio.Event()
+        self._error: NearfarError | None = None
+        self._ended = False
+        self._ungranted_tokens = 0
+        self.bytes_sent = 0
+        self.fin: wire.Fin | None = None
+        self.received_tokens = 0
+
+    def deliver(self, received: Received) -> None:
+        """Take a message for this stream (from the connection's reader)."""
+        message = received.message
+        if isinstance(message, wire.Error):
+            self.fail(from_code(message.code, message.problem, message.fix))
+            return
+        if isinstance(message, wire.Token):
+            self.received_tokens += 1
+        elif isinstance(message, wire.Fin):
+            self.fin = message
+        self._arrived.append(received)
+        if not isinstance(message, wire.Token):
+            self._ended = True
+        self._news.set()
+
+    def fail(self, error: NearfarError) -> None:
+        """End the stream with an error; what arrived before is still given out first."""
+        if not self._ended:
+            self._error = error
+            self._ended = True
+            self._news.set()
+
+    async def reply(self, deadline: Deadline) -> Received:
+        """Wait for the one answer of a request that is not streamed.
+
+        Raises:
+            DeadlineExceeded: It did not come in time; the cloud was told to stop.
+            NearfarError: What the server said, or how the connection failed.
+        """
+        await self._wait(deadline)
+        if self._arrived:
+            return self._arrived.popleft()
+        raise self._error or CloudUnavailable("The connection was closed")
+
+    async def tokens(self, deadline: Deadline) -> list[wire.Token]:
+        """Wait for tokens; gives all that have come, and grants the cloud credit for as many.
+
+        Returns:
+            At least one token, or an empty list when `fin` is set and all were given out.
+
+        Raises:
+            DeadlineExceeded: The next one did not come in time; the cloud was told to stop.
+            StreamInterrupted: The answer was cut before its `Fin`.
+            NearfarError: What the server said.
+        """
+        if self._ungranted_tokens >= CREDIT_TOKENS // 2 and not self._ended:
+            # Credit follows what the app consumed: asking for more proves that it did.
+            self._send(wire.Credit(stream=self._id, tokens=self._ungranted_tokens))
+            self._ungranted_tokens = 0
+        await self._wait(deadline)
+        batch = [r.message for r in self._arrived if isinstance(r.message, wire.Token)]
+        self._arrived.clear()
+        self._ungranted_tokens += len(batch)
+        if batch or self.fin is not None:
+            return batch
+        error = self._error or CloudUnavailable("The connection was closed")
+        if isinstance(error, CloudUnavailable):
+            raise StreamInterrupted(
+                f"The answer was cut after {self.received_tokens} tokens: {error.problem}",
+                received_tokens=self.received_tokens,
+                fix=error.fix,
+            ) from error
+        raise error
+
+    def cancel(self) -> None:
+        """Tell the cloud to stop, unless it has ended; idempotent."""
+        if not self._ended:
+            self.fail(Cancelled("The request was cancelled"))
+            with contextlib.suppress(NearfarError):  # a dead connection has nothing to stop
+                self._send(wire.Cancel(stream=self._id))
+        self._connection.forget(self._id)
+
+    def _send(self, message: wire.ClientMessage) -> None:
+        self.bytes_sent += self._connection.send(message, permit=self._permit)
+
+    async def _wait(self, deadline: Deadline) -> None:
+        while not self._arrived and not self._ended:
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), deadline.timeout_s())
+            except (TimeoutError, asyncio.TimeoutError):
+                self.cancel()
+                raise DeadlineExceeded(
+                    "The deadline passed while the cloud was working",
+                    tried=("cloud",),
+                    fix="Allow more time with deadline_ms, or ask for a shorter answer",
+                ) from None
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+
+
+class Connection:
+    """One websocket and its secure session. Make one with `Connection.open`.
+
+    Attributes:
+        ready: The server's `Ready`.
+        rtt_ms: Last measured round trip; `None` before the first.
+        error: Why the connection ended; `None` while it lives.
+    """
+
+    def __init__(
+        self,
+        websocket: ClientConnection,
+        session: ClientSession,
+        url: str,
+        on_end: Callable[[Connection], None] | None = None,
+    ) -> None:
+        self._websocket = websocket
+        self._session = session
+        self._url = url
+        self._on_end = on_end
+        self._streams: dict[int, Stream] = {}
+        self._wake = asyncio.Event()
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
+        self._next_ping = 1
+        self.ready: wire.Ready | None = None
+        self.rtt_ms: float | None = None
+        self.error: NearfarError | None = None
+        self._tasks = (
+            asyncio.ensure_future(self._read()),
+            asyncio.ensure_future(self._write()),
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        config: CloudConfig,
+        *,
+        client: str,
+        timeout_s: float,
+        on_end: Callable[[Connection], None] | None = None,
+    ) -> Connection:
+        """Connect, prove the server's identity, authenticate.
+
+        Args:
+            config: Address, pin, credentials.
+            client: Name and version of this client, for the server's log.
+            timeout_s: For all of it together.
+            on_end: Told once when the connection ends, however it does.
+
+        Raises:
+            ConfigError: The pin, the CA file or the credentials cannot be used.
+            SecurityError: Certificate, identity or credentials were not accepted.
+            CloudUnavailable: It cannot be reached.
+        """
+        from websockets.asyncio.client import connect
+
+        from nearfar.session import ClientSession
+        from nearfar.wire.limits import Limits
+
+        limits = Limits()
+        session = ClientSession(
+            pin=config.identity,
+            token=config.token(),
+            client=client,
+            limits=limits,
+            now_s=time.time(),
+        )
+        ends_s = time.monotonic() + timeout_s
+        try:
+            websocket = await connect(
+                config.url,
+                ssl=tls_context(config),
+                compression=None,  # ciphertext does not compress
+                max_size=limits.max_message_bytes + _FRAMING_BYTES,
+                open_timeout=timeout_s,
+                ping_interval=_PING_INTERVAL_S,
+                ping_timeout=_PING_TIMEOUT_S,
+                close_timeout=_CLOSE_TIMEOUT_S,
+            )
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            raise translate(exc, config.url, during="connect") from exc
+        connection = cls(websocket, session, config.url, on_end)
+        try:
+            left_s = max(0.01, ends_s - time.monotonic())
+            await asyncio.wait_for(asyncio.shield(connection._opened), left_s)
+        except BaseException as exc:
+            await connection.close()
+            if isinstance(exc, (NearfarError, asyncio.CancelledError)):
+                raise
+            raise translate(exc, config.url, during="connect") from exc
+        return connection
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a request may be sent: alive, not draining."""
+        return self.error is None and self.ready is not None and not self._session.is_closed
+
+    @property
+    def can_open(self) -> bool:
+        """Whether one more stream may be opened now."""
+        return self.is_usable and self._session.can_open
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is waiting for anything."""
+        return not self._streams
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are open."""
+        return len(self._streams)
+
+    def send(
+        self,
+        message: wire.ClientMessage,
+        tensors: Sequence[np.ndarray] = (),
+        *,
+        permit: Permit | None = None,
+    ) -> int:
+        """Queue one message through the door in `sdk.cloud.egress`; returns its sealed size.
+
+        Raises:
+            PolicyDenied: No permit.
+            CloudUnavailable: The connection has ended.
+            LocalProtocolError: The message is not allowed now, or too large.
+        """
+        if self.error is not None:
+            raise self.error
+        size = egress.send(self._session, permit, message, tensors)
+        self._wake.set()
+        return size
+
+    def open_stream(
+        self,
+        make: type[wire.ListModels] | type[wire.Infer] | type[wire.Generate],
+        fields: dict[str, object],
+        tensors: Sequence[np.ndarray] = (),
+        *,
+        permit: Permit | None = None,
+    ) -> Stream:
+        """Send a request and return the stream on which its answer comes.
+
+        Raises:
+            Overloaded: As many requests are open as the server allows.
+            PolicyDenied, CloudUnavailable, LocalProtocolError: As `send`.
+        """
+        if self.error is None and not self._session.can_open:
+            raise Overloaded(
+                f"{self._url} takes no further request on this connection",
+                fix="Wait for an answer, then ask again",
+            )
+        stream_id = self._session.next_stream
+        stream = Stream(self, stream_id, permit)
+        stream.bytes_sent = self.send(
+            make(stream=stream_id, **fields),  # type: ignore[arg-type]
+            tensors,
+            permit=permit,
+        )
+        self._streams[stream_id] = stream
+        return stream
+
+    def forget(self, stream_id: int) -> None:
+        """Stop listening on a stream."""
+        self._streams.pop(stream_id, None)
+
+    async def ping(self, timeout_s: float) -> float:
+        """Measure the round trip through both ends' whole stack, in milliseconds.
+
+        Raises:
+            CloudUnavailable: No answer came.
+        """
+        number = self._next_ping
+        self._next_ping += 1
+        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._pings[number] = (time.perf_counter(), future)
+        try:
+            self.send(wire.Ping(id=number))
+            self.rtt_ms = await asyncio.wait_for(future, timeout_s)
+        except (TimeoutError, asyncio.TimeoutError) as exc:
+            raise translate(exc, self._url) from exc
+        finally:
+            self._pings.pop(number, None)
+        return self.rtt_ms
+
+    async def close(self) -> None:
+        """Say goodbye and end both tasks; idempotent. Open streams fail."""
+        self._end(CloudUnavailable(f"The connection to {self._url} was closed by this client"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):  # whatever the goodbye meets, the socket is gone
+            await self._websocket.close()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                data = await self._websocket.recv()
+                if not isinstance(data, bytes):
+                    raise RemoteProtocolError(f"{self._url} sent text instead of bytes")
+                for received in self._session.receive(data, now_s=time.time()):
+                    self._dispatch(received)
+                self._wake.set()
+                if self._session.is_closed:
+                    self._end(CloudUnavailable(f"{self._url} ended the connection"))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:  # noqa: BLE001 (the seam: every kind becomes one of ours)
+            self._end(translate(exc, self._url))
+            self._wake.set()
+
+    def _dispatch(self, received: Received) -> None:
+        message = received.message
+        if isinstance(message, wire.Ready):
+            self.ready = message
+            if not self._opened.done():
+                self._opened.set_result(None)
+        elif isinstance(message, wire.Pong):
+            waiting = self._pings.get(message.id)
+            if waiting is not None and not waiting[1].done():
+                waiting[1].set_result((time.perf_counter() - waiting[0]) * 1000.0)
+        elif isinstance(message, wire.GoAway):
+            for stream_id in [s for s in self._streams if s > message.last_stream]:
+                self._streams.pop(stream_id).fail(
+                    CloudUnavailable(f"{self._url} is going away: {message.reason}".rstrip(": "))
+                )
+        elif isinstance(message, wire.Error) and message.stream == 0:
+            self._end(from_code(message.code, message.problem, message.fix))
+        else:
+            stream_id = getattr(message, "stream", 0)
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                if not isinstance(message, wire.Token):
+                    self.forget(stream_id)
+                stream.deliver(received)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                for data in self._session.data_to_send():
+                    await self._websocket.send(data)
+                if self.error is not None:
+                    # Said everything; the server's half may still come, but nobody waits for it.
+                    await self._websocket.close()
+                    return
+                await self._wake.wait()
+                self._wake.clear()
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:  # noqa: BLE001 (as in `_read`)
+            self._end(translate(exc, self._url))
+
+    def _end(self, error: NearfarError) -> None:
+        """Everything that waits for this connection fails with its first error."""
+        if self.error is not None:
+            return
+        self.error = error
+        if not self._opened.done():
+            self._opened.set_exception(error)
+            self._opened.exception()  # mark as seen: nobody may be waiting any more
+        for _, future in self._pings.values():
+            if not future.done():
+                future.set_exception(error)
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+        self._wake.set()
+        if self._on_end is not None:
+            self._on_end(self)
+
+
+def tls_context(config: CloudConfig) -> ssl.SSLContext:
+    """TLS 1.3 with certificate and host name checks, trusting `ca_file` or the system's CAs.
+
+    Raises:
+        ConfigError: The CA file cannot be read.
+    """
+    from nearfar.errors import ConfigError
+
+    try:
+        context = ssl.create_default_context(
+            cafile=str(config.ca_file) if config.ca_file is not None else None
+        )
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError(
+            f"The CA file {config.ca_file} of cloud {config.name!r} cannot be read: {exc}",
+            field="ca_file",
+            fix="Give the path of a PEM file, such as ca.pem of nearfar cloud init",
+        ) from exc
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context

@@ -1,0 +1,135 @@
+"""The one door to the cloud: nothing is sealed for it without a permit made from a policy verdict.
+
+The link has no other way to send: `send` here is the only caller of ``ClientSession.send`` in the
+client (a test reads the source to keep it so). What carries an app's content needs a `Permit`; a
+permit cannot be made from a verdict that keeps the request on the device, nor from one whose
+demands this version cannot meet. Everything unexpected is refused: the door fails closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from nearfar.errors import PolicyDenied
+from nearfar.wire.messages import (
+    Cancel,
+    ClientMessage,
+    Credit,
+    Generate,
+    Infer,
+    ListModels,
+    Ping,
+    Pong,
+)
+from sdk.policy import Verdict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Messages without anything of the app in them: no model name, no content, no length of content.
+_CONTENT_FREE = (ListModels, Ping, Pong)
+
+
+class Sealer(Protocol):
+    """What a session offers for sending; `nearfar.session.ClientSession` is one."""
+
+    def send(self, message: ClientMessage, tensors: Sequence[np.ndarray] = ()) -> int:
+        """Seal and queue a message; returns its sealed size in bytes."""
+        ...
+
+
+def unmet_demand(verdict: Verdict, region: str | None) -> str | None:
+    """What policy demands on the way to the cloud and this version or endpoint does not give.
+
+    Args:
+        verdict: The policy's answer.
+        region: Where the cloud endpoint stands; `None` when unknown.
+
+    Returns:
+        The demand in words, or `None` when all are met.
+    """
+    if verdict.transforms:
+        return f"policy demands {' and '.join(verdict.transforms)} first, which is not available"
+    require = verdict.require
+    if require.attestation:
+        return "policy demands attestation, which is not available"
+    if require.padding != "off":
+        return f"policy demands {require.padding} padding, which is not available"
+    if require.region is not None and region not in require.region:
+        here = f"the cloud is in {region}" if region else "the cloud's region is not known"
+        return f"policy demands region {' or '.join(require.region)}, {here}"
+    return None
+
+
+class Permit:
+    """Proof that policy lets one request, for one model, go to the cloud.
+
+    Args:
+        verdict: The policy's answer for this request.
+        model: The model it was asked about.
+        region: Where the cloud endpoint stands; `None` when unknown.
+
+    Raises:
+        PolicyDenied: The verdict keeps the request on the device, or demands what is not there.
+    """
+
+    __slots__ = ("model", "verdict")
+
+    def __init__(self, verdict: Verdict, model: str, *, region: str | None = None) -> None:
+        # `is not True`: a truthy value of another type is a bug somewhere, never a permission.
+        if not isinstance(verdict, Verdict) or verdict.cloud is not True:
+            reason = verdict.reason if isinstance(verdict, Verdict) else "policy was not asked"
+            rules = verdict.rule_ids if isinstance(verdict, Verdict) else ()
+            raise PolicyDenied(
+                f"The request for {model!r} may not leave the device: {reason}",
+                rule=rules[0] if rules else "",
+                fix="Allow it with a `cloud_ok` rule in the policy file, or use a local model",
+            )
+        demand = unmet_demand(verdict, region)
+        if demand is not None:
+            raise PolicyDenied(
+                f"The request for {model!r} may not leave the device: {demand}",
+                rule=verdict.rule_ids[0] if verdict.rule_ids else "",
+                fix="Change the rule in the policy file, or use a local model",
+            )
+        self.verdict = verdict
+        self.model = model
+
+
+def send(
+    session: Sealer,
+    permit: Permit | None,
+    message: ClientMessage,
+    tensors: Sequence[np.ndarray] = (),
+) -> int:
+    """Seal one message for the cloud.
+
+    Args:
+        session: Where it is queued.
+        permit: Needed for everything that comes from a request; `None` for `ListModels`, `Ping`
+            and `Pong`, which carry nothing of the app.
+
+    Returns:
+        Sealed size in bytes.
+
+    Raises:
+        PolicyDenied: There is no permit, or it is for another model.
+    """
+    if type(message) in _CONTENT_FREE:
+        return session.send(message)
+    if type(permit) is not Permit:
+        raise _no_permit(message)
+    if isinstance(message, (Infer, Generate)):
+        if message.model != permit.model:
+            raise _no_permit(message)
+    elif not isinstance(message, (Cancel, Credit)):
+        raise _no_permit(message)
+    return session.send(message, tensors)
+
+
+def _no_permit(message: ClientMessage) -> PolicyDenied:
+    return PolicyDenied(
+        f"A {type(message).__name__} message was held back: policy gave no permit for it",
+        fix="This is a defect in nearfar; please report it",
+    )

@@ -1,0 +1,378 @@
+"""The link to one cloud: connects when first needed, reconnects, and knows how good it is.
+
+A `CloudLink` belongs to one event loop. Its `state` may be read from any thread: it is an
+immutable value that is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nearfar import __version__
+from nearfar.errors import (
+    CloudUnavailable,
+    DeadlineExceeded,
+    LocalProtocolError,
+    NearfarError,
+    Overloaded,
+    RemoteProtocolError,
+)
+from nearfar.units import Deadline
+from nearfar.wire import messages as wire
+from sdk.cloud.connection import CREDIT_TOKENS, Connection, Stream, TensorReply
+from sdk.cloud.failures import translate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nearfar.generation import GenerationOptions, Prompt
+    from sdk.cloud.egress import Permit
+    from sdk.config import CloudConfig
+
+logger = logging.getLogger(__name__)
+
+#: TCP, TLS, websocket, secure channel, authentication and the list of models, together. Six round
+#: trips: 5 s bears a bad mobile link; a dead one is noticed soon enough to answer on the device.
+CONNECT_TIMEOUT_S = 5.0
+#: Between measurements of the round trip on a connection in use.
+_RTT_INTERVAL_S = 5.0
+_RTT_TIMEOUT_S = 10.0
+#: After this time the list of models is asked for again before it is used.
+_OFFERS_LIFETIME_S = 300.0
+
+
+class LinkState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known about the link; a snapshot.
+
+    Attributes:
+        is_connected: Whether a request could be sent at once.
+        offers: What the cloud serves, by name; `None` before the first connection.
+        offers_at_s: When `offers` came, `time.monotonic()`.
+        region: Where the cloud says it stands; `None` when it does not say.
+        server: Name and version of the cloud; ``""`` before the first connection.
+        rtt_ms: Round trip; `None` before the first measurement.
+        upload_bytes_per_s: Rough bandwidth towards the cloud; `None` when not measured.
+        in_flight: Requests of this client that are open.
+    """
+
+    is_connected: bool = False
+    offers: Mapping[str, wire.ModelOffer] | None = None
+    offers_at_s: float = 0.0
+    region: str | None = None
+    server: str = ""
+    rtt_ms: float | None = None
+    upload_bytes_per_s: float | None = None
+    in_flight: int = 0
+
+
+class CloudLink:
+    """Requests to one cloud over one websocket, multiplexed.
+
+    Args:
+        config: Address, pin, credentials.
+        on_round_trip: Told every measured round trip, in milliseconds.
+    """
+
+    def __init__(
+        self, config: CloudConfig, *, on_round_trip: Callable[[float], None] | None = None
+    ) -> None:
+        self.config = config
+        self.state = LinkState()
+        self._on_round_trip = on_round_trip
+        self._connection: Connection | None = None
+        self._connecting: asyncio.Task[Connection] | None = None
+        self._draining: list[Connection] = []
+        self._keeper: asyncio.Task[None] | None = None
+        self._rtt_at_s = 0.0
+        self._is_closed = False
+
+    async def connect(self, deadline: Deadline) -> LinkState:
+        """Make sure that a request can be sent; nothing of any request leaves.
+
+        Callers that come while a connection is being made share it.
+
+        Raises:
+            DeadlineExceeded: The deadline passed first; connecting goes on for the next request.
+            SecurityError, ConfigError, CloudUnavailable: As `Connection.open`.
+        """
+        await self._usable(deadline)
+        return self.state
+
+    async def refresh(self, deadline: Deadline) -> LinkState:
+        """Ask the cloud again what it serves.
+
+        Raises:
+            As `connect`.
+        """
+        connection = await self._usable(deadline)
+        await self._list_models(connection, deadline)
+        return self.state
+
+    async def infer(
+        self,
+        permit: Permit,
+        *,
+        model: str,
+        form: wire.InputForm,
+        tensors: Mapping[str, np.ndarray],
+        deadline: Deadline,
+        version: str | None = None,
+        variant: str | None = None,
+        priority: int = 5,
+    ) -> TensorReply:
+        """Run one batch on the cloud.
+
+        Raises:
+            DeadlineExceeded, CloudUnavailable, Overloaded, InvalidInput: Typed; see `Stream`.
+        """
+        from nearfar.wire.codec import tensor_headers
+
+        connection = await self._usable(deadline)
+        names, arrays = tuple(tensors), tuple(tensors.values())
+        started_s = time.perf_counter()
+        stream = self._open(
+            connection,
+            wire.Infer,
+            {
+                "request_id": os.urandom(16),
+                "model": model,
+                "tensors": tensor_headers(names, arrays),
+                "form": form,
+                "version": version,
+                "variant": variant,
+                "deadline_ms": deadline.remaining_ms(),
+                "priority": priority,
+            },
+            arrays,
+            permit=permit,
+        )
+        try:
+            received = await stream.reply(deadline)
+        finally:
+            self._note_in_flight(connection)
+        message = received.message
+        if not isinstance(message, wire.Result):
+            raise RemoteProtocolError(f"{self.config.url} answered an Infer with another message")
+        elapsed_s = time.perf_counter() - started_s
+        self._measure_bandwidth(elapsed_s, stream.bytes_sent + received.size_bytes, message)
+        # Received tensors are views into one websocket message; copies let it go and are writable.
+        outputs = {
+            header.name: array.copy()
+            for header, array in zip(message.tensors, received.tensors, strict=True)
+        }
+        return TensorReply(
+            message, outputs, bytes_sent=stream.bytes_sent, bytes_received=received.size_bytes
+        )
+
+    async def generate(
+        self,
+        permit: Permit,
+        *,
+        model: str,
+        prompt: Prompt,
+        options: GenerationOptions,
+        deadline: Deadline,
+        version: str | None = None,
+        variant: str | None = None,
+        priority: int = 5,
+    ) -> Stream:
+        """Begin an answer on the cloud; its tokens come through the returned stream.
+
+        Raises:
+            DeadlineExceeded, CloudUnavailable, Overloaded: It could not be begun.
+        """
+        connection = await self._usable(deadline)
+        return self._open(
+            connection,
+            wire.Generate,
+            {
+                "request_id": os.urandom(16),
+                "model": model,
+                "prompt": prompt,
+                "options": options,
+                "credit": CREDIT_TOKENS,
+                "version": version,
+                "variant": variant,
+                "deadline_ms": deadline.remaining_ms(),
+                "priority": priority,
+            },
+            permit=permit,
+        )
+
+    async def ping(self, timeout_s: float = _RTT_TIMEOUT_S) -> float:
+        """Measure the round trip now, in milliseconds; connects if need be."""
+        connection = await self._usable(Deadline.after_ms(CONNECT_TIMEOUT_S * 1000))
+        return await self._measure_round_trip(connection, timeout_s)
+
+    async def close(self) -> None:
+        """Close all connections; idempotent. Open requests fail with `CloudUnavailable`."""
+        self._is_closed = True
+        tasks = [task for task in (self._keeper, self._connecting) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        connections = [c for c in (self._connection, *self._draining) if c is not None]
+        self._connection, self._draining = None, []
+        await asyncio.gather(*(c.close() for c in connections), return_exceptions=True)
+        self._publish(is_connected=False, in_flight=0)
+
+    async def _usable(self, deadline: Deadline) -> Connection:
+        if self._is_closed:
+            raise CloudUnavailable(
+                "This client is closed", fix="Make a new Client, or keep it open for longer"
+            )
+        connection = self._connection
+        if connection is not None and connection.can_open:
+            return connection
+        if connection is not None and connection.is_usable and not self._is_leaving(connection):
+            raise Overloaded(
+                f"{connection.in_flight} requests to {self.config.url} are open, its limit",
+                fix="Wait for an answer, then ask again",
+            )
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.ensure_future(self._reconnect())
+            self._connecting.add_done_callback(_mark_seen)
+        try:
+            return await asyncio.wait_for(
+                asyncio.shield(self._connecting), deadline.timeout_s()
+            )
+        except (TimeoutError, asyncio.TimeoutError):
+            raise DeadlineExceeded(
+                f"The deadline passed while connecting to {self.config.url}",
+                tried=("cloud",),
+                fix="Call warm_up() before the first request, or allow more time",
+            ) from None
+
+    @staticmethod
+    def _is_leaving(connection: Connection) -> bool:
+        """Whether streams are refused although there is room: the server said GoAway."""
+        assert connection.ready is not None
+        return connection.in_flight < connection.ready.max_streams
+
+    async def _reconnect(self) -> Connection:
+        old, self._connection = self._connection, None
+        if old is not None:
+            await self._retire(old)
+        started_s = time.monotonic()
+        connection = await Connection.open(
+            self.config,
+            client=f"nearfar-python/{__version__}",
+            timeout_s=CONNECT_TIMEOUT_S,
+            on_end=self._lost,
+        )
+        try:
+            left = Deadline(started_s + CONNECT_TIMEOUT_S)
+            await self._list_models(connection, left)
+            await self._measure_round_trip(connection, left.remaining_s())
+        except DeadlineExceeded as exc:
+            await connection.close()
+            raise translate(TimeoutError(), self.config.url) from exc
+        except BaseException:
+            await connection.close()
+            raise
+        self._connection = connection
+        ready = connection.ready
+        assert ready is not None
+        self._publish(is_connected=True, region=ready.region or None, server=ready.server)
+        logger.info("connected to cloud %s in %.0f ms, round trip %.1f ms", self.config.name,
+                    (time.monotonic() - started_s) * 1000.0, connection.rtt_ms or 0.0)  # fmt: skip
+        return connection
+
+    async def _retire(self, old: Connection) -> None:
+        """A server that goes away still answers what it took; wait for that in the background."""
+        self._draining = [c for c in self._draining if c.is_usable and not c.is_idle]
+        if old.is_usable and not old.is_idle:
+            self._draining.append(old)
+        else:
+            await old.close()
+
+    async def _list_models(self, connection: Connection, deadline: Deadline) -> None:
+        stream = connection.open_stream(wire.ListModels, {})
+        received = await stream.reply(deadline)
+        message = received.message
+        if not isinstance(message, wire.Models):
+            raise RemoteProtocolError(f"{self.config.url} did not say which models it serves")
+        offers = {offer.manifest.name: offer for offer in message.models}
+        self._publish(offers=offers, offers_at_s=time.monotonic())
+
+    async def _measure_round_trip(self, connection: Connection, timeout_s: float) -> float:
+        rtt_ms = await connection.ping(timeout_s)
+        self._rtt_at_s = time.monotonic()
+        self._publish(rtt_ms=rtt_ms)
+        if self._on_round_trip is not None:
+            self._on_round_trip(rtt_ms)
+        return rtt_ms
+
+    def _upkeep(self, connection: Connection) -> None:
+        """Measure the round trip and ask for the models again, beside requests and when it is due.
+
+        An idle link is left alone: on a mobile device every packet wakes the radio.
+        """
+        if self._keeper is not None and not self._keeper.done():
+            return
+        now_s = time.monotonic()
+        rtt_due = now_s - self._rtt_at_s >= _RTT_INTERVAL_S
+        offers_due = now_s - self.state.offers_at_s >= _OFFERS_LIFETIME_S
+        if rtt_due or offers_due:
+            self._keeper = asyncio.ensure_future(self._keep_up(connection, offers_due))
+
+    async def _keep_up(self, connection: Connection, offers_due: bool) -> None:
+        with contextlib.suppress(NearfarError):  # the connection itself reports its end
+            await self._measure_round_trip(connection, _RTT_TIMEOUT_S)
+            if offers_due:
+                await self._list_models(connection, Deadline.after_ms(_RTT_TIMEOUT_S * 1000))
+
+    def _lost(self, connection: Connection) -> None:
+        """Called by a connection when it ends."""
+        if connection is self._connection:
+            logger.info("connection to cloud %s ended: %s", self.config.name, connection.error)
+            self._publish(is_connected=False, in_flight=0)
+
+    def _open(
+        self,
+        connection: Connection,
+        make: type[wire.Infer] | type[wire.Generate],
+        fields: dict[str, object],
+        tensors: Sequence[np.ndarray] = (),
+        *,
+        permit: Permit,
+    ) -> Stream:
+        try:
+            stream = connection.open_stream(make, fields, tensors, permit=permit)
+        except LocalProtocolError as exc:
+            # The one refusal a caller can cause here is a message beyond the agreed size.
+            raise LocalProtocolError(
+                exc.problem, fix=exc.fix or "Send a smaller batch or a shorter prompt"
+            ) from exc
+        self._note_in_flight(connection)
+        self._upkeep(connection)
+        return stream
+
+    def _measure_bandwidth(self, elapsed_s: float, size_bytes: int, result: wire.Result) -> None:
+        rtt_s = (self.state.rtt_ms or 0.0) / 1000.0
+        moving_s = elapsed_s - (result.queue_ms + result.compute_ms) / 1000.0 - rtt_s
+        if size_bytes < 64 * 1024 or moving_s <= 0.001:
+            return  # too small to tell bandwidth from latency
+        rate, old = size_bytes / moving_s, self.state.upload_bytes_per_s
+        self._publish(upload_bytes_per_s=rate if old is None else 0.7 * old + 0.3 * rate)
+
+    def _note_in_flight(self, connection: Connection) -> None:
+        if connection is self._connection:
+            self._publish(in_flight=connection.in_flight)
+
+    def _publish(self, **changes: object) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+
+
+def _mark_seen(task: asyncio.Task[Connection]) -> None:
+    """Read a task's error, so that asyncio does not report it when every caller has given up."""
+    if not task.cancelled():
+        task.exception()

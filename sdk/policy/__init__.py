@@ -1,0 +1,35 @@
+"""May this request leave the device? Pure rules, no I/O in `evaluate`.
+
+    policy = load_policy("policy.toml")
+    verdict = evaluate(policy, RequestFacts(model="assistant", task="text-generation", sensitivity="personal"))
+    verdict.cloud  # False: "policy rule clinic-2 keeps personal data on the device"
+
+Semantics: docs/reference/policy.md.
+"""
+
+from __future__ import annotations
+
+from sdk.policy.evaluate import evaluate
+from sdk.policy.model import (
+    DEVICE_ONLY,
+    Condition,
+    Policy,
+    RequestFacts,
+    Requirement,
+    Rule,
+    Verdict,
+)
+from sdk.policy.parser import load_policy, parse_policy
+
+__all__ = [
+    "DEVICE_ONLY",
+    "Condition",
+    "Policy",
+    "RequestFacts",
+    "Requirement",
+    "Rule",
+    "Verdict",
+    "evaluate",
+    "load_policy",
+    "parse_policy",
+]

@@ -1,0 +1,162 @@
+"""What a request gives back: the answer, and where it came from, why, how fast and at what cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nearfar.bundle.manifest import Manifest
+    from sdk.routing.router import RouteDecision
+
+RouteName = Literal["edge", "cloud"]
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Where an answer came from, and why there.
+
+    Attributes:
+        name: ``edge`` (this device) or ``cloud``.
+        reason: Why, for people.
+        before: Routes that gave up before this one took over, in order; empty when the first
+            choice held.
+    """
+
+    name: RouteName
+    reason: str
+    before: tuple[RouteName, ...] = ()
+
+    def __str__(self) -> str:
+        return f'{" → ".join((*self.before, self.name))} · "{self.reason}"'
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the time went. All but `total_ms` as the route that answered measured it.
+
+    Attributes:
+        total_ms: From the call to the complete answer, as the app waited.
+        queue_ms: Waiting for a slot.
+        compute_ms: Inside the engine; for generation, prefill and decode together.
+        network_ms: What is left on the cloud route: sealing, transfer, round trip. 0 on the edge.
+        ttft_ms: Generation: from the call to the first text.
+        ms_per_token: Generation: mean time per token after the first.
+    """
+
+    total_ms: float
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    network_ms: float = 0.0
+    ttft_ms: float | None = None
+    ms_per_token: float | None = None
+
+
+class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """How much one `infer`, `embed` or `classify` call processed.
+
+    Attributes:
+        items: Rows of the batch.
+        output_bytes: Size of the model's outputs.
+    """
+
+    items: int
+    output_bytes: int
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """Common part of all results.
+
+    Attributes:
+        route: Where the answer came from, and why.
+        decision: The routing decision, content-free and replayable.
+        timings: Where the time went.
+        usage: How much was processed.
+        variant: Which variant of the bundle answered.
+        execution_provider: What it ran on, as the engine reports it.
+        bytes_sent: Sealed bytes that left the device for this request; 0 on the edge.
+    """
+
+    route: Route
+    decision: RouteDecision
+    timings: Timings
+    usage: BatchUsage
+    variant: str
+    execution_provider: str
+    bytes_sent: int = 0
+
+    @property
+    def reason(self) -> str:
+        """Why this route; the same as ``route.reason``."""
+        return self.route.reason
+
+
+class InferResult(Answered, frozen=True, kw_only=True, eq=False):
+    """Result of `Client.infer`.
+
+    Attributes:
+        outputs: Output name to array, in model order. The arrays belong to the caller.
+    """
+
+    outputs: dict[str, np.ndarray]
+
+
+class EmbedResult(Answered, frozen=True, kw_only=True, eq=False):
+    """Result of `Client.embed`.
+
+    Attributes:
+        vectors: float32, shape (texts, dimensions), one row per text in order.
+    """
+
+    vectors: np.ndarray
+
+
+class ClassifyResult(Answered, frozen=True, kw_only=True):
+    """Result of `Client.classify`.
+
+    Attributes:
+        label: The best label.
+        score: Its score, as the model gives it.
+        top: The best `top_k` labels with their scores, best first.
+    """
+
+    label: str
+    score: float
+    top: tuple[tuple[str, float], ...]
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A piece of a streamed answer.
+
+    Attributes:
+        text: Text to append to what came before; never empty.
+        index: Position of its token in the whole answer, from 0, across a handover.
+        route: Where this piece came from.
+        handover: Whether this is the first piece after another route broke off.
+    """
+
+    text: str
+    index: int
+    route: RouteName
+    handover: bool = False
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A model a client can use, and where.
+
+    Attributes:
+        name: The model's name.
+        version: Newest version known.
+        task: Its task.
+        edge_variant: Variant that would run on this device, or `None` when it is not here.
+        cloud_variant: Variant the cloud would answer with, or `None` when it does not serve it.
+        manifest: The manifest it was read from: the device's when it is here, else the cloud's.
+    """
+
+    name: str
+    version: str
+    task: str
+    edge_variant: str | None
+    cloud_variant: str | None
+    manifest: Manifest
