@@ -1,0 +1,1 @@
+"""Serve bundles to nearfar clients over an end-to-end encrypted websocket."""

@@ -130,11 +130,10 @@ def add_key(state: StateDir, name: str) -> str:
     """Add a key and return it in clear, which is the only time that anybody sees it.
 
     Raises:
-        ConfigError: The name is taken or unfit, or the file cannot be read.
+        ConfigError: The name is taken or unfit, or there is no readable key file.
     """
     token = generate_api_key()
     entry = new_entry(name, token)
-    _require_directory(state)
     with state.locked():
         keys = read_keys(state.api_keys)
         if any(key.name == name for key in keys):
@@ -153,7 +152,6 @@ def remove_key(state: StateDir, name: str) -> None:
     Raises:
         ConfigError: There is no such key.
     """
-    _require_directory(state)
     with state.locked():
         keys = read_keys(state.api_keys)
         kept = tuple(key for key in keys if key.name != name)
@@ -163,15 +161,6 @@ def remove_key(state: StateDir, name: str) -> None:
                 f"There is no API key named {name!r}", field="name", fix=f"Known keys: {known}"
             )
         write_keys(state.api_keys, kept)
-
-
-def _require_directory(state: StateDir) -> None:
-    if not state.path.is_dir():
-        raise ConfigError(
-            f"There is no state directory {state.path}",
-            field="state",
-            fix=f"Create it with: nearfar cloud init {state.path}",
-        )
 
 
 class Authenticator:
@@ -184,6 +173,9 @@ class Authenticator:
         allow_anonymous: Whether a client that gives no key at all is let in. A wrong key is
             refused even then, because its owner believes it to be checked.
 
+    Attributes:
+        revision: Counts how often the keys changed.
+
     Raises:
         ConfigError: The file is missing or malformed.
     """
@@ -193,6 +185,7 @@ class Authenticator:
         self._allow_anonymous = allow_anonymous
         self._stamp = _stamp_of(path)
         self._keys = () if path is None else read_keys(path)
+        self.revision = 0
 
     def authenticate(self, token: str) -> ApiKey:
         """The key that the token is; `ANONYMOUS` for none, where that is allowed.
@@ -219,14 +212,13 @@ class Authenticator:
         """Whether a key that was accepted once still is."""
         return key in self._keys or (key is ANONYMOUS and self._allow_anonymous)
 
-    def reload_if_changed(self) -> bool:
-        """Read the file again if it changed; says whether it did."""
-        if self._path is None:
-            return False
+    def reload_if_changed(self) -> None:
+        """Read the file again if it changed."""
         stamp = _stamp_of(self._path)
-        if stamp == self._stamp:
-            return False
+        if self._path is None or stamp == self._stamp:
+            return
         self._stamp = stamp
+        self.revision += 1
         try:
             self._keys = read_keys(self._path)
         except ConfigError as error:
@@ -234,7 +226,6 @@ class Authenticator:
             logger.error("no client is admitted until this is repaired: %s", error)
         else:
             logger.info("API keys read again: %d accepted", len(self._keys))
-        return True
 
 
 def _stamp_of(path: Path | None) -> tuple[int, int, int] | None:

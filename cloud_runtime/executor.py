@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
-
-from cloud_runtime.relay import Completion, TokenRelay
-from nearfar.engines.base import CancelToken
 from nearfar.engines.model import LoadedModel
 from nearfar.engines.slots import SlotGate
-from nearfar.errors import Cancelled, DeadlineExceeded, Overloaded
+
+from cloud_runtime.relay import Completion, TokenRelay
+from nearfar.errors import Cancelled, Overloaded
 from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
 from nearfar.wire.messages import InputForm
+
+_T = TypeVar("_T")
 
 #: Weight of the newest observation: ten requests after a change the estimate has followed by 90 %.
 _SMOOTHING = 0.2
@@ -31,6 +34,32 @@ _SMOOTHING = 0.2
 #: A stop-string or end of turn usually comes well before `max_new_tokens`; expecting the limit
 #: would make the queue look several times longer than it is.
 _TYPICAL_FILL = 0.5
+
+
+class Ticket:
+    """Decides between computing and cancelling: exactly one of the two happens."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state: Literal["waiting", "begun", "cancelled"] = "waiting"
+
+    def begin(self) -> None:
+        """Called before the engine computes.
+
+        Raises:
+            Cancelled: It was cancelled first.
+        """
+        with self._lock:
+            if self._state == "cancelled":
+                raise Cancelled("The request was cancelled")
+            self._state = "begun"
+
+    def cancel(self) -> bool:
+        """Says whether it came before the engine; the request then never runs."""
+        with self._lock:
+            if self._state == "waiting":
+                self._state = "cancelled"
+            return self._state == "cancelled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,29 +128,22 @@ class ModelExecutor:
         """How long a request that came now would wait for its slot."""
         return self._gate.state().expected_wait_s * 1000.0
 
-    async def infer(
-        self, work: InferWork, *, deadline: Deadline, cancel: CancelToken
-    ) -> InferOutcome:
-        """Compute one batch; the caller may stop waiting, the computation then ends by itself.
+    def infer(
+        self, work: InferWork, *, deadline: Deadline, ticket: Ticket
+    ) -> asyncio.Future[InferOutcome]:
+        """Compute one batch.
+
+        Never cancel the future: the computation could not follow, and its place would be given
+        away while it is still taken. Stop waiting for it instead.
+
+        Returns:
+            Future of the outcome, or of `InvalidInput` (a name, dtype or shape does not fit),
+            `DeadlineExceeded` or `Cancelled` (before a slot was free), or `EngineError`.
 
         Raises:
-            InvalidInput: A name, dtype or shape does not fit.
-            DeadlineExceeded: The deadline passed in the queue.
             Overloaded: Too many requests wait already.
-            Cancelled: `cancel` was set before a slot was free.
-            EngineError: The engine failed.
         """
-        self._admit()
-        loop = asyncio.get_running_loop()
-        try:
-            future = loop.run_in_executor(
-                self._pool, self._infer, work, deadline, cancel, time.monotonic()
-            )
-        except BaseException:
-            self._admitted -= 1
-            raise
-        future.add_done_callback(self._leave)
-        return await asyncio.shield(future)
+        return self._submit(self._infer, work, deadline, ticket, time.monotonic())
 
     def generate(
         self, prompt: Prompt, options: GenerationOptions, *, deadline: Deadline
@@ -131,32 +153,26 @@ class ModelExecutor:
         Raises:
             Overloaded: Too many requests wait already.
         """
-        self._admit()
-        loop = asyncio.get_running_loop()
-        relay = TokenRelay(loop, deadline=deadline)
-        try:
-            future = loop.run_in_executor(
-                self._pool, self._generate, prompt, options, deadline, relay, time.monotonic()
-            )
-        except BaseException:
-            self._admitted -= 1
-            raise
-        future.add_done_callback(self._leave)
+        relay = TokenRelay(asyncio.get_running_loop(), deadline=deadline)
+        self._submit(self._generate, prompt, options, deadline, relay, time.monotonic())
         return relay
 
     def close(self) -> None:
         """Start no more work; what runs ends by itself."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _admit(self) -> None:
+    def _submit(self, run: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
         if self._admitted >= self._capacity:
             raise Overloaded(
                 f"{self._capacity} requests for {self.model.manifest.name!r} run or wait already",
                 fix="Try again later, or raise --slots or --max-waiting of the cloud runtime",
             )
+        future = asyncio.get_running_loop().run_in_executor(self._pool, run, *arguments)
         self._admitted += 1
+        future.add_done_callback(self._leave)
+        return future
 
-    def _leave(self, future: asyncio.Future[object]) -> None:
+    def _leave(self, future: asyncio.Future[_T]) -> None:
         self._admitted -= 1
         if not future.cancelled():
             future.exception()  # seen by whoever waits; nobody may be waiting any more
@@ -164,11 +180,12 @@ class ModelExecutor:
     # What follows runs in worker threads.
 
     def _infer(
-        self, work: InferWork, deadline: Deadline, cancel: CancelToken, arrived_s: float
+        self, work: InferWork, deadline: Deadline, ticket: Ticket, arrived_s: float
     ) -> InferOutcome:
         with self._gate.acquire(deadline, self._pace.infer_s):
             started_s = time.monotonic()
-            _check_still_wanted(deadline, cancel)
+            deadline.check("cloud")
+            ticket.begin()
             if work.form == "tensors":
                 outputs = self.model.infer(work.feeds)
             else:
@@ -206,7 +223,7 @@ class ModelExecutor:
         arrived_s: float,
     ) -> Completion:
         started_s = time.monotonic()
-        _check_still_wanted(deadline, relay.cancel)
+        deadline.check("cloud")
         first_s = started_s
         chunks = self.model.generate(prompt, options, cancel=relay.cancel)
         with contextlib.closing(chunks):
@@ -216,9 +233,7 @@ class ModelExecutor:
                     first_s = now_s
                 if chunk.finish_reason is None:
                     if not relay.put(chunk):
-                        break
-                    if now_s >= deadline.at_s:
-                        _check_still_wanted(deadline, relay.cancel)
+                        break  # cancelled, too late or disconnected: the relay knows
                     continue
                 if chunk.text:  # what the stop-string check had held back
                     relay.put(chunk)
@@ -236,14 +251,3 @@ class ModelExecutor:
                     decode_ms=(now_s - first_s) * 1000.0,
                 )
         raise Cancelled("The request was cancelled")
-
-
-def _check_still_wanted(deadline: Deadline, cancel: CancelToken) -> None:
-    if cancel.is_cancelled:
-        raise Cancelled("The request was cancelled")
-    if deadline.is_set and time.monotonic() >= deadline.at_s:
-        raise DeadlineExceeded(
-            "The deadline passed before the answer was complete",
-            tried=("cloud",),
-            fix="Allow more time with deadline_ms, or ask for a shorter answer",
-        )

@@ -14,6 +14,7 @@ import datetime
 import ipaddress
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -99,9 +100,7 @@ class DevelopmentCa:
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
-            )
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(
                 x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
             )
@@ -139,13 +138,10 @@ def provision(
         ConfigError: A file exists already and `force` is not given, a host is malformed, or the
             directory cannot be written.
     """
-    start = not_before or datetime.datetime.now(datetime.timezone.utc) - CLOCK_SKEW
-    ca = DevelopmentCa(start)
-    certificate, tls_key = ca.issue(hosts, not_before=start, validity=validity)
     identity = ServerIdentity.generate()
     api_key = auth.generate_api_key()
     entry = auth.new_entry(key_name, api_key)
-
+    certificates = _make_certificates(hosts, validity, not_before)
     try:
         state.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
@@ -158,19 +154,7 @@ def provision(
     with state.locked():
         if not force:
             _refuse_to_overwrite(state)
-        pem = serialization.Encoding.PEM
-        ca_pem = ca.certificate.public_bytes(pem)
-        write_atomically(state.ca_certificate, ca_pem, mode=PUBLIC_MODE)
-        write_atomically(
-            state.server_chain, certificate.public_bytes(pem) + ca_pem, mode=PUBLIC_MODE
-        )
-        write_atomically(
-            state.server_key,
-            tls_key.private_bytes(
-                pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-            mode=PRIVATE_MODE,
-        )
+        certificates.write(state)
         save_identity(state, identity)
         auth.write_keys(state.api_keys, (entry,))
         write_atomically(state.client_key, f"{api_key}\n".encode(), mode=PRIVATE_MODE)
@@ -179,13 +163,77 @@ def provision(
         )
 
 
+def renew_certificates(
+    state: StateDir,
+    hosts: Sequence[str],
+    *,
+    validity: datetime.timedelta = DEFAULT_VALIDITY,
+) -> None:
+    """Replace the CA and the server certificate, and keep identity and API keys.
+
+    Clients need the new ``ca.pem``; their pin and their keys stay.
+
+    Raises:
+        ConfigError: There is no such state directory, or a host is malformed.
+    """
+    certificates = _make_certificates(hosts, validity, None)
+    with state.locked():
+        certificates.write(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Certificates:
+    ca: x509.Certificate
+    server: x509.Certificate
+    server_key: ec.EllipticCurvePrivateKey
+
+    def write(self, state: StateDir) -> None:
+        pem = serialization.Encoding.PEM
+        ca_pem = self.ca.public_bytes(pem)
+        server_pem = self.server.public_bytes(pem)
+        key_pem = self.server_key.private_bytes(
+            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        write_atomically(state.ca_certificate, ca_pem, mode=PUBLIC_MODE)
+        write_atomically(state.server_chain, server_pem + ca_pem, mode=PUBLIC_MODE)
+        write_atomically(state.server_key, key_pem, mode=PRIVATE_MODE)
+
+
+def _make_certificates(
+    hosts: Sequence[str], validity: datetime.timedelta, not_before: datetime.datetime | None
+) -> _Certificates:
+    start = not_before or datetime.datetime.now(datetime.timezone.utc) - CLOCK_SKEW
+    ca = DevelopmentCa(start)
+    certificate, key = ca.issue(hosts, not_before=start, validity=validity)
+    return _Certificates(ca.certificate, certificate, key)
+
+
+def replace_identity(state: StateDir) -> ServerIdentity:
+    """Make a new identity; clients refuse the server until they pin it.
+
+    Raises:
+        ConfigError: There is no such state directory.
+    """
+    identity = ServerIdentity.generate()
+    with state.locked():
+        save_identity(state, identity)
+        if state.client_config.exists():
+            lines = state.client_config.read_text().splitlines()
+            pinned = [
+                f'identity = "{identity.pin}"' if line.startswith("identity = ") else line
+                for line in lines
+            ]
+            data = "\n".join((*pinned, "")).encode()
+            write_atomically(state.client_config, data, mode=PUBLIC_MODE)
+    return identity
+
+
 def save_identity(state: StateDir, identity: ServerIdentity) -> None:
     """Write the identity (0600) and its pin, replacing what is there."""
     temporary = state.identity.with_name(f".{state.identity.name}.new")
     temporary.unlink(missing_ok=True)
     try:
         identity.save(temporary)
-        temporary.chmod(PRIVATE_MODE)
         temporary.replace(state.identity)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """Bring an answer from the thread that generates it to the event loop that sends it.
 
 One wake-up of the loop carries every token that came since the last one, so the generating thread
-pays a lock and, at most once per wake-up, one `call_soon_threadsafe`. It runs ahead of a slow reader
-by a bounded number of tokens and then waits; a reader that takes nothing for long loses its stream,
-because it would otherwise hold an engine slot that others wait for.
+pays a lock and, at most once per wake-up, one `call_soon_threadsafe`. It runs ahead of a slow
+reader by a bounded number of tokens and then waits; a reader that takes nothing for long loses its
+stream, because it would otherwise hold an engine slot that others wait for.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TokenRelay:
         return True
 
     def end(self, outcome: Completion | BaseException) -> None:
-        """Close the queue: the reader gets what is in it, then the outcome. Only the first counts."""
+        """Close the queue: the reader gets what is in it, then the first outcome given."""
         with self._room:
             if self._outcome is None:
                 self._outcome = outcome

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nearfar.errors import ConfigError
+
 PRIVATE_MODE = 0o600
 PUBLIC_MODE = 0o644
 
@@ -70,8 +72,19 @@ class StateDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other writers out while a file is read, changed and written back."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        """Keep other writers out while a file is read, changed and written back.
+
+        Raises:
+            ConfigError: There is no such directory.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as exc:
+            raise ConfigError(
+                f"There is no state directory {self.path}",
+                field="state",
+                fix=f"Create it with: nearfar cloud init {self.path}",
+            ) from exc
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

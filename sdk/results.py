@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
+
+from sdk.routing.types import Route as RouteName
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nearfar.bundle.manifest import Manifest
-    from sdk.routing.router import RouteDecision
-
-RouteName = Literal["edge", "cloud"]
+    from sdk.routing import RouteDecision
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -29,8 +29,13 @@ class Route(msgspec.Struct, frozen=True):
     reason: str
     before: tuple[RouteName, ...] = ()
 
+    @property
+    def path(self) -> str:
+        """All routes in order: ``edge``, or ``cloud → edge`` after a repair."""
+        return " → ".join((*self.before, self.name))
+
     def __str__(self) -> str:
-        return f'{" → ".join((*self.before, self.name))} · "{self.reason}"'
+        return f'{self.path} · "{self.reason}"'
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,3 +165,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     edge_variant: str | None
     cloud_variant: str | None
     manifest: Manifest
+
+
+__all__ = [
+    "Answered", "BatchUsage", "Chunk", "ClassifyResult", "EmbedResult", "InferResult", "ModelInfo",
+    "Route", "RouteName", "Timings",
+]  # fmt: skip

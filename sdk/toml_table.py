@@ -14,7 +14,7 @@ from nearfar.errors import ConfigError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 MAX_FILE_BYTES = 1 << 20  # far above any hand-written file; a wrong path may name a model
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -67,7 +67,7 @@ def parse_toml(text: str, *, source: str) -> dict[str, object]:
     """
     try:
         text.encode("utf-8")
-        return tomllib.loads(text)
+        parsed: dict[str, object] = tomllib.loads(text)
     except UnicodeEncodeError as exc:
         raise ConfigError(
             f"{source}: character {exc.start} is not valid Unicode", fix="Save the file as UTF-8"
@@ -78,6 +78,7 @@ def parse_toml(text: str, *, source: str) -> dict[str, object]:
         raise ConfigError(
             f"{source}: it is not valid TOML: {what}", fix="Correct the line that is named"
         ) from exc
+    return parsed
 
 
 class Table:
@@ -94,7 +95,7 @@ class Table:
         self, values: Mapping[str, object], *, where: str, known: Iterable[str], name: str = ""
     ) -> None:
         self._values = values
-        self._where = where
+        self.where = where
         self._name = name
         known = tuple(known)
         for key in values:
@@ -104,7 +105,7 @@ class Table:
     def error(self, key: str, problem: str, *, fix: str) -> ConfigError:
         """A `ConfigError` about one key of this table."""
         path = f"{self._name}.{key}" if self._name else key
-        return ConfigError(f"{self._where}: {path!r} {problem}", field=path, fix=fix)
+        return ConfigError(f"{self.where}: {path!r} {problem}", field=path, fix=fix)
 
     def has(self, key: str) -> bool:
         """Whether the key is there."""
@@ -203,7 +204,7 @@ class Table:
             raise self.error(
                 key, "must be a table", fix=f"Write {key} = {{ … }} or a [{path}] section"
             )
-        return Table(value, where=self._where, known=known, name=path)
+        return Table(value, where=self.where, known=known, name=path)
 
 
 def _clip(value: str) -> str:

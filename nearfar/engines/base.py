@@ -16,6 +16,7 @@ import numpy as np
 from nearfar.bundle.manifest import TensorSpec
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
 
+
 @dataclass(slots=True)
 class CancelToken:
     """Lets one thread stop work that another thread does; engines look at it between tokens."""

@@ -29,6 +29,9 @@ from nearfar.secure.keys import (
 TYPE_HELLO = 2
 TYPE_WELCOME = 3
 
+#: No handshake message comes near it (HELLO is the longest, 2432 bytes).
+MAX_HANDSHAKE_MESSAGE_BYTES = 4096
+
 SEED_BYTES = 32
 NONCE_BYTES = 32
 TAG_BYTES = 32

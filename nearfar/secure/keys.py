@@ -199,8 +199,10 @@ class KeyRing:
         self._drop_expired(now_s)
         newest = self._newest
         rotate_at_s = newest.not_before_s + self._lifetime_s / 2
-        # A wall clock that was set back makes the newest one invalid too.
-        if not newest.not_before_s <= now_s < rotate_at_s:
+        # A wall clock that was set back, or ahead and back, leaves a newest one that is not valid
+        # yet, or whose private key is gone.
+        is_usable = newest.key_id in self._issued and newest.not_before_s <= now_s < rotate_at_s
+        if not is_usable:
             self._newest = newest = self._issue(now_s)
         return newest
 

@@ -30,8 +30,8 @@ _LAST_EPOCH = 2**32 - 1
 class RekeyLimits:
     """How much one key protects. Both ends use the same.
 
-    The defaults keep the chance of telling AES-256-GCM from random below 2^-60 per epoch
-    (2^26 blocks of 16 bytes; RFC 8446, section 5.5, allows 2^24.5 full records).
+    The defaults stay far inside what AES-GCM allows (RFC 8446, section 5.5: 2^24.5 records of
+    2^14 bytes): 2^26 blocks give a birthday bound of about 2^-77 per epoch.
 
     Attributes:
         records: Records per epoch.

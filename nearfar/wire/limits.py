@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nearfar.errors import ConfigError
+
 MIB = 1 << 20
+#: One message is one record, which must fit one epoch (`nearfar.secure.records.RekeyLimits`).
+MAX_MESSAGE_BYTES = 1024 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,3 +34,11 @@ class Limits:
     max_tensors: int = 256
     max_streams: int = 64
     max_unsent_replies: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_message_bytes <= MAX_MESSAGE_BYTES:
+            raise ConfigError(
+                f"max_message_bytes is {self.max_message_bytes}",
+                field="max_message_bytes",
+                fix=f"Choose between 1 and {MAX_MESSAGE_BYTES}",
+            )

@@ -191,6 +191,8 @@ class Ping(_Message, frozen=True, tag=12):
 
 
 class Pong(_Message, frozen=True, tag=13):
+    """Either side: the answer to `Ping`."""
+
     id: int
 
 

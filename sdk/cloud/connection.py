@@ -55,23 +55,20 @@ class TensorReply:
     Attributes:
         message: The server's `Result`.
         outputs: Output name to array, as the model gave them; they belong to the caller.
-        bytes_sent: Sealed size of the request.
         bytes_received: Sealed size of the answer.
     """
 
-    __slots__ = ("bytes_received", "bytes_sent", "message", "outputs")
+    __slots__ = ("bytes_received", "message", "outputs")
 
     def __init__(
         self,
         message: wire.Result,
         outputs: dict[str, np.ndarray],
         *,
-        bytes_sent: int,
         bytes_received: int,
     ) -> None:
         self.message = message
         self.outputs = outputs
-        self.bytes_sent = bytes_sent
         self.bytes_received = bytes_received
 
 
@@ -79,7 +76,6 @@ class Stream:
     """One request on a connection: what came for it, and what ended it.
 
     Attributes:
-        bytes_sent: Sealed bytes that left for this request so far.
         fin: The server's last word on a generation that ended well.
         received_tokens: Tokens that arrived so far.
     """
@@ -93,7 +89,6 @@ class Stream:
         self._error: NearfarError | None = None
         self._ended = False
         self._ungranted_tokens = 0
-        self.bytes_sent = 0
         self.fin: wire.Fin | None = None
         self.received_tokens = 0
 
@@ -155,7 +150,7 @@ class Stream:
         error = self._error or CloudUnavailable("The connection was closed")
         if isinstance(error, CloudUnavailable):
             raise StreamInterrupted(
-                f"The answer was cut after {self.received_tokens} tokens: {error.problem}",
+                error.problem,
                 received_tokens=self.received_tokens,
                 fix=error.fix,
             ) from error
@@ -170,7 +165,7 @@ class Stream:
         self._connection.forget(self._id)
 
     def _send(self, message: wire.ClientMessage) -> None:
-        self.bytes_sent += self._connection.send(message, permit=self._permit)
+        self._connection.send(message, permit=self._permit)
 
     async def _wait(self, deadline: Deadline) -> None:
         while not self._arrived and not self._ended:
@@ -345,7 +340,7 @@ class Connection:
             )
         stream_id = self._session.next_stream
         stream = Stream(self, stream_id, permit)
-        stream.bytes_sent = self.send(
+        self.send(
             make(stream=stream_id, **fields),  # type: ignore[arg-type]
             tensors,
             permit=permit,

@@ -70,11 +70,14 @@ class Permit:
         model: The model it was asked about.
         region: Where the cloud endpoint stands; `None` when unknown.
 
+    Attributes:
+        bytes_sent: Sealed bytes that left the device under this permit so far.
+
     Raises:
         PolicyDenied: The verdict keeps the request on the device, or demands what is not there.
     """
 
-    __slots__ = ("model", "verdict")
+    __slots__ = ("bytes_sent", "model", "verdict")
 
     def __init__(self, verdict: Verdict, model: str, *, region: str | None = None) -> None:
         # `is not True`: a truthy value of another type is a bug somewhere, never a permission.
@@ -95,6 +98,7 @@ class Permit:
             )
         self.verdict = verdict
         self.model = model
+        self.bytes_sent = 0
 
 
 def send(
@@ -125,7 +129,9 @@ def send(
             raise _no_permit(message)
     elif not isinstance(message, (Cancel, Credit)):
         raise _no_permit(message)
-    return session.send(message, tensors)
+    size = session.send(message, tensors)
+    permit.bytes_sent += size
+    return size
 
 
 def _no_permit(message: ClientMessage) -> PolicyDenied:

@@ -1,10 +1,10 @@
 """The seam: every error of websockets, TLS and the operating system becomes one of ours, here.
 
-    certificate expired, of another host, or from an unknown CA    SecurityError (with the fix)
-    TLS refused for another reason                                 SecurityError
-    refused, unreachable, unknown host, timed out, closed          CloudUnavailable
-    answered with HTTP 401 or 403                                  SecurityError
-    a message larger than agreed, broken framing                   RemoteProtocolError
+certificate expired, of another host, or from an unknown CA    SecurityError (with the fix)
+TLS refused for another reason                                 SecurityError
+refused, unreachable, unknown host, timed out, closed          CloudUnavailable
+answered with HTTP 401 or 403                                  SecurityError
+a message larger than agreed, broken framing                   RemoteProtocolError
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _certificate_error(exc: ssl.SSLCertVerificationError, url: str) -> SecurityE
     if code in _UNKNOWN_ISSUER:
         return SecurityError(
             f"The TLS certificate of {url} comes from a CA that is not trusted here",
-            fix="Set `ca_file` of this cloud to the CA's certificate (ca.pem of nearfar cloud init)",
+            fix="Set `ca_file` of this cloud to the CA's certificate (ca.pem)",
         )
     return SecurityError(
         f"The TLS certificate of {url} was not accepted: {exc.verify_message}",

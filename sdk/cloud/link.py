@@ -78,15 +78,15 @@ class CloudLink:
 
     Args:
         config: Address, pin, credentials.
+
+    Attributes:
         on_round_trip: Told every measured round trip, in milliseconds.
     """
 
-    def __init__(
-        self, config: CloudConfig, *, on_round_trip: Callable[[float], None] | None = None
-    ) -> None:
+    def __init__(self, config: CloudConfig) -> None:
         self.config = config
         self.state = LinkState()
-        self._on_round_trip = on_round_trip
+        self.on_round_trip: Callable[[float], None] | None = None
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[Connection] | None = None
         self._draining: list[Connection] = []
@@ -133,10 +133,10 @@ class CloudLink:
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded, InvalidInput: Typed; see `Stream`.
         """
-        from nearfar.wire.codec import tensor_headers
+        from nearfar.wire.codec import describe
 
         connection = await self._usable(deadline)
-        names, arrays = tuple(tensors), tuple(tensors.values())
+        arrays = tuple(tensors.values())
         started_s = time.perf_counter()
         stream = self._open(
             connection,
@@ -144,7 +144,7 @@ class CloudLink:
             {
                 "request_id": os.urandom(16),
                 "model": model,
-                "tensors": tensor_headers(names, arrays),
+                "tensors": describe(tensors),
                 "form": form,
                 "version": version,
                 "variant": variant,
@@ -162,15 +162,13 @@ class CloudLink:
         if not isinstance(message, wire.Result):
             raise RemoteProtocolError(f"{self.config.url} answered an Infer with another message")
         elapsed_s = time.perf_counter() - started_s
-        self._measure_bandwidth(elapsed_s, stream.bytes_sent + received.size_bytes, message)
+        self._measure_bandwidth(elapsed_s, permit.bytes_sent + received.size_bytes, message)
         # Received tensors are views into one websocket message; copies let it go and are writable.
         outputs = {
             header.name: array.copy()
             for header, array in zip(message.tensors, received.tensors, strict=True)
         }
-        return TensorReply(
-            message, outputs, bytes_sent=stream.bytes_sent, bytes_received=received.size_bytes
-        )
+        return TensorReply(message, outputs, bytes_received=received.size_bytes)
 
     async def generate(
         self,
@@ -241,9 +239,7 @@ class CloudLink:
             self._connecting = asyncio.ensure_future(self._reconnect())
             self._connecting.add_done_callback(_mark_seen)
         try:
-            return await asyncio.wait_for(
-                asyncio.shield(self._connecting), deadline.timeout_s()
-            )
+            return await asyncio.wait_for(asyncio.shield(self._connecting), deadline.timeout_s())
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(
                 f"The deadline passed while connecting to {self.config.url}",
@@ -307,8 +303,8 @@ class CloudLink:
         rtt_ms = await connection.ping(timeout_s)
         self._rtt_at_s = time.monotonic()
         self._publish(rtt_ms=rtt_ms)
-        if self._on_round_trip is not None:
-            self._on_round_trip(rtt_ms)
+        if self.on_round_trip is not None:
+            self.on_round_trip(rtt_ms)
         return rtt_ms
 
     def _upkeep(self, connection: Connection) -> None:

@@ -1,8 +1,10 @@
 """May this request leave the device? Pure rules, no I/O in `evaluate`.
 
     policy = load_policy("policy.toml")
-    verdict = evaluate(policy, RequestFacts(model="assistant", task="text-generation", sensitivity="personal"))
-    verdict.cloud  # False: "policy rule clinic-2 keeps personal data on the device"
+    facts = RequestFacts(model="assistant", task="text-generation", sensitivity="personal")
+    verdict = evaluate(policy, facts)
+    verdict.cloud   # False
+    verdict.reason  # "policy rule clinic-2 keeps personal data on the device"
 
 Semantics: docs/reference/policy.md.
 """

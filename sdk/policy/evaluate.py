@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from nearfar.errors import InvalidInput
-from sdk.policy.model import BUILT_IN_RULE_ID, Condition, Policy, RequestFacts, Rule, Verdict
+from sdk.policy.model import (
+    BUILT_IN_RULE_ID,
+    Condition,
+    Policy,
+    RequestFacts,
+    Requirement,
+    Rule,
+    Verdict,
+)
 from sdk.toml_table import suggestion
 
 # How a condition relates to the facts. A rule whose condition hangs on a fact that nobody knows
 # gives nothing, and takes what it would take: fail closed in both directions.
-_NO = 0
-_UNKNOWN_LINK = 1  # would match if the region or network were a listed one
-_UNKNOWN_CONTENT = 2  # would match if the content held a listed finding; nobody looked
-_YES = 3
+_NO: Final = 0
+_UNKNOWN_LINK: Final = 1  # would match if the region or network were a listed one
+_UNKNOWN_CONTENT: Final = 2  # would match if the content held a listed finding; nobody looked
+_YES: Final = 3
 
-_MAX_MODEL_IN_REASON = 48
+_MAX_MODEL_IN_REASON = 32
+_NOTHING = Requirement()
 
 
 def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
@@ -41,6 +50,8 @@ def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
     keep_rank = 9
     allow: Rule | None = None
     not_edge: Rule | None = None
+    unknown: Rule | None = None
+    bound_to_region = False
     for rule in policy.rules:
         match = _match(rule.when, facts)
         if match == _NO:
@@ -48,12 +59,16 @@ def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
         certain = match == _YES
         if certain:
             matched.append(rule)
+        else:
+            unknown = unknown or rule
         effect = rule.effect
         if effect == "deny" and match != _UNKNOWN_LINK:
             deny = deny or rule
             continue
         if effect == "cloud_ok" and certain:
             allow = allow or rule
+            if rule.when.region is not None or rule.require.region is not None:
+                bound_to_region = True
             if not rule.edge:
                 not_edge = not_edge or rule
         rank, reason = _why_not_cloud(rule, facts, certain=certain)
@@ -68,20 +83,22 @@ def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
         )
         return _verdict(policy, matched, deny, reason)
     if not matched:
-        return _verdict(
-            policy,
-            matched,
-            None,
+        reason = (
             f"no policy rule matches {facts.sensitivity} data for model "
-            f"{facts.model[:_MAX_MODEL_IN_REASON]!r}, and what no rule allows is denied",
+            f"{facts.model[:_MAX_MODEL_IN_REASON]!r}, and what no rule allows is denied"
         )
+        if unknown is not None:
+            reason += f" (rule {unknown.id} asks for a region, network or finding not known here)"
+        return _verdict(policy, matched, None, reason)
     if keep is None:
         assert allow is not None
+        # Whoever opens the connection can check once more that it leads where policy was asked.
+        region = facts.region if bound_to_region else None
         if not_edge is not None:
             reason = f"policy rule {not_edge.id} allows the cloud and rules the device out"
-            return _verdict(policy, matched, not_edge, reason, cloud=True)
+            return _verdict(policy, matched, not_edge, reason, cloud=True, region=region)
         reason = f"policy rule {allow.id} allows the device and the cloud"
-        return _verdict(policy, matched, allow, reason, edge=True, cloud=True)
+        return _verdict(policy, matched, allow, reason, edge=True, cloud=True, region=region)
     if not_edge is not None:
         reason = f"{keep_reason}, and policy rule {not_edge.id} rules the device out"
         return _verdict(policy, matched, keep, reason)
@@ -96,12 +113,18 @@ def _verdict(
     *,
     edge: bool = False,
     cloud: bool = False,
+    region: str | None = None,
 ) -> Verdict:
     rule_ids = tuple(rule.id for rule in matched if rule is not deciding)
     if deciding is not None:
         rule_ids = (deciding.id, *rule_ids)
     return Verdict(
-        edge=edge, cloud=cloud, rule_ids=rule_ids, reason=reason, policy_hash=policy.hash
+        edge=edge,
+        cloud=cloud,
+        rule_ids=rule_ids,
+        reason=reason,
+        policy_hash=policy.hash,
+        require=_NOTHING if region is None else Requirement(region=(region,)),
     )
 
 
@@ -147,7 +170,7 @@ def _why_not_cloud(rule: Rule, facts: RequestFacts, *, certain: bool) -> tuple[i
         if rule.id == BUILT_IN_RULE_ID:
             return 0, "no policy file is configured, so everything stays on the device"
         return 0, f"policy rule {rule.id} keeps {facts.sensitivity} data on the device"
-    demand = _undeliverable(rule)
+    demand = undeliverable(rule)
     if demand:
         return 1, (
             f"policy rule {rule.id} demands {demand} for the cloud, "
@@ -163,7 +186,7 @@ def _why_not_cloud(rule: Rule, facts: RequestFacts, *, certain: bool) -> tuple[i
     return 9, ""
 
 
-def _undeliverable(rule: Rule) -> str:
+def undeliverable(rule: Rule) -> str:
     """What the rule demands that this version cannot carry out; ``""`` when nothing."""
     if rule.transforms:
         return rule.transforms[0]

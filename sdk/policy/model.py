@@ -44,7 +44,7 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
     findings: frozenset[str] | None = None
 
 
-class Condition(msgspec.Struct, frozen=True, kw_only=True):
+class Condition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When a rule applies: every field that is set must hold; an empty condition always holds.
 
     Each field lists the accepted values, sorted; `None` accepts anything. `sensitivity` is
@@ -61,7 +61,7 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[str, ...] | None = None
 
 
-class Requirement(msgspec.Struct, frozen=True, kw_only=True):
+class Requirement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What must hold on the way to the cloud.
 
     Attributes:
@@ -75,7 +75,7 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
     region: tuple[str, ...] | None = None
 
 
-class Rule(msgspec.Struct, frozen=True, kw_only=True):
+class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One rule of a policy.
 
     Attributes:
@@ -96,7 +96,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Canonical(msgspec.Struct, frozen=True):
-    """What the policy hash is taken over: the meaning, not the file's layout or comments."""
+    """What the policy hash is taken over: the meaning, not the file's layout or comments.
+
+    Defaults are left out of it, so a field added later does not change the hash of old policies.
+    """
 
     version: int
     classes: tuple[str, ...]
@@ -149,7 +152,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         policy_hash: `Policy.hash` of the policy that was asked.
         transforms: What must be done to the content before it leaves. This version carries out
             none and takes the cloud away instead, so it is empty.
-        require: What must hold on the way to the cloud; likewise.
+        require: What must still hold when bytes leave: the region that the cloud was allowed for,
+            when a rule asked for one. Other requirements take the cloud away in this version.
     """
 
     edge: bool

@@ -21,9 +21,10 @@ from sdk.toml_table import Table, parse_toml, read_text, suggestion
 
 FORMAT_VERSION = 1
 MAX_RULES = 1000
-# Ids and class names stand in every decision record, which has 1 KB.
+# Ids, classes and regions stand in every decision record, which has 1 KB.
 MAX_ID_LENGTH = 48
 MAX_CLASS_LENGTH = 24
+MAX_REGION_LENGTH = 32
 MAX_NAME_LENGTH = 128
 
 EFFECTS: tuple[Effect, ...] = get_args(Effect)
@@ -179,9 +180,7 @@ def _transforms(table: Table) -> tuple[Transform, ...]:
     )
     for name in names or ():
         if name not in TRANSFORMS:
-            raise table.error(
-                "transform", f"holds '{name}'", fix=suggestion(name, TRANSFORMS)
-            )
+            raise table.error("transform", f"holds '{name}'", fix=suggestion(name, TRANSFORMS))
     return tuple(transform for transform in TRANSFORMS if transform in (names or ()))
 
 
@@ -189,7 +188,7 @@ def _requirement(table: Table) -> Requirement:
     return Requirement(
         padding=table.choice("padding", PADDINGS) or "off",
         attestation=table.boolean("attestation", default=False),
-        region=table.names("region", max_length=MAX_NAME_LENGTH, fix=_NAMES_FIX),
+        region=table.names("region", max_length=MAX_REGION_LENGTH, fix=_NAMES_FIX),
     )
 
 
@@ -198,7 +197,11 @@ def _condition(rule: Table, classes: tuple[str, ...]) -> Condition:
     return Condition(
         sensitivity=_sensitivity(when, classes),
         **{
-            key: when.names(key, max_length=MAX_NAME_LENGTH, fix=_NAMES_FIX)
+            key: when.names(
+                key,
+                max_length=MAX_REGION_LENGTH if key == "region" else MAX_NAME_LENGTH,
+                fix=_NAMES_FIX,
+            )
             for key in _NAME_CONDITIONS
         },
     )

@@ -19,8 +19,12 @@ from collections.abc import Callable, Generator
 
 import msgspec
 
-from nearfar.errors import NearfarError
+from nearfar.errors import CloudUnavailable, DeadlineExceeded, NearfarError
 from sdk.routing.types import Route, RouteDecision
+
+# A route that just failed is tried once more when there is no other: a dropped connection is
+# often a single event (server restart, change of network), and 100 ms outlives most of those.
+SAME_ROUTE_DELAY_S = 0.1
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,8 +72,12 @@ def attempts(
 ) -> Generator[Attempt, Outcome, None]:
     """Yield attempts until one succeeds.
 
+    After a retryable failure policy is asked again; the other route is taken when both this
+    verdict and the first one allow it, so a repair never widens what the request began with.
+    Without another route, a cloud that went away is tried once more.
+
     Args:
-        first: The decision the request started with; its verdict is never widened.
+        first: The decision the request started with.
         decide_again: Asks policy again before any further attempt.
         at_s: Absolute deadline, `Deadline.at_s`.
         max_attempts: Upper bound, the first one included.
@@ -79,5 +87,42 @@ def attempts(
         DeadlineExceeded: The deadline passed before an attempt succeeded.
         NearfarError: The last attempt's error, when it is not retryable or nothing is left.
     """
-    raise NotImplementedError
-    yield
+    first.raise_if_denied()
+    decision = first
+    tried: list[Route] = []
+    delay_s = 0.0
+    while True:
+        route = decision.route
+        assert route is not None
+        tried.append(route)
+        outcome = yield Attempt(number=len(tried), route=route, decision=decision, delay_s=delay_s)
+        error = outcome.error
+        if error is None:
+            return
+        if not error.retryable or not outcome.can_resume:
+            raise error
+        if outcome.now_s >= at_s:
+            raise _too_late(tried, error) from error
+        if len(tried) >= max_attempts:
+            raise error
+        decision = decide_again(tuple(dict.fromkeys(tried)), outcome.now_s)
+        route = decision.route
+        if route is None or not first.verdict.allows(route):
+            raise error
+        delay_s = 0.0
+        if route in tried:
+            went_away = route == tried[-1] == "cloud" and isinstance(error, CloudUnavailable)
+            if not went_away or tried.count(route) > 1:
+                raise error
+            delay_s = SAME_ROUTE_DELAY_S
+            if outcome.now_s + delay_s >= at_s:
+                raise _too_late(tried, error) from error
+
+
+def _too_late(tried: list[Route], error: NearfarError) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"The deadline passed before an answer was complete; tried {', then '.join(tried)}, "
+        f"and the last attempt failed: {error.problem}",
+        tried=tuple(tried),
+        fix="Allow more time with deadline_ms",
+    )

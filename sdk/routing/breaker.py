@@ -1,6 +1,7 @@
 """A circuit breaker, so that an unreachable cloud is not waited for on every request.
 
-Sans-IO: `now_s` is passed in, jitter comes from a given random generator.
+Sans-IO: `now_s` is passed in, jitter comes from a given random generator. Not locked: a race
+between threads costs at most one probe more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ class BreakerState(enum.Enum):
 
 
 class CircuitBreaker:
-    """Opens after consecutive failures, lets one probe through after a jittered backoff."""
+    """Opens after consecutive failures, lets one probe through after a jittered backoff.
+
+    Args:
+        failure_threshold: Consecutive failures that open it.
+        base_backoff_s: First backoff; doubles with every failed probe.
+        max_backoff_s: Upper bound of the backoff.
+        probe_timeout_s: A probe that reports nothing for so long is taken to be lost.
+        rng: Source of jitter; a fresh one by default.
+    """
 
     def __init__(
         self,
@@ -28,36 +37,75 @@ class CircuitBreaker:
         max_backoff_s: float = 60.0,
         probe_timeout_s: float = 10.0,
         rng: random.Random | None = None,
-    ) -> None: ...
+    ) -> None:
+        self._failure_threshold = failure_threshold
+        self._base_backoff_s = base_backoff_s
+        self._max_backoff_s = max_backoff_s
+        self._probe_timeout_s = probe_timeout_s
+        # Spreads retries of many devices in time; nothing secret hangs on it.
+        self._rng = rng or random.Random()  # noqa: S311
+        self._failures = 0
+        self._retry_at_s: float | None = None  # None: closed
+        self._probe_until_s: float | None = None
+
+    @property
+    def failures(self) -> int:
+        """Consecutive failures."""
+        return self._failures
 
     def state(self, now_s: float) -> BreakerState:
         """State at that time; changes nothing."""
-        raise NotImplementedError
+        if self._retry_at_s is None:
+            return BreakerState.CLOSED
+        return BreakerState.OPEN if now_s < self._retry_at_s else BreakerState.HALF_OPEN
 
     def can_try(self, now_s: float) -> bool:
         """Whether a request may use the endpoint now; changes nothing (for decisions)."""
-        raise NotImplementedError
+        return self.retry_in_s(now_s) == 0.0
 
     def acquire(self, now_s: float) -> bool:
         """Ask to use the endpoint now; in HALF_OPEN takes the one probe."""
-        raise NotImplementedError
+        if not self.can_try(now_s):
+            return False
+        if self._retry_at_s is not None:
+            self._probe_until_s = now_s + self._probe_timeout_s
+        return True
 
     def record_success(self, now_s: float) -> None:
         """The endpoint answered (even with a typed error of its own): close."""
-        raise NotImplementedError
+        self._failures = 0
+        self._retry_at_s = None
+        self._probe_until_s = None
 
     def record_failure(self, now_s: float) -> None:
         """The endpoint could not be reached or went away."""
-        raise NotImplementedError
+        if self.state(now_s) is BreakerState.OPEN:
+            return  # an attempt that began before it opened says nothing new
+        self._failures += 1
+        self._probe_until_s = None
+        if self._failures >= self._failure_threshold:
+            doublings = min(self._failures - self._failure_threshold, 30)
+            backoff_s = min(self._max_backoff_s, self._base_backoff_s * 2.0**doublings)
+            # Half fixed, half random: never at once, never all devices together.
+            self._retry_at_s = now_s + backoff_s * (0.5 + 0.5 * self._rng.random())
 
     def release(self, now_s: float) -> None:
         """The attempt says nothing about the endpoint (cancelled): give the probe back."""
-        raise NotImplementedError
+        self._probe_until_s = None
 
     def retry_in_s(self, now_s: float) -> float:
         """Seconds until the endpoint may be tried; 0 when it may be tried now."""
-        raise NotImplementedError
+        if self._retry_at_s is None:
+            return 0.0
+        wait_s = max(0.0, self._retry_at_s - now_s)
+        if self._probe_until_s is not None:
+            wait_s = max(wait_s, self._probe_until_s - now_s)
+        return wait_s
 
     def describe(self, now_s: float) -> str:
-        """Why it is not tried, for `RouteState.detail`: "it failed 3 times, next try in 4 s"."""
-        raise NotImplementedError
+        """Why it is not tried, for `RouteState.detail`: "failed 3 times, next try in 4 s"."""
+        wait_s = self.retry_in_s(now_s)
+        if wait_s == 0.0:
+            return ""
+        times = "once" if self._failures == 1 else f"{self._failures} times"
+        return f"failed {times}, next try in {wait_s:.1f} s"

@@ -1,8 +1,38 @@
-"""Choose a route: a pure function of `DecisionInputs`. See docs/explanation/how-a-request-is-routed.md."""
+"""Choose a route: a pure function of `DecisionInputs`.
+
+Why it decides as it does: docs/explanation/how-a-request-is-routed.md.
+"""
 
 from __future__ import annotations
 
-from sdk.routing.types import DecisionInputs, RouteDecision
+import msgspec
+
+from nearfar.errors import InvalidInput
+from nearfar.units import format_ms
+from sdk.policy.model import Verdict
+from sdk.routing.types import (
+    DecisionInputs,
+    Prediction,
+    Route,
+    RouteDecision,
+    RouteState,
+    exclusion,
+    meets_deadline,
+    obstacle_text,
+    refusal,
+)
+
+# The cloud must be faster by more than a tenth before anything leaves the device for speed: less
+# than that is within what predictions are off by.
+CLOUD_MUST_WIN_BY = 0.9
+
+# What keeps a record within 1 KB; only names and words are cut, never what a choice depends on.
+MAX_MODEL_BYTES = 40
+MAX_SENSITIVITY_BYTES = 24
+MAX_DETAIL_BYTES = 48
+MAX_VERDICT_REASON_BYTES = 160
+MAX_REASON_BYTES = 220
+MAX_RULE_IDS_BYTES = 72
 
 
 def decide(inputs: DecisionInputs) -> RouteDecision:
@@ -10,7 +40,33 @@ def decide(inputs: DecisionInputs) -> RouteDecision:
 
     Never raises for lack of a route: `RouteDecision.raise_if_denied` does.
     """
-    raise NotImplementedError
+    inputs = _clip_inputs(inputs)
+    edge_out = exclusion("edge", inputs)
+    cloud_out = exclusion("cloud", inputs)
+    if edge_out and cloud_out:
+        return RouteDecision(
+            route=None,
+            fallback=None,
+            meets_deadline=False,
+            reason=_clip(f"no route: {refusal(inputs).problem}", MAX_REASON_BYTES),
+            inputs=inputs,
+        )
+    route: Route
+    fallback: Route | None = None
+    if edge_out or cloud_out:
+        route = "cloud" if edge_out else "edge"
+        why = _why_alone(route, inputs)
+    else:
+        route, why = _choose(inputs)
+        other = _other(route)
+        fallback = None if other in inputs.failed else other
+    return RouteDecision(
+        route=route,
+        fallback=fallback,
+        meets_deadline=meets_deadline(inputs.state(route).prediction, inputs.remaining_ms),
+        reason=_clip(f"{route}: {why}", MAX_REASON_BYTES),
+        inputs=inputs,
+    )
 
 
 def replay(record: RouteDecision | bytes) -> RouteDecision:
@@ -22,4 +78,180 @@ def replay(record: RouteDecision | bytes) -> RouteDecision:
     Raises:
         InvalidInput: The bytes are not a decision record.
     """
-    raise NotImplementedError
+    if isinstance(record, bytes):
+        record = decode_decision(record)
+    return decide(record.inputs)
+
+
+def decode_decision(record: bytes) -> RouteDecision:
+    """Read the bytes of `RouteDecision.encode`.
+
+    Raises:
+        InvalidInput: The bytes are not a decision record.
+    """
+    try:
+        return _DECODER.decode(record)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise InvalidInput(
+            f"The bytes are not a decision record ({exc})",
+            field="record",
+            fix="Pass the bytes that RouteDecision.encode returned",
+        ) from exc
+
+
+_DECODER = msgspec.msgpack.Decoder(RouteDecision)
+
+
+def _other(route: Route) -> Route:
+    return "cloud" if route == "edge" else "edge"
+
+
+def _why_alone(route: Route, inputs: DecisionInputs) -> str:
+    """Why the only route that can be taken is the only one, and whether it will be late."""
+    why = obstacle_text(_other(route), inputs)
+    if meets_deadline(inputs.state(route).prediction, inputs.remaining_ms):
+        return why
+    return f"{why}; it {_too_slow(inputs.state(route), inputs)}"
+
+
+def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
+    """Choose between two routes that can both be taken."""
+    edge, cloud = inputs.edge.prediction, inputs.cloud.prediction
+    edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
+    if edge_failed != cloud_failed:
+        return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
+    edge_in_time = meets_deadline(edge, inputs.remaining_ms)
+    cloud_in_time = meets_deadline(cloud, inputs.remaining_ms)
+    if edge_in_time and cloud_in_time:
+        return _choose_freely(inputs, edge, cloud)
+    if edge_in_time:
+        return "edge", f"the cloud {_too_slow(inputs.cloud, inputs)}"
+    if cloud_in_time:
+        return "cloud", f"the edge {_too_slow(inputs.edge, inputs)}"
+    # Not in time means known, see `meets_deadline`.
+    assert edge.p95_ms is not None
+    assert cloud.p95_ms is not None
+    route: Route = "edge" if edge.p95_ms <= cloud.p95_ms else "cloud"
+    return route, (
+        f"neither route is expected to meet the deadline of {format_ms(inputs.remaining_ms)}, "
+        f"this one comes closest ({format_ms(min(edge.p95_ms, cloud.p95_ms))})"
+    )
+
+
+def _choose_freely(
+    inputs: DecisionInputs, edge: Prediction, cloud: Prediction
+) -> tuple[Route, str]:
+    """Choose between two routes that are both expected in time: mode, then objective."""
+    if inputs.mode == "prefer_edge":
+        return "edge", "the mode is prefer_edge"
+    if inputs.mode == "prefer_cloud":
+        return "cloud", "the mode is prefer_cloud"
+    edge_rank, cloud_rank = inputs.edge.quality_rank, inputs.cloud.quality_rank
+    if (
+        inputs.objective == "quality"
+        and edge_rank is not None
+        and cloud_rank is not None
+        and edge_rank != cloud_rank
+    ):
+        route: Route = "edge" if edge_rank < cloud_rank else "cloud"
+        return route, "its variant of the model has the better quality" + (
+            "" if inputs.remaining_ms is None else ", and it is expected in time"
+        )
+    if edge.p50_ms is None or cloud.p50_ms is None:
+        return _choose_blindly(inputs, edge, cloud)
+    if cloud.p50_ms < CLOUD_MUST_WIN_BY * edge.p50_ms:
+        return "cloud", (
+            f"about {format_ms(cloud.p50_ms)}, the edge would take "
+            f"{format_ms(edge.p50_ms)}{_queue(inputs.edge)}"
+        )
+    if cloud.p50_ms <= edge.p50_ms:
+        return "edge", (
+            f"as fast as the cloud (about {format_ms(edge.p50_ms)}), and nothing leaves the device"
+        )
+    return "edge", (
+        f"about {format_ms(edge.p50_ms)}, the cloud would take "
+        f"{format_ms(cloud.p50_ms)}{_queue(inputs.cloud)}"
+    )
+
+
+def _choose_blindly(
+    inputs: DecisionInputs, edge: Prediction, cloud: Prediction
+) -> tuple[Route, str]:
+    """Choose when the latency of at least one route is not known yet."""
+    if edge.p50_ms is None and cloud.p50_ms is not None and inputs.remaining_ms is not None:
+        return "cloud", (
+            f"about {format_ms(cloud.p50_ms)}, and how long the edge takes is not known yet"
+        )
+    if edge.p50_ms is None:
+        # Without a deadline, the way to learn the edge's latency is to use it.
+        return "edge", "how long it takes is not known yet, and nothing leaves the device"
+    return "edge", f"about {format_ms(edge.p50_ms)}, and how long the cloud takes is not known yet"
+
+
+def _too_slow(state: RouteState, inputs: DecisionInputs) -> str:
+    p50_ms, p95_ms = state.prediction.p50_ms, state.prediction.p95_ms
+    remaining_ms = inputs.remaining_ms
+    assert p50_ms is not None
+    assert remaining_ms is not None
+    if p50_ms > remaining_ms:
+        takes = f"would take about {format_ms(p50_ms)}"
+    else:
+        takes = f"may take {format_ms(p95_ms)}"
+    return f"{takes}{_queue(state)}, the deadline is {format_ms(remaining_ms)}"
+
+
+def _queue(state: RouteState) -> str:
+    if state.ahead > 0:
+        return f" ({state.ahead} {'request' if state.ahead == 1 else 'requests'} ahead)"
+    if state.prediction.load_ms > 0:
+        return " (the model is not loaded yet)"
+    return ""
+
+
+def _clip(text: str, max_bytes: int) -> str:
+    if len(text) * 4 <= max_bytes or (text.isascii() and len(text) <= max_bytes):
+        return text
+    data = text.encode("utf-8", "replace")
+    if len(data) <= max_bytes:
+        return text
+    return data[: max_bytes - 3].decode("utf-8", "ignore") + "…"
+
+
+def _clip_state(state: RouteState) -> RouteState:
+    detail = _clip(state.detail, MAX_DETAIL_BYTES)
+    if detail is state.detail:
+        return state
+    return msgspec.structs.replace(state, detail=detail)
+
+
+def _clip_verdict(verdict: Verdict) -> Verdict:
+    reason = _clip(verdict.reason, MAX_VERDICT_REASON_BYTES)
+    kept = 0
+    total_bytes = 0
+    for rule_id in verdict.rule_ids:
+        total_bytes += len(rule_id) + 1
+        if total_bytes > MAX_RULE_IDS_BYTES:
+            break
+        kept += 1
+    if reason is verdict.reason and kept == len(verdict.rule_ids):
+        return verdict
+    return msgspec.structs.replace(verdict, reason=reason, rule_ids=verdict.rule_ids[:kept])
+
+
+def _clip_inputs(inputs: DecisionInputs) -> DecisionInputs:
+    """The same inputs, small enough for a record; deciding on them makes replay exact."""
+    model = _clip(inputs.model, MAX_MODEL_BYTES)
+    sensitivity = _clip(inputs.sensitivity, MAX_SENSITIVITY_BYTES)
+    verdict = _clip_verdict(inputs.verdict)
+    edge, cloud = _clip_state(inputs.edge), _clip_state(inputs.cloud)
+    if (
+        model is inputs.model
+        and sensitivity is inputs.sensitivity
+        and verdict is inputs.verdict
+        and edge is inputs.edge
+        and cloud is inputs.cloud
+    ):
+        return inputs
+    return msgspec.structs.replace(
+        inputs, model=model, sensitivity=sensitivity, verdict=verdict, edge=edge, cloud=cloud
+    )

@@ -10,14 +10,20 @@ from typing import Literal, get_args
 
 import msgspec
 
-from nearfar.errors import CloudUnavailable, InvalidInput, ModelNotFound, NearfarError, PolicyDenied
+from nearfar.errors import (
+    CloudUnavailable,
+    ConfigError,
+    ModelNotFound,
+    NearfarError,
+    PolicyDenied,
+)
 from sdk.policy.model import Verdict
 
 Route = Literal["edge", "cloud"]
 Mode = Literal["auto", "edge_only", "prefer_edge", "prefer_cloud", "cloud_only"]
 Objective = Literal["latency", "quality"]
 Basis = Literal["measured", "seeded", "unknown"]
-Obstacle = Literal["", "no_model", "not_configured", "unreachable", "failed"]
+Obstacle = Literal["", "no_model", "not_configured", "unreachable"]
 
 ROUTES: tuple[Route, ...] = get_args(Route)
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -51,6 +57,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         ttft_ms: Median time to the first token, queue and network included (text generation).
         ms_per_token: Median time per output token after the first (text generation).
         queue_ms: Wait for a slot, part of the above.
+        load_ms: Time to load the model first, part of the above; 0 when it is in memory.
         network_ms: Round trip and transfer, part of the above; 0 on the edge.
     """
 
@@ -61,6 +68,14 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ms_per_token: float | None = None
     queue_ms: float = 0.0
     network_ms: float = 0.0
+    load_ms: float = 0.0
+
+    @property
+    def service_ms(self) -> float | None:
+        """Median time a slot would be held: without queue, loading and network."""
+        if self.p50_ms is None:
+            return None
+        return max(0.0, self.p50_ms - self.queue_ms - self.load_ms - self.network_ms)
 
 
 UNKNOWN = Prediction()
@@ -72,9 +87,9 @@ class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     Attributes:
         obstacle: Why the route cannot be taken at all, ``""`` when it can: ``no_model`` (it does
             not have the model), ``not_configured`` (no cloud, or no edge runtime), ``unreachable``
-            (the circuit breaker is open), ``failed`` (it was tried for this very request).
-        detail: The obstacle in words, for example "it did not answer 3 times and is tried again
-            in 4 s"; clipped in the decision.
+            (the circuit breaker is open).
+        detail: More about the obstacle, in words, for example `CircuitBreaker.describe`; clipped
+            to 48 bytes in the decision.
         prediction: How long it would take.
         quality_rank: `Variant.quality_rank` of the variant that would answer; 0 is the best,
             `None` when unknown.
@@ -121,48 +136,45 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         return self.edge if route == "edge" else self.cloud
 
 
-class Candidate(msgspec.Struct, frozen=True, array_like=True):
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """How one route fared in a decision.
 
     Attributes:
         route: Which.
-        eligible: Whether policy, mode and availability let it take part.
-        note: Why not, or what counted against it; ``""`` when nothing did.
-        p50_ms: Predicted median; `None` when unknown.
-        p95_ms: Predicted 95th percentile; `None` when unknown.
-        basis: What the prediction rests on.
+        note: Why it could not take part: ``policy``, ``mode`` or an obstacle; ``""`` when it could.
+        prediction: How long it would take.
         meets_deadline: Whether p95 fits into the time left; `True` without a deadline, and `True`
-            when nothing is known (a route nobody has tried is not held to be late).
+            when nothing is known (a route that nobody has tried is not held to be late).
     """
 
     route: Route
-    eligible: bool
     note: str
-    p50_ms: float | None
-    p95_ms: float | None
-    basis: Basis
+    prediction: Prediction
     meets_deadline: bool
+
+    @property
+    def is_eligible(self) -> bool:
+        """Whether policy, mode and availability let it take part."""
+        return not self.note
 
 
 class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Where a request goes and why. Encode it with `encode`; `router.replay` reproduces it.
+    """Where a request goes and why. `router.replay` reproduces it from its inputs.
 
     Attributes:
-        inputs: What the decision was made from (names and reasons clipped to keep it small).
-        route: Where to run; `None` when no route is left, see `error`.
+        route: Where to run; `None` when no route is left, see `raise_if_denied`.
         fallback: Where to go when `route` fails (policy is asked again first); `None` when
             nothing else is allowed and available.
-        reason: One sentence for people, starting with the route.
         meets_deadline: Whether the chosen route is expected to meet the deadline.
-        candidates: Both routes, the edge first.
+        reason: One sentence for people, starting with the route.
+        inputs: What the decision was made from (names and reasons clipped to keep it small).
     """
 
-    inputs: DecisionInputs
     route: Route | None
     fallback: Route | None
-    reason: str
     meets_deadline: bool
-    candidates: tuple[Candidate, ...]
+    reason: str
+    inputs: DecisionInputs
 
     @property
     def verdict(self) -> Verdict:
@@ -170,34 +182,113 @@ class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         return self.inputs.verdict
 
     @property
-    def candidate(self) -> Candidate | None:
-        """The chosen candidate."""
-        return next((c for c in self.candidates if c.route == self.route), None)
+    def candidates(self) -> tuple[Candidate, Candidate]:
+        """Both routes and how they fared, the edge first."""
+        return candidate("edge", self.inputs), candidate("cloud", self.inputs)
 
     def encode(self) -> bytes:
         """The decision record: msgpack, at most 1,024 bytes, free of content."""
-        raise NotImplementedError
+        return msgspec.msgpack.encode(self)
 
     def error(self) -> NearfarError | None:
-        """Why there is no route, as the error an app meets; `None` when there is one."""
-        raise NotImplementedError
+        """Why there is no route, as the error that an app meets; `None` when there is one."""
+        return refusal(self.inputs) if self.route is None else None
 
     def raise_if_denied(self) -> None:
         """Raise when there is no route.
 
         Raises:
             PolicyDenied: Policy (alone, or together with the mode) leaves no route.
-            ModelNotFound: Policy allows a route, but the model is not there.
+            ModelNotFound: A route is allowed, but the model is not there.
             CloudUnavailable: Only the cloud could answer, and it cannot be reached.
-            InvalidInput: The mode asks for a route that is not configured.
+            ConfigError: Only a route that is not configured could answer.
         """
         error = self.error()
         if error is not None:
             raise error
 
 
-__all__ = [
-    "MODES", "OBJECTIVES", "ROUTES", "UNKNOWN", "Basis", "Candidate", "CloudUnavailable",
-    "DecisionInputs", "InvalidInput", "Mode", "ModelNotFound", "Objective", "Obstacle",
-    "PolicyDenied", "Prediction", "RequestSize", "Route", "RouteDecision", "RouteState",
-]  # fmt: skip
+def candidate(route: Route, inputs: DecisionInputs) -> Candidate:
+    """How one route fares with these inputs."""
+    prediction = inputs.state(route).prediction
+    return Candidate(
+        route=route,
+        note=exclusion(route, inputs),
+        prediction=prediction,
+        meets_deadline=meets_deadline(prediction, inputs.remaining_ms),
+    )
+
+
+def exclusion(route: Route, inputs: DecisionInputs) -> str:
+    """What keeps a route out: ``policy``, ``mode``, an obstacle, or ``""`` for nothing."""
+    if not inputs.verdict.allows(route):
+        return "policy"
+    if not mode_permits(route, inputs.mode):
+        return "mode"
+    return inputs.state(route).obstacle
+
+
+def mode_permits(route: Route, mode: Mode) -> bool:
+    """Whether the mode lets a request take the route at all."""
+    return mode != ("cloud_only" if route == "edge" else "edge_only")
+
+
+def meets_deadline(prediction: Prediction, remaining_ms: float | None) -> bool:
+    """Whether 19 of 20 such answers would come in time; `True` when nothing is known."""
+    return remaining_ms is None or prediction.p95_ms is None or prediction.p95_ms <= remaining_ms
+
+
+def refusal(inputs: DecisionInputs) -> NearfarError:
+    """Why no route is left, as the error that an app meets."""
+    verdict = inputs.verdict
+    rule = verdict.rule_ids[0] if verdict.rule_ids else ""
+    if not (verdict.edge or verdict.cloud):
+        return PolicyDenied(
+            sentence(verdict.reason),
+            rule=rule,
+            fix="Label the request correctly, or change the policy; `nearfar policy explain` "
+            "shows which rules match",
+        )
+    notes: dict[Route, str] = {route: exclusion(route, inputs) for route in ROUTES}
+    if all(note in ("policy", "mode") for note in notes.values()):
+        return PolicyDenied(
+            f"The mode is {inputs.mode}, but {verdict.reason}",
+            rule=rule,
+            fix="Use mode 'auto', or change the policy",
+        )
+    # Say what stands in the way of each route that policy or mode has not closed already.
+    problem = sentence("; ".join(obstacle_text(r, inputs) for r in ROUTES))
+    if "unreachable" in notes.values():
+        return CloudUnavailable(problem, fix="Check the network and the cloud's url, or try later")
+    if "no_model" in notes.values():
+        return ModelNotFound(
+            problem, fix="Convert or copy the model's bundle to where it is missing"
+        )
+    return ConfigError(
+        problem,
+        field="cloud" if notes["cloud"] == "not_configured" else "models",
+        fix="Add a [models] store or a [cloud.NAME] section to the configuration, "
+        "or the same arguments to Client",
+    )
+
+
+def obstacle_text(route: Route, inputs: DecisionInputs) -> str:
+    """Why a route is not taken, as a clause."""
+    note = exclusion(route, inputs)
+    state = inputs.state(route)
+    if note == "policy":
+        return inputs.verdict.reason
+    if note == "mode":
+        return f"the mode is {inputs.mode}"
+    detail = f" ({state.detail})" if state.detail else ""
+    if note == "no_model":
+        place = "this device" if route == "edge" else "the cloud"
+        return f"{place} cannot run model {inputs.model!r}{detail}"
+    if note == "not_configured":
+        return "no local models are configured" if route == "edge" else "no cloud is configured"
+    return f"the {route} cannot be reached{detail}"
+
+
+def sentence(clause: str) -> str:
+    """The clause with a capital letter."""
+    return clause[:1].upper() + clause[1:]

@@ -1,0 +1,556 @@
+"""One client's connection: an asyncio shell around `ServerSession`.
+
+The session decides what is legal; this module moves bytes, starts and stops work, and turns errors
+into messages. Nothing that a client sent, and no text of an unexpected exception, is ever logged:
+an access line holds ids, sizes, durations, the served model and a status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+
+from cloud_runtime.auth import ANONYMOUS, ApiKey, Authenticator
+from cloud_runtime.executor import InferWork
+from cloud_runtime.models import ServedModels
+from cloud_runtime.recent import RecentRuns
+from cloud_runtime.relay import Completion
+from cloud_runtime.settings import ServerSettings
+from nearfar import __version__
+from nearfar.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidInput,
+    LocalProtocolError,
+    NearfarError,
+    RemoteProtocolError,
+    SecurityError,
+)
+from nearfar.secure.keys import KeyRing
+from nearfar.session import Received, ServerSession
+from nearfar.units import Deadline
+from nearfar.wire.codec import describe
+from nearfar.wire.messages import (
+    PROTOCOL_VERSION,
+    Auth,
+    Cancel,
+    Credit,
+    Error,
+    Fin,
+    Generate,
+    GoAway,
+    Infer,
+    ListModels,
+    Message,
+    Models,
+    Ready,
+    Result,
+    Token,
+)
+
+logger = logging.getLogger(__name__)
+access_log = logging.getLogger("cloud_runtime.access")
+
+_CLOSE_NORMAL = 1000
+_CLOSE_GOING_AWAY = 1001
+_CLOSE_PROTOCOL_ERROR = 1002
+_CLOSE_UNSUPPORTED = 1003
+_CLOSE_POLICY = 1008
+_CLOSE_INTERNAL = 1011
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What all connections of a server share."""
+
+    models: ServedModels
+    keys: KeyRing
+    authenticator: Authenticator
+    recent: RecentRuns
+    settings: ServerSettings
+
+
+@dataclass(slots=True, kw_only=True)
+class _Stream:
+    """One request: how to stop it, and its line of the access log."""
+
+    connection: int
+    stream: int
+    kind: str
+    in_bytes: int
+    started_s: float
+    model: str = "-"  # only names of served models: any other is the client's text
+    out_bytes: int = 0
+    tokens: int = 0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    aborted: NearfarError | None = None
+    on_abort: Callable[[NearfarError], None] | None = None
+    on_credit: Callable[[], None] | None = None
+
+    def abort(self, error: NearfarError) -> None:
+        """Stop the work, or keep it from beginning; the first reason counts."""
+        if self.aborted is None:
+            self.aborted = error
+            if self.on_abort is not None:
+                self.on_abort(error)
+
+    def log(self, status: str) -> None:
+        access_log.info(
+            "conn=%d stream=%d %s model=%s in=%dB out=%dB tokens=%d "
+            "queue=%.1fms compute=%.1fms total=%.1fms %s",
+            self.connection,
+            self.stream,
+            self.kind,
+            self.model,
+            self.in_bytes,
+            self.out_bytes,
+            self.tokens,
+            self.queue_ms,
+            self.compute_ms,
+            (time.monotonic() - self.started_s) * 1000.0,
+            status,
+        )
+
+
+class Connection:
+    """Serves one websocket from its key configuration to its close.
+
+    Args:
+        websocket: Open; nothing was sent on it yet.
+        services: Shared with the other connections.
+        on_ready: Called when the client is admitted.
+
+    Attributes:
+        number: Names the connection in logs.
+        key: The API key that the client gave; `None` until it is admitted.
+    """
+
+    def __init__(
+        self,
+        websocket: ServerConnection,
+        services: Services,
+        *,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self.number = next(_numbers)
+        self.key: ApiKey | None = None
+        self._websocket = websocket
+        self._services = services
+        self._settings = services.settings
+        self._on_ready = on_ready
+        self._session = ServerSession(
+            keys=services.keys, limits=services.settings.limits, now_s=time.time()
+        )
+        self._loop = asyncio.get_running_loop()
+        self._write_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._streams: dict[int, _Stream] = {}
+        self._last_stream = 0
+        self._is_draining = False
+        self._drop_reason = ""
+
+    async def run(self) -> None:
+        """Serve until either side closes; raises nothing but `CancelledError`."""
+        handshake_timer = self._loop.call_later(
+            self._settings.handshake_timeout_s, self._drop_unless_ready
+        )
+        code = _CLOSE_NORMAL
+        try:
+            await self._flush()
+            code = await self._serve()
+        except ConnectionClosed:
+            pass
+        except RemoteProtocolError:
+            code = await self._refuse(_CLOSE_PROTOCOL_ERROR)
+        except NearfarError:
+            code = await self._refuse(_CLOSE_POLICY)
+        except Exception as error:  # noqa: BLE001 (a bug here ends one connection, not the server)
+            _log_unexpected(error, f"conn={self.number}")
+            code = _CLOSE_INTERNAL
+        finally:
+            handshake_timer.cancel()
+            await self._end_streams()
+        with contextlib.suppress(ConnectionClosed):
+            await self._websocket.close(code)
+        access_log.info(
+            "conn=%d closed code=%d key=%s%s",
+            self.number,
+            code,
+            self.key.name if self.key else "-",
+            f" ({self._drop_reason})" if self._drop_reason else "",
+        )
+
+    async def drain(self) -> None:
+        """Announce that no new streams are taken, wait for the open ones, then close."""
+        if self._is_draining:
+            return
+        self._is_draining = True
+        with contextlib.suppress(ConnectionClosed):
+            if self._session.is_ready and not self._session.is_closed:
+                async with self._write_lock:
+                    # Under the lock, so that no stream opens between counting and saying.
+                    self._session.send(GoAway(last_stream=self._last_stream, reason="shutdown"))
+                    await self._write()
+                while self._tasks:
+                    await asyncio.wait(set(self._tasks))
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the websocket as a server that goes away; `run` then returns."""
+        with contextlib.suppress(ConnectionClosed):
+            await self._websocket.close(_CLOSE_GOING_AWAY)
+
+    def drop(self, reason: str) -> None:
+        """Cut the connection without ceremony; a close handshake would need the peer's help."""
+        self._drop_reason = reason
+        self._websocket.transport.abort()
+
+    async def withdraw(self) -> None:
+        """End the connection because its API key is no longer accepted."""
+        error = SecurityError(
+            "The API key was withdrawn", fix="Ask the operator of this cloud for a new one"
+        )
+        with contextlib.suppress(ConnectionClosed):
+            self._session.close(error)
+            await self._flush()
+            await self._websocket.close(_CLOSE_POLICY)
+
+    # Receiving.
+
+    async def _serve(self) -> int:
+        while not self._session.is_closed:
+            data = await self._receive()
+            if data is None:
+                self._drop_reason = "text frame"
+                return _CLOSE_UNSUPPORTED
+            for received in self._session.receive(data, now_s=time.time()):
+                await self._dispatch(received)
+            await self._flush()
+        return _CLOSE_NORMAL if self.key is not None else _CLOSE_POLICY
+
+    async def _receive(self) -> bytes | None:
+        """One binary message; `None` for a text message.
+
+        A peer that trickles fragments answers pings and would never be noticed otherwise, hence a
+        time limit from the first fragment to the last.
+        """
+        parts: list[bytes] = []
+        is_text = False
+        timer: asyncio.TimerHandle | None = None
+        try:
+            async for fragment in self._websocket.recv_streaming():
+                if isinstance(fragment, str):
+                    is_text = True
+                elif fragment or not parts:
+                    parts.append(fragment)
+                if timer is None:
+                    timer = self._loop.call_later(
+                        self._settings.message_timeout_s, self.drop, "message took too long"
+                    )
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if is_text:
+            return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _dispatch(self, received: Received) -> None:
+        message = received.message
+        if isinstance(message, (Infer, Generate)):
+            self._last_stream = message.stream
+            stream = _Stream(
+                connection=self.number,
+                stream=message.stream,
+                kind="infer" if isinstance(message, Infer) else "generate",
+                in_bytes=received.size_bytes,
+                started_s=time.monotonic(),
+            )
+            self._streams[message.stream] = stream
+            work = (
+                self._infer(message, received.tensors, stream)
+                if isinstance(message, Infer)
+                else self._generate(message, stream)
+            )
+            task = self._loop.create_task(self._answer(stream, work))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif isinstance(message, Credit):
+            found = self._streams.get(message.stream)
+            if found is not None and found.on_credit is not None:
+                found.on_credit()
+        elif isinstance(message, Cancel):
+            found = self._streams.get(message.stream)
+            if found is not None:
+                found.abort(Cancelled("The client cancelled the request"))
+        elif isinstance(message, ListModels):
+            self._last_stream = message.stream
+            offers = self._services.models.offers()
+            await self._send(Models(stream=message.stream, models=offers))
+        elif isinstance(message, Auth):
+            await self._admit(message)
+
+    async def _admit(self, message: Auth) -> None:
+        try:
+            self.key = self._services.authenticator.authenticate(message.token)
+        except NearfarError as error:
+            access_log.info("conn=%d refused: %s", self.number, error.code)
+            self._session.close(error)
+            return
+        limits = self._settings.limits
+        await self._send(
+            Ready(
+                protocol_version=PROTOCOL_VERSION,
+                server=f"nearfar/{__version__}",
+                max_streams=limits.max_streams,
+                max_message_bytes=limits.max_message_bytes,
+                region=self._settings.region,
+            )
+        )
+        self._on_ready()
+        access_log.info("conn=%d open key=%s", self.number, self.key.name)
+
+    # Answering.
+
+    async def _answer(self, stream: _Stream, work: Coroutine[Any, Any, None]) -> None:
+        """Run one request; whatever goes wrong becomes its `Error`."""
+        status = "ok"
+        try:
+            await work
+        except ConnectionClosed:
+            status = "disconnected"
+        except asyncio.CancelledError:
+            status = "disconnected"
+            raise
+        except NearfarError as error:
+            status = error.code
+            await self._fail(stream, error)
+        except Exception as error:  # noqa: BLE001 (one request's bug must not end the others)
+            status = "internal"
+            _log_unexpected(error, f"conn={self.number} stream={stream.stream}")
+            await self._fail(
+                stream,
+                NearfarError(
+                    "The cloud runtime failed on this request",
+                    fix="Tell its operator the time; the cause is in the server's log",
+                ),
+            )
+        finally:
+            del self._streams[stream.stream]
+            stream.log(status)
+
+    async def _fail(self, stream: _Stream, error: NearfarError) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            if self._session.is_open(stream.stream):
+                message = Error(
+                    stream=stream.stream, code=error.code, problem=error.problem, fix=error.fix
+                )
+                stream.out_bytes += await self._send(message)
+
+    async def _infer(self, request: Infer, tensors: Sequence[np.ndarray], stream: _Stream) -> None:
+        deadline = _deadline_of(request)
+        served = self._services.models.get(request.model, request.version, request.variant)
+        stream.model = served.manifest.name
+        work = work_of(request, tensors)
+        key = (self._scope, request.request_id)
+        run = self._services.recent.join(
+            key,
+            (request.model, request.version, request.variant, request.form, request.tensors),
+            lambda ticket: served.infer(work, deadline=deadline, ticket=ticket),
+        )
+        ended: asyncio.Future[None] = self._loop.create_future()
+        stream.on_abort = lambda _: None if ended.done() else ended.set_result(None)
+        try:
+            # The client gets its answer or its error in time, even while the engine, which cannot
+            # be interrupted, still computes what nobody waits for any more.
+            if stream.aborted is None:
+                waited: set[asyncio.Future[Any]] = {run.future, ended}
+                await asyncio.wait(
+                    waited,
+                    timeout=deadline.timeout_s(),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+        finally:
+            self._services.recent.leave(key, run)
+        if stream.aborted is not None:
+            raise stream.aborted
+        if not run.future.done():
+            raise _too_late()
+        outcome = run.future.result()
+        stream.queue_ms, stream.compute_ms = outcome.queue_ms, outcome.compute_ms
+        result = Result(
+            stream=request.stream,
+            tensors=describe(outcome.outputs),
+            variant=served.variant.id,
+            execution_provider=served.execution_provider,
+            queue_ms=outcome.queue_ms,
+            compute_ms=outcome.compute_ms,
+        )
+        try:
+            stream.out_bytes = await self._send(result, tensors=tuple(outcome.outputs.values()))
+        except LocalProtocolError as error:
+            raise InvalidInput(
+                f"The result cannot be sent: {error.problem}",
+                field="inputs",
+                fix="Send a smaller batch",
+            ) from error
+
+    async def _generate(self, request: Generate, stream: _Stream) -> None:
+        number = request.stream
+        deadline = _deadline_of(request)
+        served = self._services.models.get(request.model, request.version, request.variant)
+        stream.model = served.manifest.name
+        if stream.aborted is not None:
+            raise stream.aborted
+        relay = served.generate(request.prompt, request.options, deadline=deadline)
+        stream.on_abort, stream.on_credit = relay.abort, relay.nudge
+        timer = (
+            self._loop.call_later(deadline.remaining_s(), relay.abort, _too_late())
+            if deadline.is_set
+            else None
+        )
+        try:
+            while (outcome := relay.outcome) is None:
+                chunks = await relay.read(self._session.credit(number))
+                if not chunks:
+                    continue
+                first = self._session.token_count(number)
+                stream.tokens += len(chunks)
+                stream.out_bytes += await self._send(
+                    *(
+                        Token(stream=number, index=index, text=chunk.text)
+                        for index, chunk in enumerate(chunks, first)
+                    )
+                )
+        finally:
+            if timer is not None:
+                timer.cancel()
+            relay.abort(Cancelled("The connection ended"))  # without effect after a normal end
+        if not isinstance(outcome, Completion):
+            raise outcome
+        stream.queue_ms = outcome.queue_ms
+        stream.compute_ms = outcome.prefill_ms + outcome.decode_ms
+        stream.out_bytes += await self._send(
+            Fin(
+                stream=number,
+                count=self._session.token_count(number),
+                digest=self._session.digest(number),
+                finish_reason=outcome.finish_reason,
+                usage=outcome.usage,
+                variant=served.variant.id,
+                execution_provider=served.execution_provider,
+                queue_ms=outcome.queue_ms,
+                prefill_ms=outcome.prefill_ms,
+                decode_ms=outcome.decode_ms,
+            )
+        )
+
+    @property
+    def _scope(self) -> str:
+        """Whose request ids these are; clients without a key share nothing."""
+        if self.key is None or self.key is ANONYMOUS:
+            return f"connection {self.number}"
+        return self.key.sha256
+
+    # Sending.
+
+    async def _send(self, *messages: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+        """Seal and write messages; returns their size. Waits while the client reads too slowly."""
+        async with self._write_lock:
+            size_bytes = sum(self._session.send(message, tensors) for message in messages)
+            await self._write()
+        return size_bytes
+
+    async def _flush(self) -> None:
+        """Write what the session queued by itself."""
+        async with self._write_lock:
+            await self._write()
+
+    async def _write(self) -> None:
+        data = self._session.data_to_send()
+        if not data:
+            return
+        # Records are numbered: they leave in the order in which they were sealed, hence the lock,
+        # and a client that stops reading must not hold the lock for ever, hence the timer.
+        timer = self._loop.call_later(
+            self._settings.write_timeout_s, self.drop, "the client reads too slowly"
+        )
+        try:
+            for message in data:
+                await self._websocket.send(message)
+        finally:
+            timer.cancel()
+
+    # Ending.
+
+    async def _refuse(self, code: int) -> int:
+        """After a failed check: send what the session still may say, then close."""
+        with contextlib.suppress(ConnectionClosed):
+            await self._flush()
+        return code
+
+    def _drop_unless_ready(self) -> None:
+        if not self._session.is_ready:
+            self.drop("handshake took too long")
+
+    async def _end_streams(self) -> None:
+        for task in self._tasks:
+            task.cancel()  # ends the work too: see the `finally` of each kind
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+
+def work_of(request: Infer, tensors: Sequence[np.ndarray]) -> InferWork:
+    """Name the tensors of a request, or take the items out of its one BYTES tensor."""
+    if request.form == "tensors":
+        names = [header.name for header in request.tensors]
+        if len(set(names)) != len(names):
+            raise InvalidInput("An input is given twice", field="inputs", fix="Give each once")
+        return InferWork(form="tensors", feeds=dict(zip(names, tensors, strict=True)))
+    items: list[str | bytes] = list(tensors[0])  # one BYTES tensor: the session has checked
+    if request.form == "text":
+        try:
+            items = [bytes(item).decode("utf-8") for item in tensors[0]]
+        except UnicodeDecodeError as exc:
+            raise InvalidInput(
+                "A text is not valid UTF-8", field="input", fix="Send texts encoded as UTF-8"
+            ) from exc
+    return InferWork(form=request.form, feeds={}, items=items)
+
+
+def _deadline_of(request: Infer | Generate) -> Deadline:
+    """The client's remaining time, counted from the arrival of its request."""
+    if request.deadline_ms is not None and request.deadline_ms <= 0:
+        raise _too_late()
+    return Deadline.after_ms(request.deadline_ms)
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "The deadline passed before the answer was complete",
+        tried=("cloud",),
+        fix="Allow more time with deadline_ms, or ask for a shorter answer",
+    )
+
+
+def _log_unexpected(error: BaseException, where: str) -> None:
+    """Log type and stack of an unexpected exception, but not its text.
+
+    Messages of libraries quote their input (a tokenizer its text, ONNX Runtime its values), and
+    inputs are private.
+    """
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s, %s\n%s", type(error).__qualname__, where, frames)

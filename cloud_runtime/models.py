@@ -1,0 +1,243 @@
+"""The models that a cloud runtime serves: chosen, verified, loaded and warmed up at its start.
+
+Loading happens before the server listens, so that "ready" means ready: the first client does not
+wait for a gigabyte to be hashed and parsed, and a damaged bundle stops the start, not a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from nearfar.engines.model import LoadedModel
+
+from cloud_runtime.executor import InferOutcome, InferWork, ModelExecutor, Ticket
+from cloud_runtime.relay import TokenRelay
+from nearfar.bundle import BundleStore
+from nearfar.bundle.manifest import (
+    HeadTailPreprocessing,
+    Manifest,
+    TensorSpec,
+    TextPreprocessing,
+    Variant,
+)
+from nearfar.engines import devices, selection
+from nearfar.engines.base import SessionOptions
+from nearfar.errors import InvalidInput, ModelNotFound
+from nearfar.generation import GenerationOptions, Prompt
+from nearfar.tensors import NUMPY_OF
+from nearfar.units import Deadline, format_bytes
+from nearfar.wire.messages import ModelOffer
+
+#: Told what is going on while models load: one line each.
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """How each model is served.
+
+    Attributes:
+        session: Engine settings; its `threads` are per running request.
+        slots: Requests of one model that compute at once.
+        max_waiting: Requests of one model that may wait for a slot.
+    """
+
+    session: SessionOptions = field(default_factory=SessionOptions)
+    slots: int = 1
+    max_waiting: int = 32
+
+
+class ServedModel:
+    """One model, loaded, with its queue.
+
+    Args:
+        model: The loaded variant.
+        executor: Runs it.
+
+    Attributes:
+        manifest: As in the bundle, but with only the variant that runs here.
+        variant: The variant that answers.
+        executor: Runs it; `infer` goes there directly.
+    """
+
+    def __init__(self, model: LoadedModel, executor: ModelExecutor) -> None:
+        self.variant: Variant = model.variant
+        self.manifest: Manifest = msgspec.structs.replace(model.manifest, variants=(model.variant,))
+        self.executor = executor
+        self._model = model
+
+    @property
+    def execution_provider(self) -> str:
+        """Where it really runs, as the engine reports it."""
+        return self._model.engine.execution_provider
+
+    @property
+    def generates(self) -> bool:
+        """Whether it answers with text rather than tensors."""
+        return self.manifest.task == "text-generation"
+
+    def offer(self) -> ModelOffer:
+        """What clients are told about it, with the present queue."""
+        return ModelOffer(
+            manifest=self.manifest,
+            variant=self.variant.id,
+            queue_ms=self.executor.expected_wait_ms,
+        )
+
+    def infer(
+        self, work: InferWork, *, deadline: Deadline, ticket: Ticket
+    ) -> asyncio.Future[InferOutcome]:
+        """As `ModelExecutor.infer`.
+
+        Raises:
+            InvalidInput: The model generates text.
+            Overloaded: Too many requests wait already.
+        """
+        if self.generates:
+            raise InvalidInput(
+                f"The model {self.manifest.name!r} generates text and takes no tensors",
+                field="model",
+                fix="Use generate or chat",
+            )
+        return self.executor.infer(work, deadline=deadline, ticket=ticket)
+
+    def generate(
+        self, prompt: Prompt, options: GenerationOptions, *, deadline: Deadline
+    ) -> TokenRelay:
+        """As `ModelExecutor.generate`.
+
+        Raises:
+            InvalidInput: The model does not generate text.
+            Overloaded: Too many requests wait already.
+        """
+        if not self.generates:
+            raise InvalidInput(
+                f"The model {self.manifest.name!r} is for {self.manifest.task}, not for text",
+                field="model",
+                fix="Use infer, embed or classify",
+            )
+        return self.executor.generate(prompt, options, deadline=deadline)
+
+    def warm_up(self) -> None:
+        """Run once, blocking: the first call of an engine allocates and compiles."""
+        manifest = self.manifest
+        if self.generates:
+            prompt, options = Prompt(text="Hello"), GenerationOptions(max_new_tokens=2)
+            for _ in self._model.generate(prompt, options):
+                pass
+        elif isinstance(manifest.preprocessing, TextPreprocessing):
+            self._model.infer_raw("text", ["Hello"])
+        elif isinstance(manifest.preprocessing, HeadTailPreprocessing):
+            self._model.infer_raw("bytes", [b"Hello"])
+        else:
+            self._model.infer({spec.name: _zeros(spec) for spec in manifest.inputs})
+
+
+def _zeros(spec: TensorSpec) -> np.ndarray:
+    """The smallest input of that form."""
+    return np.zeros([max(size, 1) for size in spec.shape], NUMPY_OF[spec.datatype])
+
+
+class ServedModels:
+    """All models of a server, by name."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models = {model.manifest.name: model for model in models}
+
+    @classmethod
+    def load(
+        cls,
+        store: BundleStore,
+        options: ServingOptions = ServingOptions(),
+        *,
+        names: Sequence[str] = (),
+        progress: Progress = lambda _: None,
+    ) -> ServedModels:
+        """Choose, verify, load and warm up; blocking, seconds to minutes.
+
+        Args:
+            store: Where the bundles are.
+            options: How they are served.
+            names: Models to serve; none means all that can run here.
+            progress: Told each step.
+
+        Raises:
+            ModelNotFound: A named model is not there, or nothing in the store can run here.
+            BundleError: A bundle is damaged.
+            EngineError: A variant that should run here does not.
+        """
+        device = devices.probe()
+        served = []
+        for name in names or [manifest.name for manifest in store.models()]:
+            bundle = store.open(name)
+            variants = selection.runnable_variants(bundle.manifest, device, "cloud")
+            if not variants:
+                reasons = "no variant runs on this machine"
+                if names:
+                    raise ModelNotFound(
+                        f"{name!r} cannot be served: {reasons}",
+                        fix="Convert it for this machine with `nearfar convert`",
+                    )
+                progress(f"{name}: left out, {reasons}")
+                continue
+            variant = variants[0]
+            started_s = time.monotonic()
+            progress(f"{name}: loading {variant.id} ({format_bytes(variant.size_bytes)})")
+            model = LoadedModel(bundle, variant.id, options.session)
+            executor = ModelExecutor(model, slots=options.slots, max_waiting=options.max_waiting)
+            entry = ServedModel(model, executor)
+            entry.warm_up()
+            served.append(entry)
+            progress(
+                f"{name}: {variant.id} on {entry.execution_provider}, "
+                f"ready after {time.monotonic() - started_s:.1f} s"
+            )
+        if not served:
+            raise ModelNotFound(
+                f"There is no model to serve in {store.root}",
+                fix="Put bundles there with `nearfar convert MODEL -o DIR`",
+            )
+        return cls(served)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Served models, by name."""
+        return tuple(self._models)
+
+    def get(self, name: str, version: str | None = None, variant: str | None = None) -> ServedModel:
+        """The model that answers a request.
+
+        Raises:
+            ModelNotFound: It is not served here in that version or variant; the error says what is.
+        """
+        found = self._models.get(name)
+        if found is None:
+            raise ModelNotFound(
+                f"This cloud does not serve a model named {name!r}",
+                fix="Served here: " + ", ".join(self._models),
+            )
+        if version not in (None, found.manifest.version):
+            raise ModelNotFound(
+                f"This cloud does not serve {name!r} in version {version!r}",
+                fix=f"Ask for {found.manifest.version}, or for no version",
+            )
+        if variant not in (None, found.variant.id):
+            raise ModelNotFound(
+                f"This cloud does not serve {name!r} as variant {variant!r}",
+                fix=f"Ask for {found.variant.id}, or for no variant",
+            )
+        return found
+
+    def offers(self) -> tuple[ModelOffer, ...]:
+        """What `ListModels` is answered with."""
+        return tuple(model.offer() for model in self._models.values())
+
+    def close(self) -> None:
+        """Start no more work on any model."""
+        for model in self._models.values():
+            model.executor.close()

@@ -1,0 +1,136 @@
+"""What a manifest must say beyond having the right types; see docs/reference/bundle.md."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from nearfar.bundle.manifest import (
+    FileEntry,
+    HeadTailPreprocessing,
+    Manifest,
+    TensorSpec,
+    TextPreprocessing,
+    Variant,
+)
+from nearfar.bundle.paths import MANIFEST_NAME, path_problem
+from nearfar.bundle.versions import is_version
+from nearfar.tensors import NUMPY_OF
+
+#: Ids become folder names, metric labels and wire strings, so they are kept plain.
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+#: 1 TiB: larger than any single model file, small enough that a sum of sizes means something.
+MAX_FILE_BYTES = 1 << 40
+#: Head and tail rows are allocated per request.
+_MAX_HEAD_TAIL = 1 << 20
+_DATATYPES = frozenset(NUMPY_OF) | {"BF16"}
+
+
+def manifest_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield (field, what is wrong with it); nothing when the manifest holds together."""
+    if not _IDENTIFIER.fullmatch(manifest.name):
+        yield "name", f"{manifest.name!r} is not of the form {_IDENTIFIER.pattern}"
+    if not is_version(manifest.version):
+        yield "version", f"{manifest.version!r} is not a semantic version such as 1.0.0"
+    if not manifest.variants:
+        yield "variants", "is empty"
+    ids = [variant.id for variant in manifest.variants]
+    for name in sorted({name for name in ids if ids.count(name) > 1}):
+        yield "variants", f"has the id {name!r} more than once"
+    yield from _file_problems(manifest)
+    for position, variant in enumerate(manifest.variants):
+        yield from _variant_problems(f"variants[{position}]", variant)
+    yield from _tensor_problems("inputs", manifest.inputs)
+    yield from _tensor_problems("outputs", manifest.outputs)
+    yield from _task_problems(manifest)
+
+
+def _file_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    groups: list[tuple[str, Iterable[FileEntry]]] = [("files", manifest.files)]
+    groups += [(f"variants[{i}].files", v.files) for i, v in enumerate(manifest.variants)]
+    for group, entries in groups:
+        for position, entry in enumerate(entries):
+            field = f"{group}[{position}]"
+            problem = path_problem(entry.path)
+            if problem is not None:
+                yield f"{field}.path", f"{entry.path!r} {problem}"
+            if entry.path == MANIFEST_NAME:
+                yield f"{field}.path", "names the manifest itself"
+            # Folded, so that a bundle means the same on file systems that ignore case.
+            if entry.path.casefold() in seen:
+                yield f"{field}.path", f"names {entry.path!r} a second time"
+            seen.add(entry.path.casefold())
+            if not 0 <= entry.size_bytes <= MAX_FILE_BYTES:
+                yield f"{field}.size_bytes", f"{entry.size_bytes} is not in 0..{MAX_FILE_BYTES}"
+            if not _SHA256.fullmatch(entry.sha256):
+                yield f"{field}.sha256", "is not 64 lower-case hexadecimal digits"
+
+
+def _variant_problems(field: str, variant: Variant) -> Iterator[tuple[str, str]]:
+    if not _IDENTIFIER.fullmatch(variant.id):
+        yield f"{field}.id", f"{variant.id!r} is not of the form {_IDENTIFIER.pattern}"
+    if not variant.files:
+        yield f"{field}.files", "is empty"
+    problem = path_problem(variant.entry)
+    if problem is not None:
+        yield f"{field}.entry", f"{variant.entry!r} {problem}"
+    elif not any(
+        entry.path == variant.entry or entry.path.startswith(variant.entry + "/")
+        for entry in variant.files
+    ):
+        yield f"{field}.entry", f"{variant.entry!r} is not among the variant's files"
+    if not variant.placement:
+        yield f"{field}.placement", "is empty"
+    if variant.requirements.memory_bytes < 0:
+        yield f"{field}.requirements.memory_bytes", "is negative"
+    for position, quality in enumerate(variant.quality):
+        if not math.isfinite(quality.value):
+            yield f"{field}.quality[{position}].value", "is not finite"
+    for position, latency in enumerate(variant.latency):
+        figures = (latency.p50_ms, latency.p99_ms, latency.ms_per_token or 0.0)
+        if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
+            yield f"{field}.latency[{position}]", "has a figure that is not a duration"
+
+
+def _tensor_problems(field: str, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:
+    names = [spec.name for spec in specs]
+    for position, spec in enumerate(specs):
+        if not spec.name or names.index(spec.name) != position:
+            yield f"{field}[{position}].name", f"{spec.name!r} is empty or used twice"
+        if spec.datatype not in _DATATYPES:
+            yield f"{field}[{position}].datatype", f"{spec.datatype!r} is not a known datatype"
+        if any(size < -1 for size in spec.shape):
+            yield f"{field}[{position}].shape", f"{list(spec.shape)} has a size below -1"
+
+
+def _task_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    outputs = {spec.name for spec in manifest.outputs}
+    if manifest.label_output is not None and manifest.label_output not in outputs:
+        yield "label_output", f"{manifest.label_output!r} is not one of the outputs"
+    if manifest.embedding_output is not None and manifest.embedding_output not in outputs:
+        yield "embedding_output", f"{manifest.embedding_output!r} is not one of the outputs"
+    if manifest.task == "classification" and manifest.label_output is None:
+        yield "label_output", "is missing, but the task is classification"
+    if manifest.task == "embedding" and manifest.embedding_output is None:
+        yield "embedding_output", "is missing, but the task is embedding"
+    if manifest.task == "text-generation" and (manifest.context_length_tokens or 0) < 1:
+        yield "context_length_tokens", "is missing or below 1, but the task is text-generation"
+    if manifest.task != "text-generation" and not (manifest.inputs and manifest.outputs):
+        yield "inputs", "and outputs must both be given for this task"
+    preprocessing = manifest.preprocessing
+    if isinstance(preprocessing, TextPreprocessing):
+        if preprocessing.tokenizer not in {entry.path for entry in manifest.files}:
+            yield "preprocessing.tokenizer", f"{preprocessing.tokenizer!r} is not among `files`"
+        if preprocessing.max_length_tokens < 1:
+            yield "preprocessing.max_length_tokens", "is below 1"
+    elif isinstance(preprocessing, HeadTailPreprocessing):
+        row = (preprocessing.head_bytes, preprocessing.tail_bytes)
+        if min(row) < 0 or max(row) > _MAX_HEAD_TAIL or sum(row) == 0:
+            yield "preprocessing", f"head_bytes and tail_bytes must be in 0..{_MAX_HEAD_TAIL}"
+        if not max(row) <= preprocessing.block_bytes <= _MAX_HEAD_TAIL:
+            yield "preprocessing.block_bytes", f"must be in {max(row)}..{_MAX_HEAD_TAIL}"
+        if 0 <= preprocessing.padding_value <= 255:
+            yield "preprocessing.padding_value", "is a possible byte value"

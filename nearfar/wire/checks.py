@@ -1,0 +1,83 @@
+"""Rules about single fields that types alone cannot state."""
+
+from __future__ import annotations
+
+import math
+
+from nearfar.wire.messages import (
+    PROTOCOL_VERSION,
+    Auth,
+    Credit,
+    Fin,
+    Generate,
+    GoAway,
+    Infer,
+    Message,
+    Ping,
+    Pong,
+    Ready,
+    Result,
+    Token,
+)
+
+MAX_STREAM = 2**32 - 1
+#: Credit that one stream may have at once.
+MAX_CREDIT = 2**31 - 1
+REQUEST_ID_BYTES = 16
+DIGEST_BYTES = 32
+
+
+def problem_in(message: Message) -> str | None:
+    """What is wrong with a message's fields, naming the field but never its content."""
+    name = type(message).__name__
+    stream = getattr(message, "stream", 1)
+    if not 0 <= stream <= MAX_STREAM:
+        return f"{name}.stream is {stream}"
+    if isinstance(message, (Infer, Generate)):
+        return _problem_in_request(message, name)
+    if isinstance(message, (Auth, Ready)) and message.protocol_version != PROTOCOL_VERSION:
+        return f"{name}.protocol_version is {message.protocol_version}, not {PROTOCOL_VERSION}"
+    if isinstance(message, Ready) and min(message.max_streams, message.max_message_bytes) < 1:
+        return f"{name} allows no stream or no message"
+    if isinstance(message, Credit) and not 1 <= message.tokens <= MAX_CREDIT:
+        return f"{name}.tokens is {message.tokens}"
+    if isinstance(message, Fin):
+        if len(message.digest) != DIGEST_BYTES:
+            return f"{name}.digest has {len(message.digest)} bytes, not {DIGEST_BYTES}"
+        return _problem_in_times(name, message.queue_ms, message.prefill_ms, message.decode_ms)
+    if isinstance(message, Token) and message.index < 0:
+        return f"{name}.index is {message.index}"
+    if isinstance(message, (Ping, Pong)) and not 0 <= message.id < 2**64:
+        return f"{name}.id does not fit 64 bits"
+    if isinstance(message, GoAway) and not 0 <= message.last_stream <= MAX_STREAM:
+        return f"{name}.last_stream is {message.last_stream}"
+    if isinstance(message, Result):
+        return _problem_in_times(name, message.queue_ms, message.compute_ms)
+    return None
+
+
+def _problem_in_request(message: Infer | Generate, name: str) -> str | None:
+    if len(message.request_id) != REQUEST_ID_BYTES:
+        return f"{name}.request_id has {len(message.request_id)} bytes, not {REQUEST_ID_BYTES}"
+    if not 0 <= message.priority <= 9:
+        return f"{name}.priority is {message.priority}, not 0 to 9"
+    if message.deadline_ms is not None and (
+        problem := _problem_in_times(name, message.deadline_ms)
+    ):
+        return problem
+    if isinstance(message, Generate):
+        if not 0 <= message.credit <= MAX_CREDIT:
+            return f"{name}.credit is {message.credit}"
+    elif message.form != "tensors" and (
+        [(tensor.name, tensor.datatype, len(tensor.shape)) for tensor in message.tensors]
+        != [("input", "BYTES", 1)]
+    ):
+        return f"{name} of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
+    return None
+
+
+def _problem_in_times(name: str, *times_ms: float) -> str | None:
+    # Predictions are fed from these; NaN would poison every average it meets.
+    if all(math.isfinite(time_ms) and time_ms >= 0 for time_ms in times_ms):
+        return None
+    return f"{name} holds a duration that is negative or not finite"

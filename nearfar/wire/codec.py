@@ -1,0 +1,246 @@
+"""Messages to bytes and back. Layout: docs/reference/wire.md, "One message".
+
+Encoding copies no tensor that is C-contiguous already; decoding copies none but BYTES.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from nearfar.errors import InvalidInput, LocalProtocolError, RemoteProtocolError
+from nearfar.tensors import NUMPY_OF, datatype_of
+from nearfar.wire.limits import Limits
+from nearfar.wire.messages import Infer, Message, Result, TensorHeader
+
+if sys.byteorder != "little":  # tensors travel as they lie in memory
+    raise ImportError("nearfar runs on little-endian machines only")
+
+ALIGNMENT_BYTES = 8
+#: Fits every shape that numpy 1.26 can hold.
+MAX_DIMENSIONS = 32
+
+_LENGTH = struct.Struct("<I")
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def describe(arrays: Mapping[str, np.ndarray]) -> tuple[TensorHeader, ...]:
+    """Headers for named arrays, in their order; goes into `Infer.tensors` or `Result.tensors`.
+
+    Raises:
+        InvalidInput: A dtype has no name on the wire, or a BYTES element is neither bytes nor str.
+    """
+    return tuple(
+        TensorHeader(name, datatype_of(array), array.shape, _size_bytes(name, array))
+        for name, array in arrays.items()
+    )
+
+
+def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes | memoryview]:
+    """One message as buffers to be joined; those of tensors are views, valid while they are.
+
+    Args:
+        message: The header. Its `tensors`, if it has any, must describe `tensors` exactly.
+        tensors: Arrays of any memory order.
+
+    Raises:
+        LocalProtocolError: Header and tensors differ, or a value does not fit msgpack.
+        InvalidInput: A tensor's dtype or element cannot be sent.
+    """
+    headers = tensor_headers(message)
+    if len(headers) != len(tensors):
+        raise LocalProtocolError(
+            f"{type(message).__name__} describes {len(headers)} tensors but has {len(tensors)}",
+            field="tensors",
+            fix="Build the headers with nearfar.wire.codec.describe",
+        )
+    try:
+        packed = _ENCODER.encode(message)
+    except (UnicodeEncodeError, OverflowError, TypeError, RecursionError) as exc:
+        # The text of the exception may quote a prompt, so only its type is told.
+        raise LocalProtocolError(
+            f"{type(message).__name__} cannot be encoded ({type(exc).__name__})",
+            fix="Text must be valid Unicode without lone surrogates; integers must fit 64 bits",
+        ) from None
+    lead = _LENGTH.pack(len(packed)) + packed
+    parts: list[bytes | memoryview] = [lead + _padding(len(lead))]
+    for header, array in zip(headers, tensors, strict=True):
+        data = _data_of(header.name, array)
+        size_bytes = len(data)
+        actual = TensorHeader(header.name, datatype_of(array), array.shape, size_bytes)
+        if actual != header:
+            raise LocalProtocolError(
+                f"Tensor {header.name} is {actual.datatype} {actual.shape}, {size_bytes} bytes, "
+                f"but its header says {header.datatype} {header.shape}, {header.size_bytes} bytes",
+                field=header.name,
+                fix="Build the headers with nearfar.wire.codec.describe",
+            )
+        parts.append(data)
+        if padding := _padding(size_bytes):
+            parts.append(padding)
+    return parts
+
+
+def decode(
+    data: bytes | bytearray | memoryview, limits: Limits
+) -> tuple[Message, tuple[np.ndarray, ...]]:
+    """One message and its tensors, read-only; all but BYTES are views that keep `data` alive.
+
+    Args:
+        data: Exactly one message.
+        limits: Checked before memory is allocated.
+
+    Raises:
+        RemoteProtocolError: The bytes are not a message, or exceed the limits.
+    """
+    view = memoryview(data)
+    total = len(view)
+    if total > limits.max_message_bytes:
+        raise _bad(f"it has {total} bytes and {limits.max_message_bytes} are allowed")
+    if total < _LENGTH.size:
+        raise _bad("it is shorter than a length")
+    (header_bytes,) = _LENGTH.unpack_from(view)
+    if header_bytes > limits.max_header_bytes:
+        raise _bad(f"its header has {header_bytes} bytes, {limits.max_header_bytes} are allowed")
+    end = _LENGTH.size + header_bytes
+    if end > total:
+        raise _bad("it ends inside its header")
+    try:
+        message = _DECODER.decode(view[_LENGTH.size : end])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise _bad(f"its header does not parse ({type(exc).__name__})") from None
+    position = _skip_padding(view, end)
+    headers = tensor_headers(message)
+    if len(headers) > limits.max_tensors:
+        raise _bad(f"it has {len(headers)} tensors and {limits.max_tensors} are allowed")
+    tensors = []
+    for header in headers:
+        count = _check(header, limits)
+        end = position + header.size_bytes
+        if end > total:
+            raise _bad("it ends inside a tensor")
+        tensors.append(_array(header, count, view[position:end]))
+        position = _skip_padding(view, end)
+    if position != total:
+        raise _bad("bytes follow its last tensor")
+    return message, tuple(tensors)
+
+
+def tensor_headers(message: Message) -> tuple[TensorHeader, ...]:
+    """The tensors a message announces; none for most messages."""
+    return message.tensors if isinstance(message, (Infer, Result)) else ()
+
+
+def _padding(size_bytes: int) -> bytes:
+    return b"\x00" * (-size_bytes % ALIGNMENT_BYTES)
+
+
+def _skip_padding(view: memoryview, position: int) -> int:
+    end = position + -position % ALIGNMENT_BYTES
+    # Zeros are demanded so that a message has one form and hides nothing.
+    if end > len(view) or any(view[position:end]):
+        raise _bad("its padding is missing or not zero")
+    return end
+
+
+def _elements(name: str, array: np.ndarray) -> list[bytes]:
+    elements = []
+    for element in array.ravel().tolist():
+        if isinstance(element, str):
+            try:
+                element = element.encode()
+            except UnicodeEncodeError:
+                raise _not_bytes(name, "str that is not valid Unicode") from None
+        elif not isinstance(element, bytes):
+            raise _not_bytes(name, type(element).__name__)
+        elements.append(element)
+    return elements
+
+
+def _not_bytes(name: str, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"Tensor {name} holds a {what} where bytes belong",
+        field=name,
+        fix="Give bytes or str elements, or an array of a number dtype",
+    )
+
+
+def _size_bytes(name: str, array: np.ndarray) -> int:
+    if datatype_of(array) != "BYTES":
+        return array.nbytes
+    return sum(_LENGTH.size + len(element) for element in _elements(name, array))
+
+
+def _data_of(name: str, array: np.ndarray) -> bytes | memoryview:
+    if datatype_of(array) == "BYTES":
+        return b"".join(
+            piece
+            for element in _elements(name, array)
+            for piece in (_LENGTH.pack(len(element)), element)
+        )
+    # reshape copies only what is not C-contiguous; the uint8 view makes len() count bytes.
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _check(header: TensorHeader, limits: Limits) -> int:
+    """Number of elements of a tensor whose header is believable."""
+    dtype = NUMPY_OF.get(header.datatype)
+    if dtype is None:
+        raise _bad("a tensor's datatype is unknown")
+    if len(header.shape) > MAX_DIMENSIONS:
+        raise _bad(f"a tensor has {len(header.shape)} dimensions")
+    # A size of zero must not excuse absurd other sizes, which numpy could not represent.
+    if any(size < 0 for size in header.shape) or (
+        math.prod(size or 1 for size in header.shape) > limits.max_message_bytes
+    ):
+        raise _bad("a tensor's shape is out of bounds")
+    count = math.prod(header.shape)
+    if header.datatype == "BYTES":
+        fits = count * _LENGTH.size <= header.size_bytes <= limits.max_message_bytes
+        fits = fits and (count > 0 or header.size_bytes == 0)
+    else:
+        fits = header.size_bytes == count * dtype.itemsize
+    if not fits:
+        raise _bad("a tensor's size does not follow from its shape")
+    return count
+
+
+def _array(header: TensorHeader, count: int, data: memoryview) -> np.ndarray:
+    dtype = NUMPY_OF[header.datatype]
+    array: np.ndarray
+    if header.datatype == "BYTES":
+        array = np.empty(count, dtype=object)
+        position = 0
+        for index in range(count):
+            if position + _LENGTH.size > len(data):
+                raise _bad("a BYTES tensor is cut")
+            (size_bytes,) = _LENGTH.unpack_from(data, position)
+            position += _LENGTH.size
+            if position + size_bytes > len(data):
+                raise _bad("a BYTES tensor is cut")
+            array[index] = bytes(data[position : position + size_bytes])
+            position += size_bytes
+        if position != len(data):
+            raise _bad("bytes follow the last element of a BYTES tensor")
+    elif count:
+        if header.datatype == "BOOL" and np.frombuffer(data, np.uint8).max() > 1:
+            raise _bad("a BOOL tensor holds bytes other than 0 and 1")
+        array = np.frombuffer(data, dtype)
+    else:
+        array = np.empty(0, dtype)
+    array = array.reshape(header.shape)
+    array.flags.writeable = False
+    return array
+
+
+def _bad(reason: str) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"A message cannot be read: {reason}",
+        fix="Check that both sides run compatible nearfar versions and the same limits",
+    )

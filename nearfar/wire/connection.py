@@ -1,0 +1,458 @@
+"""The wire protocol's rules, without a socket: who may say what when.
+
+`TRANSITIONS` is the protocol; the class below it keeps the few numbers that a table cannot
+(credit, token indices, digests). Both ends run the same code and judge each message alike: an
+illegal one of ours is a `LocalProtocolError`, one of the peer's a `RemoteProtocolError`.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Sequence
+from typing import Union
+
+import numpy as np
+
+from nearfar.errors import LocalProtocolError, NearfarError, RemoteProtocolError
+from nearfar.wire.checks import MAX_CREDIT, MAX_STREAM, problem_in
+from nearfar.wire.codec import decode, encode
+from nearfar.wire.limits import Limits
+from nearfar.wire.messages import (
+    Auth,
+    Cancel,
+    Credit,
+    Error,
+    Fin,
+    Generate,
+    GoAway,
+    Infer,
+    ListModels,
+    Message,
+    Models,
+    Ping,
+    Pong,
+    Ready,
+    Result,
+    Token,
+)
+
+
+class Role(enum.Enum):
+    """Which end of the connection."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class ConnectionState(enum.Enum):
+    """What the connection has seen."""
+
+    NEW = "new"
+    AUTHENTICATING = "authenticating"
+    OPEN = "open"
+    DRAINING = "going away"
+    CLOSED = "closed"
+
+
+class StreamState(enum.Enum):
+    """What one request has seen; a cancelled one still awaits its end."""
+
+    IDLE = "idle"
+    LISTING = "listing"
+    INFERRING = "inferring"
+    GENERATING = "generating"
+    LISTING_CANCELLED = "listing, cancelled"
+    INFERRING_CANCELLED = "inferring, cancelled"
+    GENERATING_CANCELLED = "generating, cancelled"
+    ENDED = "ended"
+
+
+State = Union[ConnectionState, StreamState]
+
+_CLIENT, _SERVER = Role.CLIENT, Role.SERVER
+_C, _S = ConnectionState, StreamState
+
+#: (who sends, state, message) -> next state. What is not here is illegal.
+TRANSITIONS: dict[tuple[Role, State, type[Message]], State] = {
+    # The connection (stream 0).
+    (_CLIENT, _C.NEW, Auth): _C.AUTHENTICATING,
+    (_SERVER, _C.NEW, Error): _C.CLOSED,
+    (_SERVER, _C.AUTHENTICATING, Ready): _C.OPEN,
+    (_SERVER, _C.AUTHENTICATING, Error): _C.CLOSED,
+    (_CLIENT, _C.OPEN, Ping): _C.OPEN,
+    (_CLIENT, _C.OPEN, Pong): _C.OPEN,
+    (_SERVER, _C.OPEN, Ping): _C.OPEN,
+    (_SERVER, _C.OPEN, Pong): _C.OPEN,
+    (_SERVER, _C.OPEN, GoAway): _C.DRAINING,
+    (_SERVER, _C.OPEN, Error): _C.CLOSED,
+    (_CLIENT, _C.DRAINING, Ping): _C.DRAINING,
+    (_CLIENT, _C.DRAINING, Pong): _C.DRAINING,
+    (_SERVER, _C.DRAINING, Ping): _C.DRAINING,
+    (_SERVER, _C.DRAINING, Pong): _C.DRAINING,
+    (_SERVER, _C.DRAINING, GoAway): _C.DRAINING,
+    (_SERVER, _C.DRAINING, Error): _C.CLOSED,
+    # A stream.
+    (_CLIENT, _S.IDLE, ListModels): _S.LISTING,
+    (_CLIENT, _S.LISTING, Cancel): _S.LISTING_CANCELLED,
+    (_SERVER, _S.LISTING, Models): _S.ENDED,
+    (_SERVER, _S.LISTING, Error): _S.ENDED,
+    (_SERVER, _S.LISTING_CANCELLED, Models): _S.ENDED,
+    (_SERVER, _S.LISTING_CANCELLED, Error): _S.ENDED,
+    (_CLIENT, _S.IDLE, Infer): _S.INFERRING,
+    (_CLIENT, _S.INFERRING, Cancel): _S.INFERRING_CANCELLED,
+    (_SERVER, _S.INFERRING, Result): _S.ENDED,
+    (_SERVER, _S.INFERRING, Error): _S.ENDED,
+    (_SERVER, _S.INFERRING_CANCELLED, Result): _S.ENDED,
+    (_SERVER, _S.INFERRING_CANCELLED, Error): _S.ENDED,
+    (_CLIENT, _S.IDLE, Generate): _S.GENERATING,
+    (_CLIENT, _S.GENERATING, Credit): _S.GENERATING,
+    (_CLIENT, _S.GENERATING, Cancel): _S.GENERATING_CANCELLED,
+    (_SERVER, _S.GENERATING, Token): _S.GENERATING,
+    (_SERVER, _S.GENERATING, Fin): _S.ENDED,
+    (_SERVER, _S.GENERATING, Error): _S.ENDED,
+    (_SERVER, _S.GENERATING_CANCELLED, Token): _S.GENERATING_CANCELLED,
+    (_SERVER, _S.GENERATING_CANCELLED, Fin): _S.ENDED,
+    (_SERVER, _S.GENERATING_CANCELLED, Error): _S.ENDED,
+}
+
+#: Legal to receive, and ignored, because the sender could not know that the stream had ended:
+#: its message and the end crossed. Never legal to send knowingly.
+CROSSINGS: frozenset[tuple[Role, State, type[Message]]] = frozenset(
+    {
+        (_CLIENT, _S.ENDED, Cancel),
+        (_CLIENT, _S.ENDED, Credit),
+    }
+)
+
+_OPENERS = (ListModels, Infer, Generate)
+_CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
+_MAX_UNANSWERED_PINGS = 64
+_MAX_ERROR_CHARACTERS = 2000
+
+
+def _sendable(text: str) -> str:
+    """An error's text as it fits any message: bounded, valid Unicode."""
+    return text[:_MAX_ERROR_CHARACTERS].encode(errors="replace").decode()
+
+
+class _Violation(Exception):
+    """A message is illegal; whose fault that is decides the error it becomes."""
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.fix = fix
+
+
+class _Stream:
+    """One open request.
+
+    Attributes:
+        credit: Tokens the server may still send.
+        count: Tokens so far; the next index.
+        digest: SHA-256 of their texts.
+    """
+
+    __slots__ = ("count", "credit", "digest", "state")
+
+    def __init__(self, state: State, credit: int) -> None:
+        self.state = state
+        self.credit = credit
+        self.count = 0
+        self.digest = hashlib.sha256()
+
+
+class Connection:
+    """One end's view of the connection: checks and encodes, decodes and checks.
+
+    Args:
+        role: Which end this is.
+        limits: What to accept.
+    """
+
+    def __init__(self, role: Role, limits: Limits) -> None:
+        self.role = role
+        self.state = ConnectionState.NEW
+        self._peer = Role.SERVER if role is Role.CLIENT else Role.CLIENT
+        self._limits = limits
+        self._max_message_bytes = limits.max_unauthenticated_bytes
+        self._max_streams = limits.max_streams
+        self._streams: dict[int, _Stream] = {}
+        self._highest_stream = 0
+        self._last_stream = MAX_STREAM  # lowered by GoAway
+        self._pings_sent: set[int] = set()
+        self._outgoing: list[bytes] = []
+
+    # What is known
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest plaintext message that may be sent or received now."""
+        return self._max_message_bytes
+
+    @property
+    def open_streams(self) -> tuple[int, ...]:
+        """Streams that have not ended, in the order of opening."""
+        return tuple(self._streams)
+
+    @property
+    def next_stream(self) -> int:
+        """Id for the client's next request."""
+        return self._highest_stream + 1
+
+    @property
+    def can_open(self) -> bool:
+        """Whether the client may open one more stream now."""
+        return self.state is ConnectionState.OPEN and len(self._streams) < self._max_streams
+
+    def credit(self, stream: int) -> int:
+        """Tokens the server may still send."""
+        return self._generation(stream).credit
+
+    def token_count(self, stream: int) -> int:
+        """Tokens so far; the next index."""
+        return self._generation(stream).count
+
+    def digest(self, stream: int) -> bytes:
+        """SHA-256 of all texts so far."""
+        return self._generation(stream).digest.digest()
+
+    def _generation(self, stream: int) -> _Stream:
+        entry = self._streams.get(stream)
+        if entry is None:
+            raise LocalProtocolError(
+                f"Stream {stream} is not open", field="stream", fix="Check is_open first"
+            )
+        return entry
+
+    # Sending
+
+    def send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> None:
+        """Check, encode and queue one message.
+
+        Raises:
+            LocalProtocolError: It is illegal now or too large; nothing changed.
+            InvalidInput: A tensor cannot be sent.
+        """
+        if isinstance(message, Pong):
+            raise LocalProtocolError("Pong is sent by the connection itself", field="Pong")
+        self._send(message, tensors)
+        if isinstance(message, Ping):
+            self._pings_sent.add(message.id)
+
+    def _send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> None:
+        try:
+            next_state = self._judge(self.role, message)
+        except _Violation as violation:
+            raise LocalProtocolError(
+                violation.problem, field=type(message).__name__, fix=violation.fix
+            ) from None
+        parts = encode(message, tensors)
+        size_bytes = sum(len(part) for part in parts)
+        if size_bytes > self._max_message_bytes:
+            raise LocalProtocolError(
+                f"{type(message).__name__} has {size_bytes} bytes, but this connection takes "
+                f"messages of up to {self._max_message_bytes} bytes",
+                field="tensors",
+                fix="Send smaller inputs, or raise max_message_bytes on both sides",
+            )
+        self._outgoing.append(b"".join(parts))
+        self._advance(message, next_state)
+
+    def close(self, problem: NearfarError | None = None) -> None:
+        """Take part no longer: nothing more can be sent, and what comes is ignored.
+
+        Args:
+            problem: Why; a server queues it for the client as `Error` on stream 0.
+        """
+        if self.state is ConnectionState.CLOSED:
+            return
+        if problem is not None and self.role is Role.SERVER:
+            texts = [_sendable(text) for text in (problem.problem, problem.fix)]
+            self._send(Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1]))
+        self.state = ConnectionState.CLOSED
+
+    def data_to_send(self) -> list[bytes]:
+        """Encoded messages in order; empties the queue."""
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
+
+    # Receiving
+
+    def receive(self, data: bytes) -> tuple[Message, tuple[np.ndarray, ...]] | None:
+        """Decode and check one message; queues the answer to a `Ping`.
+
+        Returns:
+            The message and its tensors; `None` for what the caller has no use for: pings, tokens
+            of cancelled streams, messages that crossed the end of their stream, and everything
+            after the connection was closed.
+
+        Raises:
+            RemoteProtocolError: The peer broke the rules; the connection is closed, and a server
+                has queued the error for its client.
+        """
+        if self.state is ConnectionState.CLOSED:
+            return None
+        try:
+            return self._receive(data)
+        except _Violation as violation:
+            error = RemoteProtocolError(
+                f"The {self._peer.value} broke the wire protocol: {violation.problem}",
+                fix="Check that both sides run compatible nearfar versions",
+            )
+        except RemoteProtocolError as exc:
+            error = exc
+        self.close(error)
+        raise error
+
+    def _receive(self, data: bytes) -> tuple[Message, tuple[np.ndarray, ...]] | None:
+        if len(data) > self._max_message_bytes:
+            raise _Violation(
+                f"a message of {len(data)} bytes where {self._max_message_bytes} are allowed"
+            )
+        message, tensors = decode(data, self._limits)
+        if self._is_crossing(message):
+            return None
+        next_state = self._judge(self._peer, message)
+        self._advance(message, next_state)
+        if isinstance(message, Ping):
+            self._send(Pong(id=message.id))
+            return None
+        if isinstance(message, Pong):
+            self._pings_sent.remove(message.id)
+        if isinstance(message, Token) and next_state in _CANCELLED_STATES:
+            return None
+        return message, tensors
+
+    def _is_crossing(self, message: Message) -> bool:
+        stream = getattr(message, "stream", 0)
+        if not 0 < stream <= MAX_STREAM:
+            return False
+        if self.role is Role.SERVER and stream > self._last_stream:
+            # The client had not read our GoAway; it learns from there that nothing came of this.
+            return isinstance(message, (*_OPENERS, Cancel, Credit))
+        return (self._peer, self._stream_state(stream), type(message)) in CROSSINGS
+
+    # Judging, the same for both directions
+
+    def _stream_state(self, stream: int) -> State:
+        entry = self._streams.get(stream)
+        if entry is not None:
+            return entry.state
+        return StreamState.IDLE if stream > self._highest_stream else StreamState.ENDED
+
+    def _judge(self, sender: Role, message: Message) -> State:
+        """The state the message leads to; changes nothing.
+
+        Raises:
+            _Violation: The message is illegal.
+        """
+        if problem := problem_in(message):
+            raise _Violation(problem)
+        stream: int = getattr(message, "stream", 0)
+        kind = type(message)
+        state = self._stream_state(stream) if stream else self.state
+        next_state = TRANSITIONS.get((sender, state, kind))
+        if next_state is None:
+            where = f"stream {stream}" if stream else "the connection"
+            raise _Violation(
+                f"{kind.__name__} is not allowed from the {sender.value} "
+                f"while {where} is {state.value}"
+            )
+        if stream:
+            self._judge_stream(stream, message)
+        else:
+            self._judge_connection(sender, message)
+        return next_state
+
+    def _judge_connection(self, sender: Role, message: Message) -> None:
+        if isinstance(message, Ready):
+            limits = self._limits
+            if sender is self.role and (
+                message.max_streams > limits.max_streams
+                or message.max_message_bytes > limits.max_message_bytes
+            ):
+                raise _Violation(
+                    "Ready promises more than this side's limits", "Announce the values of Limits"
+                )
+        elif isinstance(message, GoAway):
+            if message.last_stream > self._last_stream:
+                raise _Violation("GoAway.last_stream goes up")
+            if sender is self.role and message.last_stream < max(self._streams, default=0):
+                raise _Violation(
+                    "GoAway.last_stream abandons an open stream",
+                    "Name the highest open stream, or end it with Error first",
+                )
+        elif isinstance(message, Ping) and sender is self.role:
+            if message.id in self._pings_sent or len(self._pings_sent) >= _MAX_UNANSWERED_PINGS:
+                raise _Violation("Ping repeats an id, or too many are unanswered")
+        elif isinstance(message, Pong) and sender is not self.role:
+            self._judge_pong(message)
+
+    def _judge_pong(self, message: Pong) -> None:
+        if message.id not in self._pings_sent:
+            raise _Violation("Pong answers no Ping")
+
+    def _judge_stream(self, stream: int, message: Message) -> None:
+        if self.state not in (ConnectionState.OPEN, ConnectionState.DRAINING):
+            raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
+        if isinstance(message, _OPENERS):
+            if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
+                raise _Violation("the server is going away", "Open a new connection")
+            if len(self._streams) >= self._max_streams:
+                raise _Violation(
+                    f"{self._max_streams} streams are open already",
+                    "Wait until one ends (can_open tells)",
+                )
+            return
+        entry = self._streams[stream]
+        if isinstance(message, Token):
+            if message.index != entry.count:
+                raise _Violation(
+                    f"stream {stream} has token {message.index} where {entry.count} was due"
+                )
+            if entry.credit < 1:
+                raise _Violation(f"stream {stream} has no credit left", "Wait for Credit")
+        elif isinstance(message, Credit):
+            if entry.credit + message.tokens > MAX_CREDIT:
+                raise _Violation(f"stream {stream} would have more credit than {MAX_CREDIT}")
+        elif isinstance(message, Fin):
+            if message.count != entry.count:
+                raise _Violation(
+                    f"stream {stream} ends after {entry.count} tokens, Fin says {message.count}"
+                )
+            if message.digest != entry.digest.digest():
+                raise _Violation(f"the texts of stream {stream} do not match the digest of Fin")
+
+    # Following
+
+    def _advance(self, message: Message, next_state: State) -> None:
+        if isinstance(next_state, StreamState):
+            self._advance_stream(message.stream, message, next_state)  # type: ignore[union-attr]
+            return
+        self.state = next_state
+        if isinstance(message, Ready):
+            self._max_streams = min(self._limits.max_streams, message.max_streams)
+            self._max_message_bytes = min(self._limits.max_message_bytes, message.max_message_bytes)
+        elif isinstance(message, GoAway):
+            self._last_stream = message.last_stream
+            for stream in [s for s in self._streams if s > message.last_stream]:
+                del self._streams[stream]
+
+    def _advance_stream(self, stream: int, message: Message, next_state: StreamState) -> None:
+        if next_state is StreamState.ENDED:
+            del self._streams[stream]
+        elif isinstance(message, _OPENERS):
+            credit = message.credit if isinstance(message, Generate) else 0
+            self._streams[stream] = _Stream(next_state, credit)
+            self._highest_stream = stream
+        else:
+            entry = self._streams[stream]
+            entry.state = next_state
+            if isinstance(message, Token):
+                entry.credit -= 1
+                entry.count += 1
+                entry.digest.update(message.text.encode())
+            elif isinstance(message, Credit):
+                entry.credit += message.tokens

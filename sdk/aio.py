@@ -1,0 +1,274 @@
+"""The client for asyncio programs: the names of `Client`, with ``await`` and ``async for``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nearfar.errors import CloudUnavailable, InvalidInput, NearfarError
+from nearfar.generation import ChatMessage
+from nearfar.units import Deadline
+from sdk import requests
+from sdk.answer import AnswerState
+from sdk.calls import Calls, GenerateOptions, RequestOptions
+from sdk.results import ClassifyResult, EmbedResult, InferResult, ModelInfo
+from sdk.steps import (
+    Answer,
+    Connect,
+    RunHere,
+    RunThere,
+    Step,
+    Wait,
+    answer_of,
+    run_here,
+    wire_tensors,
+)
+from sdk.streams import (
+    AsyncCloudSource,
+    AsyncEdgeSource,
+    AsyncGenerationStream,
+    AsyncSource,
+    EdgeSource,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Unpack
+
+    from sdk.requests import Request
+    from sdk.routing import RouteDecision
+
+T = TypeVar("T")
+
+#: Threads in which the device computes or waits for its turn; more requests than that queue here.
+_EDGE_THREADS = 32
+
+
+class AsyncClient(Calls):
+    """As `Client`, for one asyncio event loop.
+
+    Requests that run on the device run in worker threads, the cloud is awaited on the app's loop.
+    Cancelling a task cancels its request. A client belongs to the loop that first used it.
+    """
+
+    _workers: ThreadPoolExecutor | None = None
+    _owner: asyncio.AbstractEventLoop | None = None
+    _is_closed = False
+
+    @classmethod
+    def from_config(cls, path: str | Path, **arguments: Any) -> AsyncClient:
+        """As `Client.from_config`."""
+        return cls(path, **arguments)
+
+    async def infer(
+        self, model: str, feeds: Mapping[str, np.ndarray], **options: Unpack[RequestOptions]
+    ) -> InferResult:
+        """As `Client.infer`."""
+        return self._infer_result(await self._run(self._infer_request(model, feeds, options)))
+
+    async def embed(
+        self, model: str, texts: Sequence[str], **options: Unpack[RequestOptions]
+    ) -> EmbedResult:
+        """As `Client.embed`."""
+        return self._embed_result(await self._run(self._embed_request(model, texts, options)))
+
+    async def classify(
+        self,
+        model: str,
+        data: bytes | str | Path,
+        *,
+        top_k: int = 1,
+        **options: Unpack[RequestOptions],
+    ) -> ClassifyResult:
+        """As `Client.classify`."""
+        request = self._classify_request(model, data, top_k, options)
+        return self._classify_result(await self._run(request))
+
+    async def generate(
+        self, model: str, prompt: str, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerationStream:
+        """As `Client.generate`; await it for the stream."""
+        request = self._generate_request(model, requests.text_prompt(prompt), options)
+        return await self._stream(request)
+
+    async def chat(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationStream:
+        """As `Client.chat`; await it for the stream."""
+        request = self._generate_request(model, requests.chat_prompt(messages), options)
+        return await self._stream(request)
+
+    async def explain(
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str] | ChatMessage] | None = None,
+        texts: Sequence[str] | None = None,
+        data: bytes | str | Path | None = None,
+        feeds: Mapping[str, np.ndarray] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> RouteDecision:
+        """As `Client.explain`."""
+        return self._core.explain(
+            self._explain_request(
+                model,
+                prompt=prompt,
+                messages=messages,
+                texts=texts,
+                data=data,
+                feeds=feeds,
+                options=options,
+            )
+        )
+
+    async def models(self, *, refresh: bool = False) -> tuple[ModelInfo, ...]:
+        """As `Client.models`."""
+        if refresh and self._link is not None:
+            self._own_loop()
+            await self._link.refresh(Deadline())
+        return self._models()
+
+    async def warm_up(self, model: str) -> None:
+        """As `Client.warm_up`."""
+        has_edge = await self._work(lambda: self._core.warm_up_edge(model))
+        if self._link is None:
+            return
+        try:
+            with self._known.guarded():
+                await self._link.connect(Deadline())
+        except CloudUnavailable:
+            if not has_edge:
+                raise
+        self._core.require(model)
+
+    async def close(self) -> None:
+        """Close connections, end worker threads, free models. Idempotent."""
+        self._is_closed = True
+        if self._link is not None:
+            await self._link.close()
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            # Streams are cancelled at their next token; waiting for it must not block the loop.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, workers.shutdown)
+        if self._edge is not None:
+            self._edge.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # -- performing steps ------------------------------------------------------------------------
+
+    async def _run(self, request: Request) -> Any:
+        return await self._drive(self._core.run(request))
+
+    async def _drive(self, life: Generator[Step, Any, T]) -> T:
+        self._own_loop()
+        try:
+            step = next(life)
+            while True:
+                try:
+                    came = await self._perform(step)
+                except NearfarError as error:
+                    step = life.throw(error)
+                else:
+                    step = life.send(came)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            life.close()
+
+    async def _perform(self, step: Step) -> Answer | None:
+        if isinstance(step, RunHere):
+            request, edge = step.request, self._edge
+            assert edge is not None
+            return await self._work(lambda: run_here(edge, request))
+        if isinstance(step, RunThere):
+            request, link = step.request, self._link
+            assert link is not None
+            started_s = time.perf_counter()
+            reply = await link.infer(
+                step.permit,
+                model=request.model,
+                form=request.form,
+                tensors=wire_tensors(request, step.offer.manifest),
+                deadline=request.deadline,
+                version=request.version,
+                variant=step.variant,
+                priority=request.priority,
+            )
+            return answer_of(reply, started_s)
+        if isinstance(step, Connect):
+            assert self._link is not None
+            await self._link.connect(step.deadline)
+            return None
+        assert isinstance(step, Wait)
+        await asyncio.sleep(step.delay_s)
+        return None
+
+    async def _stream(self, request: Request) -> AsyncGenerationStream:
+        decision = await self._drive(self._core.route(request))
+        state = AnswerState(self._core, request, decision)
+        return await AsyncGenerationStream(state, self._open).begin()
+
+    async def _open(self, state: AnswerState) -> AsyncSource:
+        request, attempt = state.request, state.attempt
+        if attempt.delay_s:
+            await asyncio.sleep(attempt.delay_s)
+        if attempt.route == "edge":
+            state.opening()
+            generation, cancel = await self._work(
+                lambda: self._core.generate_here(request, state.prompt(), state.options())
+            )
+            return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
+        permit, _ = await self._drive(self._core.board(request, attempt))
+        state.opening(permit)
+        link = self._link
+        assert link is not None
+        with self._known.guarded():
+            stream = await link.generate(
+                permit,
+                model=request.model,
+                prompt=state.prompt(),
+                options=state.options(),
+                deadline=request.deadline,
+                version=request.version,
+                priority=request.priority,
+            )
+        return AsyncCloudSource(stream, request.deadline)
+
+    async def _work(self, function: Callable[[], T]) -> T:
+        if self._is_closed:
+            raise CloudUnavailable("This client is closed", fix="Make a new AsyncClient")
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(_EDGE_THREADS, thread_name_prefix="nearfar-edge")
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
+    def _own_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._owner is None:
+            self._owner = loop
+        elif self._owner is not loop:
+            raise InvalidInput(
+                "This AsyncClient is used on two event loops",
+                field="client",
+                fix="Make one AsyncClient per event loop (per asyncio.run)",
+            )

@@ -1,0 +1,272 @@
+"""One streamed answer, whatever brings its pieces: order, handover, deadline, end, timings.
+
+Sans-IO: a stream (sync or async) opens the source that `AnswerState.attempt` asks for and feeds it
+pieces and failures; the state says what the app gets and how it goes on. An answer ends in exactly
+one of two ways: with a `finish_reason`, or with an error. It is never silently cut.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nearfar.errors import Cancelled, DeadlineExceeded, NearfarError, StreamInterrupted
+from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
+from sdk.core import Core, route_of
+from sdk.requests import Request
+from sdk.results import Chunk, Route, RouteName, Timings
+from sdk.routing import Attempt, Observation, Outcome, RouteDecision, attempts
+
+if TYPE_CHECKING:
+    from sdk.cloud.egress import Permit
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a source knows about a generation that ended well."""
+
+    variant: str
+    execution_provider: str
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class AnswerState:
+    """What has come of one answer so far, and what is to be done next.
+
+    Attributes:
+        attempt: Route to open next, or the one that is open.
+        finish_reason: Why the answer ended; `None` while it goes on or after an error.
+        error: What broke it for good; `None` while it goes on or after a good end.
+        usage: Token counts, at the end. `prompt_tokens` is as the last route counted them, so
+            after a handover it includes the part of the answer that was handed over.
+        variant: Variant that answers; ``""`` until it is known.
+        execution_provider: What it runs on; ``""`` until it is known.
+    """
+
+    def __init__(self, core: Core, request: Request, decision: RouteDecision) -> None:
+        self._core = core
+        self._request = request
+        self._plan = attempts(decision, core.decide_again(request), at_s=request.deadline.at_s)
+        self.attempt: Attempt = next(self._plan)
+        self.finish_reason: FinishReason | None = None
+        self.error: NearfarError | None = None
+        self.usage: Usage | None = None
+        self.variant = ""
+        self.execution_provider = ""
+        self._parts: list[str] = []
+        self._base_tokens = 0  # tokens of routes that broke off
+        self._kept_tokens = 0  # tokens whose text the app has
+        self._before: list[RouteName] = []
+        self._permits: list[Permit] = []
+        self._is_handover = False
+        self._started_s = self._attempt_started_s = time.perf_counter()
+        self._first_s: float | None = None
+        self._last_s = self._started_s
+        self._summary: Summary | None = None
+
+    # -- what the source needs ---------------------------------------------------------------------
+
+    @property
+    def request(self) -> Request:
+        """The request that is being answered."""
+        return self._request
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None or self.error is not None
+
+    def prompt(self) -> Prompt:
+        """What the route that takes over continues."""
+        prompt = self._request.prompt
+        assert prompt is not None
+        if not self._parts:
+            return prompt
+        return msgspec.structs.replace(prompt, answer_so_far=self.text)
+
+    def options(self) -> GenerationOptions:
+        """Options with the tokens that are left."""
+        options = self._request.options
+        if not self._base_tokens:
+            return options
+        left = options.max_new_tokens - self._base_tokens
+        return msgspec.structs.replace(options, max_new_tokens=left)
+
+    def opening(self, permit: Permit | None = None) -> None:
+        """Note that the attempt's source is being opened."""
+        self._attempt_started_s = time.perf_counter()
+        if permit is not None:
+            self._permits.append(permit)
+
+    # -- what comes of it --------------------------------------------------------------------------
+
+    def take(self, piece: GenerationChunk, summary: Summary | None) -> Chunk | None:
+        """Take the source's next piece.
+
+        Args:
+            piece: The piece.
+            summary: Given with the last piece.
+
+        Returns:
+            What the app gets, or `None` when there is nothing to show.
+
+        Raises:
+            DeadlineExceeded: The deadline passed before any text came.
+        """
+        chunk = self._chunk(piece) if piece.text else None
+        if piece.finish_reason is not None:
+            self._finish(piece.finish_reason, piece.usage, summary)
+        elif self._request.deadline.remaining_s() == 0.0:
+            self.expire()
+        return chunk
+
+    def fail(self, error: NearfarError) -> None:
+        """The source broke: either `attempt` is another one now, or the answer is over.
+
+        Raises:
+            StreamInterrupted: Text was given out and no route can go on with it.
+            NearfarError: The error itself, when nothing was given out yet.
+        """
+        if self.is_over:
+            return
+        if isinstance(error, DeadlineExceeded):
+            self.expire(error)
+            return
+        self._before.append(self.attempt.route)
+        if self._kept_tokens >= self._request.options.max_new_tokens:
+            self._finish("length", None, None)  # every token came, only the last word is missing
+            return
+        try:
+            self.attempt = self._plan.send(Outcome(now_s=time.monotonic(), error=error))
+        except DeadlineExceeded as late:
+            self.expire(late)
+            return
+        except NearfarError as final:
+            self.error = self._cut(final)
+            if self.error is final:
+                raise
+            raise self.error from final
+        self._base_tokens = self._kept_tokens
+        self._is_handover = bool(self._parts)
+
+    def expire(self, error: DeadlineExceeded | None = None) -> None:
+        """The deadline passed: what came so far is the answer, marked ``deadline``.
+
+        Raises:
+            DeadlineExceeded: Nothing came at all.
+        """
+        if self._parts:
+            self._finish("deadline", None, None)
+            return
+        tried = tuple(dict.fromkeys((*self._before, self.attempt.route)))
+        self.error = DeadlineExceeded(
+            error.problem if error else "The deadline passed before the first token",
+            tried=tried,
+            fix=(error.fix if error else "") or "Allow more time with deadline_ms",
+        )
+        raise self.error from error
+
+    def cancel(self) -> None:
+        """The app wants no more."""
+        if not self.is_over:
+            self._finish("cancelled", None, None)
+
+    # -- what the app sees -------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self._parts)
+
+    @property
+    def route(self) -> Route:
+        """Where the answer comes from, with the routes that broke off before."""
+        return route_of(self.attempt, self._before)
+
+    @property
+    def decision(self) -> RouteDecision:
+        """The decision that chose the present route."""
+        return self.attempt.decision
+
+    @property
+    def bytes_sent(self) -> int:
+        """Sealed bytes that left the device for this answer so far."""
+        return sum(permit.bytes_sent for permit in self._permits)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went; until the end, up to the last piece."""
+        total_ms = (self._last_s - self._started_s) * 1000.0
+        ttft_ms = None if self._first_s is None else (self._first_s - self._started_s) * 1000.0
+        summary = self._summary
+        per_token: float | None = None
+        if self._first_s is not None and self._kept_tokens > 1:
+            per_token = (self._last_s - self._first_s) * 1000.0 / (self._kept_tokens - 1)
+        if summary is None:
+            return Timings(total_ms=total_ms, ttft_ms=ttft_ms, ms_per_token=per_token)
+        compute_ms = summary.prefill_ms + summary.decode_ms
+        attempt_ms = (self._last_s - self._attempt_started_s) * 1000.0
+        network_ms = attempt_ms - compute_ms - summary.queue_ms
+        return Timings(
+            total_ms=total_ms,
+            queue_ms=summary.queue_ms,
+            compute_ms=compute_ms,
+            network_ms=max(0.0, network_ms) if self.attempt.route == "cloud" else 0.0,
+            ttft_ms=ttft_ms,
+            ms_per_token=per_token,
+        )
+
+    def _chunk(self, piece: GenerationChunk) -> Chunk:
+        self._last_s = time.perf_counter()
+        if self._first_s is None:
+            self._first_s = self._last_s
+        self._parts.append(piece.text)
+        index = self._base_tokens + piece.index
+        # The last piece carries the number of tokens as its index; it is no token of its own.
+        is_token = piece.finish_reason is None
+        self._kept_tokens = max(self._kept_tokens, index + 1 if is_token else index)
+        chunk = Chunk(piece.text, index, self.attempt.route, self._is_handover)
+        self._is_handover = False
+        return chunk
+
+    def _finish(self, reason: FinishReason, usage: Usage | None, summary: Summary | None) -> None:
+        if reason == "deadline" and not self._parts:
+            self.expire()
+        self._last_s = time.perf_counter()
+        self.finish_reason = reason
+        self._summary = summary
+        tokens = self._kept_tokens if usage is None else self._base_tokens + usage.completion_tokens
+        self.usage = Usage(
+            prompt_tokens=usage.prompt_tokens if usage is not None else 0, completion_tokens=tokens
+        )
+        self._plan.close()
+        if summary is None:
+            return
+        self.variant, self.execution_provider = summary.variant, summary.execution_provider
+        if usage is None or self._base_tokens:
+            return  # a continued answer has another size than the request
+        self._core.known.observe(
+            self._request,
+            self.attempt.route,
+            Observation(
+                total_ms=(self._last_s - self._attempt_started_s) * 1000.0,
+                queue_ms=summary.queue_ms,
+                prefill_ms=summary.prefill_ms,
+                decode_ms=summary.decode_ms,
+                completion_tokens=usage.completion_tokens,
+                finished=reason in ("stop", "length", "stop_string"),
+            ),
+        )
+
+    def _cut(self, error: NearfarError) -> NearfarError:
+        """An answer that was begun and cannot be ended is an interrupted stream."""
+        if not self._parts or isinstance(error, Cancelled):
+            return error
+        return StreamInterrupted(
+            f"The answer was cut after {self._kept_tokens} tokens: {error.problem}",
+            received_tokens=self._kept_tokens,
+            fix=error.fix or "Ask again; the text so far is in the stream's `partial_text`",
+        )

@@ -1,0 +1,77 @@
+"""An event loop in a thread of its own, for a client without one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from nearfar.errors import CloudUnavailable
+
+T = TypeVar("T")
+
+#: How long closing waits for the loop's last tasks; each of them has a shorter limit of its own.
+_JOIN_TIMEOUT_S = 10.0
+
+
+class BackgroundLoop:
+    """Runs coroutines for callers in other threads. Thread-safe; starts at once."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        # A daemon: a program that forgets to close its client still ends.
+        self._thread = threading.Thread(target=self._run, name="nearfar-cloud", daemon=True)
+        self._is_closed = False
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine and wait for it; interrupting the wait cancels it.
+
+        Raises:
+            CloudUnavailable: The loop was closed, before or meanwhile.
+        """
+        if self._is_closed:
+            coroutine.close()
+            raise _closed()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise _closed() from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def post(self, function: Callable[[], Any]) -> None:
+        """Run a function on the loop, later, without waiting; does nothing once closed."""
+        if not self._is_closed:
+            self._loop.call_soon_threadsafe(function)
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_JOIN_TIMEOUT_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            # Host names are looked up in the loop's executor; its threads must not outlive us.
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+
+def _closed() -> CloudUnavailable:
+    return CloudUnavailable("This client is closed", fix="Make a new Client")

@@ -1,0 +1,380 @@
+"""Both clients' common half: settings, requests made from arguments, results made from outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from nearfar.errors import BundleError, ConfigError, InvalidInput
+from nearfar.generation import ChatMessage, GenerationOptions, Prompt
+from nearfar.units import Deadline
+from sdk import requests
+from sdk.config import CloudConfig, Config, load_config
+from sdk.core import Completed, Core
+from sdk.knowledge import Knowledge
+from sdk.policy import DEVICE_ONLY, Policy, load_policy
+from sdk.requests import Request
+from sdk.results import (
+    BatchUsage,
+    ClassifyResult,
+    EmbedResult,
+    InferResult,
+    ModelInfo,
+    Timings,
+)
+
+if TYPE_CHECKING:
+    from nearfar.engines.base import SessionOptions
+    from sdk.cloud.link import CloudLink
+    from sdk.edge import EdgeRoute
+    from sdk.routing.types import Mode, Objective
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keyword options that every request takes.
+
+    Attributes:
+        sensitivity: Data class of the content, one of the policy's; without one the client's
+            default holds, and without that the policy's strictest: unlabelled data is protected.
+        deadline_ms: Milliseconds until the answer is due, all attempts together. Without one the
+            configuration's holds; ``math.inf`` turns it off.
+        mode: ``auto``, ``edge_only``, ``prefer_edge``, ``prefer_cloud`` or ``cloud_only``, within
+            policy.
+        objective: ``latency`` or ``quality``, among routes that meet the deadline.
+        purpose: What the answer is for; policy may have rules about it.
+        tenant: On whose behalf the app asks; policy may have rules about it.
+        priority: 0 (background) to 9 (urgent), for the cloud's queue.
+        version: Exact version of the model; the newest by default.
+    """
+
+    sensitivity: str | None
+    deadline_ms: float | None
+    mode: Mode | None
+    objective: Objective | None
+    purpose: str | None
+    tenant: str | None
+    priority: int
+    version: str | None
+
+
+class GenerateOptions(RequestOptions, total=False):
+    """Keyword options of `generate` and `chat`.
+
+    Attributes:
+        max_new_tokens: Upper bound of the answer (256).
+        temperature: 0 (the default) decodes greedily.
+        top_p: Nucleus sampling; 1 turns it off.
+        top_k: Candidates per token; 0 turns it off.
+        seed: Makes sampling reproducible on one engine.
+        stop: Strings that end the answer and are not part of it.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str]
+
+
+class Calls:
+    """Base of `Client` and `AsyncClient`; makes no request itself.
+
+    Args:
+        config: What a `nearfar.toml` says, or the path of one.
+        models: Directory of bundles; overrides the configuration.
+        cloud: The cloud runtime; overrides the configuration.
+        policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
+            any, everything stays on the device.
+        sensitivity: Data class of requests that state none; without one they are taken to be of
+            the policy's strictest class.
+        mode: Default of every request.
+        objective: Default of every request.
+        deadline_ms: Default of every request.
+        edge: ``False`` runs nothing on this device, and needs no local models.
+        edge_options: Engine settings of the device.
+
+    Raises:
+        ConfigError: A file or an argument does not parse or fit.
+        BundleError: There is no such model store.
+    """
+
+    def __init__(
+        self,
+        config: Config | str | Path | None = None,
+        *,
+        models: str | Path | None = None,
+        cloud: CloudConfig | None = None,
+        policy: Policy | str | Path | None = None,
+        sensitivity: str | None = None,
+        mode: Mode | None = None,
+        objective: Objective | None = None,
+        deadline_ms: float | None = None,
+        edge: bool = True,
+        edge_options: SessionOptions | None = None,
+    ) -> None:
+        if config is None:
+            config = Config()
+        elif not isinstance(config, Config):
+            config = load_config(config)
+        self._mode: Mode = mode or config.routing.mode
+        self._objective: Objective = objective or config.routing.objective
+        self._deadline_ms = deadline_ms if deadline_ms is not None else config.routing.deadline_ms
+        requests.check_settings(self._mode, self._objective, 5)
+        store = Path(models).expanduser() if models is not None else config.models_store
+        cloud = cloud or config.cloud
+        rules = _policy_of(policy if policy is not None else config.policy_file)
+        self._edge = _edge_of(store, edge_options) if edge and store is not None else None
+        self._link = _link_of(cloud) if cloud is not None else None
+        if self._edge is None and self._link is None:
+            raise ConfigError(
+                "This client has neither local models nor a cloud",
+                field="models",
+                fix="Give models=DIRECTORY or cloud=CloudConfig(…), or set them in nearfar.toml",
+            )
+        default = sensitivity or config.default_sensitivity
+        if default is not None and default not in rules.classes:
+            raise ConfigError(
+                f"The default sensitivity {default!r} is not a class of the policy",
+                field="sensitivity",
+                fix=f"Use one of: {', '.join(rules.classes)}",
+            )
+        known = Knowledge(edge=self._edge, link=self._link)
+        if self._link is not None:
+            self._link.on_round_trip = known.observe_round_trip
+        self._known = known
+        self._core = Core(policy=rules, default_sensitivity=default, known=known)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that this client asks."""
+        return self._core.policy
+
+    # -- arguments to requests -------------------------------------------------------------------
+
+    def _common(
+        self,
+        *,
+        sensitivity: str | None = None,
+        deadline_ms: float | None = None,
+        mode: Mode | None = None,
+        objective: Objective | None = None,
+        purpose: str | None = None,
+        tenant: str | None = None,
+        priority: int = 5,
+        version: str | None = None,
+    ) -> dict[str, Any]:
+        mode = mode or self._mode
+        objective = objective or self._objective
+        requests.check_settings(mode, objective, priority)
+        return {
+            "deadline": Deadline.after_ms(
+                deadline_ms if deadline_ms is not None else self._deadline_ms
+            ),
+            "sensitivity": sensitivity,
+            "mode": mode,
+            "objective": objective,
+            "purpose": purpose,
+            "tenant": tenant,
+            "priority": priority,
+            "version": version,
+        }
+
+    def _infer_request(
+        self, model: str, feeds: Mapping[str, np.ndarray], options: RequestOptions
+    ) -> Request:
+        if not isinstance(feeds, Mapping):
+            raise InvalidInput(
+                f"feeds is a {type(feeds).__name__}",
+                field="feeds",
+                fix="Give a dict of input name to numpy array",
+            )
+        return Request(
+            method="infer",
+            model=model,
+            feeds=feeds,
+            size=requests.tensor_size(feeds),
+            **self._common(**options),
+        )
+
+    def _embed_request(self, model: str, texts: Sequence[str], options: RequestOptions) -> Request:
+        items = requests.texts_of(texts)
+        return Request(
+            method="embed",
+            model=model,
+            form="text",
+            items=items,
+            size=requests.items_size(items),
+            **self._common(**options),
+        )
+
+    def _classify_request(
+        self, model: str, data: bytes | str | Path, top_k: int, options: RequestOptions
+    ) -> Request:
+        if top_k < 1:
+            raise InvalidInput(f"top_k is {top_k}", field="top_k", fix="It must be 1 or more")
+        item = requests.data_of(data)
+        return Request(
+            method="classify",
+            model=model,
+            form="text" if isinstance(item, str) else "bytes",
+            items=(item,),
+            top_k=top_k,
+            size=requests.items_size((item,)),
+            **self._common(**options),
+        )
+
+    def _generate_request(self, model: str, prompt: Prompt, options: GenerateOptions) -> Request:
+        common = dict(options)
+        sampling = _sampling(
+            **{name: common.pop(name) for name in _SAMPLING if name in common}  # type: ignore[arg-type]
+        )
+        return Request(
+            method="generate",
+            model=model,
+            prompt=prompt,
+            options=sampling,
+            size=requests.prompt_size(prompt, sampling),
+            **self._common(**common),  # type: ignore[arg-type]
+        )
+
+    def _explain_request(
+        self,
+        model: str,
+        *,
+        prompt: str | None,
+        messages: Sequence[Mapping[str, str] | ChatMessage] | None,
+        texts: Sequence[str] | None,
+        data: bytes | str | Path | None,
+        feeds: Mapping[str, np.ndarray] | None,
+        options: GenerateOptions,
+    ) -> Request:
+        given = [x for x in (prompt, messages, texts, data, feeds) if x is not None]
+        if len(given) != 1:
+            raise InvalidInput(
+                f"explain() got {len(given)} inputs",
+                field="prompt",
+                fix="Give exactly one of prompt, messages, texts, data, feeds",
+            )
+        if prompt is not None:
+            return self._generate_request(model, requests.text_prompt(prompt), options)
+        if messages is not None:
+            return self._generate_request(model, requests.chat_prompt(messages), options)
+        # The sampling options mean nothing to the other methods, which refuse them by name.
+        common: Any = options
+        if texts is not None:
+            return self._embed_request(model, texts, common)
+        if data is not None:
+            return self._classify_request(model, data, 1, common)
+        assert feeds is not None
+        return self._infer_request(model, feeds, common)
+
+    # -- outputs to results ----------------------------------------------------------------------
+
+    @staticmethod
+    def _infer_result(done: Completed) -> InferResult:
+        return InferResult(outputs=done.answer.outputs, **_facts(done))
+
+    @staticmethod
+    def _embed_result(done: Completed) -> EmbedResult:
+        vectors = _output(done, done.manifest.embedding_output)
+        rows = done.request.rows
+        if vectors.ndim != 2 or vectors.shape[0] != rows:
+            raise BundleError(
+                f"Model {done.request.model!r} gave vectors of shape {list(vectors.shape)} "
+                f"for {rows} texts",
+                fix="Its manifest must name an `embedding_output` of shape [-1, dimensions]",
+            )
+        return EmbedResult(vectors=vectors.astype(np.float32, copy=False), **_facts(done))
+
+    @staticmethod
+    def _classify_result(done: Completed) -> ClassifyResult:
+        from nearfar.processing.classification import top_labels
+
+        scores = _output(done, done.manifest.label_output)
+        top = top_labels(scores[0], done.manifest.labels, done.request.top_k)
+        label, score = top[0]
+        return ClassifyResult(label=label, score=score, top=tuple(top), **_facts(done))
+
+    def _models(self) -> tuple[ModelInfo, ...]:
+        return self._known.models()
+
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+def _sampling(
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> GenerationOptions:
+    return requests.generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+    )
+
+
+def _policy_of(policy: Policy | str | Path | None) -> Policy:
+    if policy is None:
+        return DEVICE_ONLY
+    return policy if isinstance(policy, Policy) else load_policy(policy)
+
+
+def _edge_of(store: Path, options: SessionOptions | None) -> EdgeRoute:
+    from sdk.edge import EdgeRoute
+
+    return EdgeRoute(store, options=options)
+
+
+def _link_of(cloud: CloudConfig) -> CloudLink:
+    from sdk.cloud.link import CloudLink
+
+    return CloudLink(cloud)
+
+
+def _output(done: Completed, name: str | None) -> np.ndarray:
+    outputs = done.answer.outputs
+    if name is None:
+        return next(iter(outputs.values()))
+    found = outputs.get(name)
+    if found is None:
+        raise BundleError(
+            f"Model {done.request.model!r} gave no output {name!r}",
+            fix=f"Its outputs are: {', '.join(outputs)}; correct the bundle's manifest",
+        )
+    return found
+
+
+def _facts(done: Completed) -> dict[str, Any]:
+    answer = done.answer
+    network_ms = 0.0
+    if done.route.name == "cloud":
+        network_ms = max(0.0, answer.total_ms - answer.queue_ms - answer.compute_ms)
+    return {
+        "route": done.route,
+        "decision": done.decision,
+        "timings": Timings(
+            total_ms=done.total_ms,
+            queue_ms=answer.queue_ms,
+            compute_ms=answer.compute_ms,
+            network_ms=network_ms,
+        ),
+        "usage": BatchUsage(
+            items=done.request.rows,
+            output_bytes=sum(array.nbytes for array in answer.outputs.values()),
+        ),
+        "variant": answer.variant,
+        "execution_provider": answer.execution_provider,
+        "bytes_sent": done.bytes_sent,
+    }

@@ -1,0 +1,360 @@
+"""The client for ordinary (synchronous) programs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nearfar.errors import CloudUnavailable, NearfarError
+from nearfar.generation import ChatMessage
+from nearfar.units import Deadline
+from sdk import requests
+from sdk.answer import AnswerState
+from sdk.calls import Calls, GenerateOptions, RequestOptions
+from sdk.results import ClassifyResult, EmbedResult, InferResult, ModelInfo
+from sdk.steps import (
+    Answer,
+    Connect,
+    RunHere,
+    RunThere,
+    Step,
+    Wait,
+    answer_of,
+    run_here,
+    wire_tensors,
+)
+from sdk.streams import CloudSource, EdgeSource, GenerationStream, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Unpack
+
+    from sdk.background import BackgroundLoop
+    from sdk.requests import Request
+    from sdk.routing import RouteDecision
+
+T = TypeVar("T")
+
+
+class Client(Calls):
+    """Asks models, near or far: on this device, or on a cloud runtime.
+
+    Requests that run on the device run in the calling thread. The cloud is reached through one
+    background thread, which starts with the first request that needs it. Thread-safe: one client
+    may serve all threads of a program.
+
+    Example::
+
+        with Client.from_config("nearfar.toml") as client:
+            print(client.classify("file-type", Path("report.pdf")).label)
+    """
+
+    _loop: BackgroundLoop | None = None
+    _is_closed = False
+
+    @classmethod
+    def from_config(cls, path: str | Path, **arguments: Any) -> Client:
+        """Client as a configuration file describes it; keyword arguments override it.
+
+        Raises:
+            ConfigError: Names the file, the key, what is wrong and the fix.
+        """
+        return cls(path, **arguments)
+
+    def infer(
+        self, model: str, feeds: Mapping[str, np.ndarray], **options: Unpack[RequestOptions]
+    ) -> InferResult:
+        """Run one batch of tensors.
+
+        Args:
+            model: Name of the model.
+            feeds: Input name to array; names, dtypes and shapes as in the model's manifest.
+            options: See `RequestOptions`.
+
+        Raises:
+            InvalidInput: The request does not fit the model; nothing ran and nothing left.
+            ModelNotFound: Neither the device nor the cloud has the model.
+            PolicyDenied: Policy leaves no route.
+            DeadlineExceeded: The answer was not complete in time; says what was tried.
+            CloudUnavailable, Overloaded, EngineError: Every allowed route failed; the last error.
+            SecurityError: The cloud is not who it should be; never worked around.
+        """
+        return self._infer_result(self._run(self._infer_request(model, feeds, options)))
+
+    def embed(
+        self, model: str, texts: Sequence[str], **options: Unpack[RequestOptions]
+    ) -> EmbedResult:
+        """Embed texts; all vectors of one call come from one variant of the model.
+
+        Across calls, vectors of different variants may be compared only if the bundle says so
+        (`Manifest.mixed_routes`). If it does not, this client keeps to the variant that answered
+        first, and routes that cannot run it are not taken.
+
+        Raises:
+            As `infer`.
+        """
+        return self._embed_result(self._run(self._embed_request(model, texts, options)))
+
+    def classify(
+        self,
+        model: str,
+        data: bytes | str | Path,
+        *,
+        top_k: int = 1,
+        **options: Unpack[RequestOptions],
+    ) -> ClassifyResult:
+        """Classify one thing.
+
+        Args:
+            model: Name of the model.
+            data: Bytes, or a `pathlib.Path` whose content is read, or text for a text model.
+            top_k: How many of the best labels `ClassifyResult.top` holds.
+            options: See `RequestOptions`.
+
+        Raises:
+            As `infer`.
+        """
+        request = self._classify_request(model, data, top_k, options)
+        return self._classify_result(self._run(request))
+
+    def generate(
+        self, model: str, prompt: str, **options: Unpack[GenerateOptions]
+    ) -> GenerationStream:
+        """Continue raw text, streamed.
+
+        Raises:
+            As `infer`, here or while the stream is read.
+        """
+        request = self._generate_request(model, requests.text_prompt(prompt), options)
+        return self._stream(request)
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str] | ChatMessage],
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationStream:
+        """Answer a conversation, streamed.
+
+        Args:
+            model: Name of the model; its bundle brings the chat template.
+            messages: Such as ``[{"role": "user", "content": "…"}]``; the last one is the user's.
+            options: See `GenerateOptions`.
+
+        Raises:
+            As `infer`, here or while the stream is read.
+        """
+        request = self._generate_request(model, requests.chat_prompt(messages), options)
+        return self._stream(request)
+
+    def explain(
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str] | ChatMessage] | None = None,
+        texts: Sequence[str] | None = None,
+        data: bytes | str | Path | None = None,
+        feeds: Mapping[str, np.ndarray] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> RouteDecision:
+        """Where a request would go now, and why. Nothing runs and nothing leaves the device.
+
+        Not even a connection is made: what a cloud serves is known only after the first request
+        that needed it, or after `warm_up` or ``models(refresh=True)``.
+
+        Args:
+            model: Name of the model.
+            prompt: As for `generate`. Give exactly one of the five inputs.
+            messages: As for `chat`.
+            texts: As for `embed`.
+            data: As for `classify`.
+            feeds: As for `infer`.
+            options: See `GenerateOptions`.
+
+        Returns:
+            The decision; its `route` is `None` when there is none, and `error()` says why.
+
+        Raises:
+            InvalidInput: The request does not fit the model.
+        """
+        return self._core.explain(
+            self._explain_request(
+                model,
+                prompt=prompt,
+                messages=messages,
+                texts=texts,
+                data=data,
+                feeds=feeds,
+                options=options,
+            )
+        )
+
+    def models(self, *, refresh: bool = False) -> tuple[ModelInfo, ...]:
+        """Models this client can use, by name.
+
+        Args:
+            refresh: Ask the cloud now. Without it, the cloud's part is what it last said.
+
+        Raises:
+            CloudUnavailable, SecurityError: Only with `refresh`.
+        """
+        if refresh and self._link is not None:
+            self._call(self._link.refresh(Deadline()))
+        return self._models()
+
+    def warm_up(self, model: str) -> None:
+        """Load a model on the device and connect to the cloud, as far as there are any.
+
+        Sends nothing but the connection's own handshake. A cloud that cannot be reached is no
+        error here as long as the device has the model.
+
+        Raises:
+            ModelNotFound: Neither has it.
+            EngineError, BundleError: The device has it and cannot run it.
+            SecurityError: The cloud is not who it should be.
+        """
+        has_edge = self._core.warm_up_edge(model)
+        if self._link is None:
+            return
+        try:
+            with self._known.guarded():
+                self._call(self._link.connect(Deadline()))
+        except CloudUnavailable:
+            if not has_edge:
+                raise
+        self._core.require(model)
+
+    def close(self) -> None:
+        """Close connections, stop the background thread, free models. Idempotent."""
+        self._is_closed = True
+        with _LOOP_LOCK:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            if self._link is not None:
+                loop.call(self._link.close())
+            loop.close()
+        if self._edge is not None:
+            self._edge.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- performing steps ------------------------------------------------------------------------
+
+    def _run(self, request: Request) -> Any:
+        return self._drive(self._core.run(request))
+
+    def _drive(self, life: Generator[Step, Any, T]) -> T:
+        try:
+            step = next(life)
+            while True:
+                try:
+                    came = self._perform(step)
+                except NearfarError as error:
+                    step = life.throw(error)
+                else:
+                    step = life.send(came)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            life.close()
+
+    def _perform(self, step: Step) -> Answer | None:
+        if isinstance(step, RunHere):
+            assert self._edge is not None
+            return run_here(self._edge, step.request)
+        if isinstance(step, RunThere):
+            request, link = step.request, self._link
+            assert link is not None
+            started_s = time.perf_counter()
+            reply = self._call(
+                link.infer(
+                    step.permit,
+                    model=request.model,
+                    form=request.form,
+                    tensors=wire_tensors(request, step.offer.manifest),
+                    deadline=request.deadline,
+                    version=request.version,
+                    variant=step.variant,
+                    priority=request.priority,
+                )
+            )
+            return answer_of(reply, started_s)
+        if isinstance(step, Connect):
+            assert self._link is not None
+            self._call(self._link.connect(step.deadline))
+            return None
+        assert isinstance(step, Wait)
+        time.sleep(step.delay_s)
+        return None
+
+    def _stream(self, request: Request) -> GenerationStream:
+        decision = self._drive(self._core.route(request))
+        state = AnswerState(self._core, request, decision)
+        return GenerationStream(state, self._open).begin()
+
+    def _open(self, state: AnswerState) -> Source:
+        request, attempt = state.request, state.attempt
+        if attempt.delay_s:
+            time.sleep(attempt.delay_s)
+        if attempt.route == "edge":
+            state.opening()
+            return EdgeSource(*self._core.generate_here(request, state.prompt(), state.options()))
+        permit, _ = self._drive(self._core.board(request, attempt))
+        state.opening(permit)
+        link = self._link
+        assert link is not None
+        with self._known.guarded():
+            stream = self._call(
+                link.generate(
+                    permit,
+                    model=request.model,
+                    prompt=state.prompt(),
+                    options=state.options(),
+                    deadline=request.deadline,
+                    version=request.version,
+                    priority=request.priority,
+                )
+            )
+        return CloudSource(stream, request.deadline, self._call, self._post)
+
+    def _call(self, coroutine: Any) -> Any:
+        return self._background().call(coroutine)
+
+    def _post(self, function: Callable[[], Any]) -> None:
+        loop = self._loop
+        if loop is not None:
+            loop.post(function)
+
+    def _background(self) -> BackgroundLoop:
+        loop = self._loop
+        if loop is not None:
+            return loop
+        from sdk.background import BackgroundLoop
+
+        with _LOOP_LOCK:
+            if self._is_closed:
+                raise CloudUnavailable("This client is closed", fix="Make a new Client")
+            if self._loop is None:
+                self._loop = BackgroundLoop()
+            return self._loop
+
+
+#: Guards the making of background loops; taken once in a client's life.
+_LOOP_LOCK = threading.Lock()
+
+__all__ = ["Client"]

@@ -1,0 +1,352 @@
+"""The commands `nearfar infer`, `nearfar chat` and `nearfar explain`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdk.client import Client
+    from sdk.results import Answered
+    from sdk.routing import RouteDecision
+    from sdk.streams import GenerationStream
+
+# Optional[…] instead of `… | None`: typer reads these annotations at run time, on Python 3.10 too.
+_Config = Annotated[
+    Path, typer.Option("--config", "-c", help="Configuration file (see `nearfar doctor`).")
+]
+_Sensitivity = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Data class of the content; the strictest one when it is not given."),
+]
+_Deadline = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--deadline-ms", help="Milliseconds until the answer is due."),
+]
+_Mode = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="auto, edge_only, prefer_edge, prefer_cloud or cloud_only."),
+]
+_Objective = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="latency or quality."),
+]
+_Purpose = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="What the answer is for; policy may ask."),
+]
+_Tenant = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="On whose behalf; policy may ask."),
+]
+_DEFAULT_CONFIG = Path("nearfar.toml")
+
+
+def infer(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    inputs: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(help="Files to classify, or one .npz file of input tensors."),
+    ] = None,
+    text: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--text", "-t", help="Text to embed; repeat it for more."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Write outputs (vectors, tensors) to this .npz file."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Labels to show per file.")] = 3,
+    config: _Config = _DEFAULT_CONFIG,
+    sensitivity: _Sensitivity = None,
+    deadline_ms: _Deadline = None,
+    mode: _Mode = None,
+    objective: _Objective = None,
+    purpose: _Purpose = None,
+    tenant: _Tenant = None,
+) -> None:
+    """Classify files, embed texts, or run tensors through a model.
+
+    nearfar infer file-type report.pdf photo.jpg · nearfar infer minilm -t near -t far -o v.npz ·
+    nearfar infer tiny input.npz -o output.npz
+    """
+    from nearfar.errors import InvalidInput
+    from sdk.client import Client
+
+    options = _options(sensitivity, deadline_ms, mode, objective, purpose, tenant)
+    if bool(inputs) == bool(text):
+        raise InvalidInput(
+            "Give either files or --text", field="inputs", fix="See nearfar infer --help"
+        )
+    with Client.from_config(config) as client:
+        if text:
+            _embed(client, model, text, output, options)
+        elif inputs and inputs[0].suffix == ".npz":
+            if len(inputs) > 1:
+                raise InvalidInput(
+                    "More than one .npz file", field="inputs", fix="Run them one by one"
+                )
+            _tensors(client, model, inputs[0], output, options)
+        else:
+            for path in inputs or ():
+                result = client.classify(model, path, top_k=top_k, **options)
+                labels = "  ".join(f"{label} {score:.1%}" for label, score in result.top)
+                _print(f"{path}: {labels}")
+                _say(_summary(result))
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="What you say; without it, it is read from standard input."),
+    ] = None,
+    system: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Instruction that comes before the conversation."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text; no chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 turns it off.")] = 1.0,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Makes sampling reproducible."),
+    ] = None,
+    stop: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="String that ends the answer; repeat it for more."),
+    ] = None,
+    config: _Config = _DEFAULT_CONFIG,
+    sensitivity: _Sensitivity = None,
+    deadline_ms: _Deadline = None,
+    mode: _Mode = None,
+    objective: _Objective = None,
+    purpose: _Purpose = None,
+    tenant: _Tenant = None,
+) -> None:
+    """Ask a language model; the answer streams to standard output, the route to standard error."""
+    from sdk.client import Client
+
+    options: dict[str, Any] = {
+        **_options(sensitivity, deadline_ms, mode, objective, purpose, tenant),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    prompt = sys.stdin.read() if prompt is None else prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    with Client.from_config(config) as client:
+        stream = (
+            client.generate(model, prompt, **options)
+            if raw
+            else client.chat(model, messages, **options)
+        )
+        with stream:
+            for chunk in stream:
+                if chunk.handover:
+                    _say(f"\n({stream.route.path}: {stream.reason})")
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+        _say(_stream_summary(stream))
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    prompt: Annotated[Optional[str], typer.Option(help="As for chat.")] = None,  # noqa: UP045
+    text: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--text", "-t", help="As for infer --text."),
+    ] = None,
+    file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="As for infer FILE: something to classify, or an .npz of tensors."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="As for chat.")] = 256,
+    connect: Annotated[
+        bool,
+        typer.Option("--connect", help="Ask the cloud first what it serves; sends no content."),
+    ] = False,
+    config: _Config = _DEFAULT_CONFIG,
+    sensitivity: _Sensitivity = None,
+    deadline_ms: _Deadline = None,
+    mode: _Mode = None,
+    objective: _Objective = None,
+    purpose: _Purpose = None,
+    tenant: _Tenant = None,
+) -> None:
+    """Say where a request would go, and why. Nothing runs and no content leaves the device."""
+    from nearfar.errors import NearfarError
+    from sdk.client import Client
+
+    options = _options(sensitivity, deadline_ms, mode, objective, purpose, tenant)
+    with Client.from_config(config) as client:
+        if connect:
+            try:
+                client.models(refresh=True)
+            except NearfarError as error:
+                _say(f"cloud: {error}")
+        if not (prompt or text or file):
+            # No input given: take the smallest that fits the model's task.
+            tasks = {info.name: info.task for info in client.models()}
+            task = tasks.get(model, "text-generation")
+            if task == "embedding":
+                text = [" "]
+            elif task == "text-generation":
+                prompt = " "
+        given: dict[str, Any]
+        if prompt:
+            given = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+        elif text:
+            given = {"texts": text}
+        elif file is not None and file.suffix == ".npz":
+            given = {"feeds": _load(file)}
+        else:
+            given = {"data": file if file is not None else b" "}
+        decision = client.explain(model, **given, **options)
+    _print_decision(decision)
+    decision.raise_if_denied()
+
+
+def _options(
+    sensitivity: str | None,
+    deadline_ms: float | None,
+    mode: str | None,
+    objective: str | None,
+    purpose: str | None,
+    tenant: str | None,
+) -> dict[str, Any]:
+    return {
+        "sensitivity": sensitivity,
+        "deadline_ms": deadline_ms,
+        "mode": mode,
+        "objective": objective,
+        "purpose": purpose,
+        "tenant": tenant,
+    }
+
+
+def _embed(
+    client: Client, model: str, texts: list[str], output: Path | None, options: dict[str, Any]
+) -> None:
+    import numpy as np
+
+    result = client.embed(model, texts, **options)
+    if output is not None:
+        np.savez(output, vectors=result.vectors)
+        _print(f"{output}: vectors {result.vectors.shape}")
+    else:
+        for text, vector in zip(texts, result.vectors, strict=True):
+            head = " ".join(f"{value:+.4f}" for value in vector[:6])
+            _print(f"{text[:40]!r}: {head} … ({vector.size} dimensions)")
+    _say(_summary(result))
+
+
+def _tensors(
+    client: Client, model: str, path: Path, output: Path | None, options: dict[str, Any]
+) -> None:
+    import numpy as np
+
+    result = client.infer(model, _load(path), **options)
+    for name, array in result.outputs.items():
+        _print(f"{name} {array.dtype}{list(array.shape)}")
+        if output is None:
+            _print(np.array2string(array, threshold=20))
+    if output is not None:
+        arrays: dict[str, Any] = dict(result.outputs)
+        np.savez(output, **arrays)
+        _print(f"written to {output}")
+    _say(_summary(result))
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    import numpy as np
+
+    from nearfar.errors import InvalidInput
+
+    try:
+        # No pickled objects: an .npz from elsewhere must not run code here.
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, zipfile.BadZipFile) as exc:
+        raise InvalidInput(
+            f"{path} cannot be read as .npz: {exc}",
+            field="inputs",
+            fix="Write it with numpy.savez(path, input_name=array)",
+        ) from exc
+
+
+def _summary(result: Answered) -> str:
+    from nearfar.units import format_bytes, format_ms
+
+    return (
+        f"{result.route} · {result.variant} · {format_ms(result.timings.total_ms)} · "
+        f"{format_bytes(result.bytes_sent)} sent"
+    )
+
+
+def _stream_summary(stream: GenerationStream) -> str:
+    from nearfar.units import format_bytes, format_ms
+
+    timings, usage = stream.timings, stream.usage
+    parts = [str(stream.route)]
+    if stream.variant:
+        parts.append(stream.variant)
+    if usage is not None:
+        parts.append(f"{usage.completion_tokens} tokens")
+    parts.append(f"first after {format_ms(timings.ttft_ms)}, all in {format_ms(timings.total_ms)}")
+    parts.append(f"{format_bytes(stream.bytes_sent)} sent")
+    if stream.finish_reason not in ("stop", "stop_string"):
+        parts.append(f"ended by: {stream.finish_reason}")
+    return " · ".join(parts)
+
+
+def _print_decision(decision: RouteDecision) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfar.units import format_ms
+
+    console = Console(highlight=False)
+    console.print(Text(f"{decision.route or 'no route'}", style="bold"), end="  ")
+    console.print(Text(decision.reason.removeprefix(f"{decision.route}: ")))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("route", "may take part", "about", "19 of 20 within", "known from", "note"):
+        table.add_column(title, header_style="dim")
+    for candidate in decision.candidates:
+        late = "" if candidate.meets_deadline else " (too late)"
+        table.add_row(
+            Text(candidate.route, style="bold" if candidate.route == decision.route else ""),
+            "yes" if candidate.is_eligible else "no",
+            format_ms(candidate.prediction.p50_ms),
+            f"{format_ms(candidate.prediction.p95_ms)}{late}",
+            candidate.prediction.basis,
+            Text(candidate.note),
+        )
+    console.print(table)
+    verdict = decision.verdict
+    rules = ", ".join(verdict.rule_ids) or "none"
+    console.print(Text(f"policy: {verdict.reason} (rules: {rules})", style="dim"))
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def _say(line: str) -> None:
+    """Facts about the answer go to standard error, so that the answer can be piped."""
+    sys.stderr.write(line + "\n")

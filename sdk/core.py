@@ -1,0 +1,331 @@
+"""What `Client` and `AsyncClient` share: policy, prediction, decision, repair.
+
+Nothing here waits. The life of a request is a generator that yields a step (connect, run here, run
+there) and receives what came of it; each client performs the steps in its own way. So both decide
+and repair alike, and all of it can be tested without a socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nearfar.bundle.manifest import Manifest
+from nearfar.errors import (
+    CloudUnavailable,
+    ConfigError,
+    DeadlineExceeded,
+    ModelNotFound,
+    NearfarError,
+    SecurityError,
+)
+from nearfar.generation import GenerationOptions, Prompt
+from nearfar.units import Deadline
+from sdk.knowledge import Knowledge
+from sdk.policy import Policy, RequestFacts, Verdict, evaluate
+from sdk.requests import Request, check
+from sdk.results import Route, RouteName
+from sdk.routing import Attempt, DecisionInputs, Outcome, RouteDecision, attempts, decide
+from sdk.steps import Answer, Connect, RunHere, RunThere, Step, Wait
+
+if TYPE_CHECKING:
+    from edge_runtime import EdgeGeneration
+    from nearfar.engines.base import CancelToken
+    from nearfar.wire.messages import ModelOffer
+    from sdk.cloud.egress import Permit
+
+#: Part of the time left that connecting may take while the device could answer instead.
+_CONNECT_SHARE = 0.5
+
+
+class Completed(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A request that was answered: what `finish` functions make results from."""
+
+    request: Request
+    answer: Answer
+    route: Route
+    decision: RouteDecision
+    manifest: Manifest
+    total_ms: float
+    bytes_sent: int
+
+
+class Core:
+    """Decides and repairs for one client.
+
+    Args:
+        policy: What may leave the device.
+        default_sensitivity: Class of requests that state none; `None` takes the strictest.
+        known: What is known about both routes.
+    """
+
+    def __init__(
+        self, *, policy: Policy, default_sensitivity: str | None, known: Knowledge
+    ) -> None:
+        self.policy = policy
+        self.default_sensitivity = default_sensitivity or policy.strictest
+        self.known = known
+
+    # -- one batch -------------------------------------------------------------------------------
+
+    def run(self, request: Request) -> Generator[Step, Any, Completed]:
+        """The life of one `infer`, `embed` or `classify` call.
+
+        Raises:
+            NearfarError: Every kind; see `Client.infer`.
+        """
+        started_s = time.perf_counter()
+        decision = yield from self.route(request)
+        plan = attempts(decision, self.decide_again(request), at_s=request.deadline.at_s)
+        attempt = next(plan)
+        before: list[RouteName] = []
+        permits: list[Permit] = []
+        while True:
+            try:
+                answer = yield from self._attempt(request, attempt, permits)
+                request.deadline.check(*before, attempt.route)
+            except NearfarError as error:
+                before.append(attempt.route)
+                attempt = plan.send(Outcome(now_s=time.monotonic(), error=error))
+                continue
+            self.known.learn(request, attempt.route, answer)
+            self.known.pin(request, answer.variant)
+            return Completed(
+                request=request,
+                answer=answer,
+                route=route_of(attempt, before),
+                decision=attempt.decision,
+                manifest=self.known.manifest(request, attempt.route),
+                total_ms=(time.perf_counter() - started_s) * 1000.0,
+                bytes_sent=sum(permit.bytes_sent for permit in permits),
+            )
+
+    def _attempt(
+        self, request: Request, attempt: Attempt, permits: list[Permit]
+    ) -> Generator[Step, Any, Answer]:
+        if attempt.delay_s:
+            yield Wait(attempt.delay_s)
+        if attempt.route == "edge":
+            answer: Answer = yield RunHere(request)
+            return answer
+        permit, offer = yield from self.board(request, attempt)
+        permits.append(permit)
+        with self.known.guarded():
+            answer = yield RunThere(request, permit, offer, self.known.variant_wanted(request))
+        return answer
+
+    # -- shared by batches and streams -----------------------------------------------------------
+
+    def route(self, request: Request) -> Generator[Connect, Any, RouteDecision]:
+        """Check the request and decide where it goes; connects to the cloud if that may matter.
+
+        Returns:
+            A decision that has a route.
+
+        Raises:
+            InvalidInput, ModelNotFound, PolicyDenied, SecurityError, …: There is none.
+        """
+        known = self.known.edge_model(request)
+        if known is not None:
+            check(request, known.manifest)
+        if self._should_connect(request, has_edge=known is not None):
+            yield from self._connect(request, has_edge=known is not None)
+        offer = self.known.offer(request)
+        if offer is not None and (
+            known is None or known.manifest.version != offer.manifest.version
+        ):
+            check(request, offer.manifest)
+        decision = self.decide(request)
+        error = decision.error()
+        if error is not None:
+            raise self._explained(error, request)
+        return decision
+
+    def decide(self, request: Request, failed: tuple[RouteName, ...] = ()) -> RouteDecision:
+        """Ask policy and router with what is known now; nothing runs and nothing leaves."""
+        now_s = time.monotonic()
+        verdict = self._verdict(request)
+        size = self.known.size(request)
+        return decide(
+            DecisionInputs(
+                model=request.model,
+                sensitivity=request.sensitivity or self.default_sensitivity,
+                verdict=verdict,
+                edge=self.known.edge_state(request, size, now_s),
+                cloud=self.known.cloud_state(request, size, now_s),
+                mode=request.mode,
+                objective=request.objective,
+                remaining_ms=request.deadline.remaining_ms(),
+                size=size,
+                failed=failed,
+            )
+        )
+
+    def decide_again(
+        self, request: Request
+    ) -> Callable[[tuple[RouteName, ...], float], RouteDecision]:
+        """For the repair generator: policy is asked again before any other route is taken."""
+
+        def again(failed: tuple[RouteName, ...], now_s: float) -> RouteDecision:
+            return self.decide(request, failed)
+
+        return again
+
+    def board(
+        self, request: Request, attempt: Attempt
+    ) -> Generator[Connect, Any, tuple[Permit, ModelOffer]]:
+        """What a request needs to go to the cloud: a permit, a connection, an offer that fits.
+
+        Raises:
+            PolicyDenied: No permit.
+            CloudUnavailable, SecurityError: No connection.
+            ModelNotFound, InvalidInput: The cloud's model does not fit the request.
+        """
+        from sdk.cloud.egress import Permit
+
+        permit = Permit(attempt.decision.verdict, request.model, region=self.known.region())
+        link = self.known.link
+        assert link is not None  # the router takes no route that is not configured
+        if not link.state.is_connected:
+            with self.known.guarded():
+                yield Connect(request.deadline)
+            # The cloud may have said where it stands only now.
+            permit = Permit(self._verdict(request), request.model, region=self.known.region())
+        offer = self.known.offer(request)
+        if offer is None:
+            raise ModelNotFound(
+                f"The cloud does not have model {request.model!r}", fix=self.known.available()
+            )
+        check(request, offer.manifest)
+        return permit, offer
+
+    def explain(self, request: Request) -> RouteDecision:
+        """Decide with what is known; connects nowhere, so an unknown cloud stays unknown.
+
+        Raises:
+            InvalidInput: The request does not fit the model.
+        """
+        model = self.known.edge_model(request)
+        offer = self.known.offer(request)
+        manifest = model.manifest if model is not None else offer.manifest if offer else None
+        if manifest is not None:
+            check(request, manifest)
+        return self.decide(request)
+
+    # -- the device ------------------------------------------------------------------------------
+
+    def generate_here(
+        self, request: Request, prompt: Prompt, options: GenerationOptions
+    ) -> tuple[EdgeGeneration, CancelToken]:
+        """Begin an answer on this device.
+
+        Raises:
+            NearfarError: What the edge runtime says.
+        """
+        from nearfar.engines.base import CancelToken
+
+        edge = self.known.edge
+        assert edge is not None
+        cancel = CancelToken()
+        generation = edge.runtime.generate(
+            request.model,
+            prompt,
+            options,
+            version=request.version,
+            deadline=request.deadline,
+            cancel=cancel,
+        )
+        return generation, cancel
+
+    def warm_up_edge(self, model: str) -> bool:
+        """Load a model on this device; says whether it is here at all.
+
+        Raises:
+            EngineError, BundleError: It is here and cannot run.
+        """
+        edge = self.known.edge
+        if edge is None:
+            return False
+        try:
+            edge.find(model, None)
+        except ModelNotFound:
+            if self.known.link is None:
+                raise
+            return False
+        edge.runtime.warm_up(model)
+        return True
+
+    def require(self, model: str) -> None:
+        """Raise `ModelNotFound` when neither route has the model."""
+        if not any(info.name == model for info in self.known.models()):
+            raise ModelNotFound(f"There is no model {model!r}", fix=self.known.available())
+
+    # -- policy ----------------------------------------------------------------------------------
+
+    def _verdict(self, request: Request) -> Verdict:
+        return evaluate(
+            self.policy,
+            RequestFacts(
+                model=request.model,
+                task=self.known.task(request),
+                sensitivity=request.sensitivity or self.default_sensitivity,
+                purpose=request.purpose,
+                tenant=request.tenant,
+                region=self.known.region(),
+            ),
+        )
+
+    # -- connecting ------------------------------------------------------------------------------
+
+    def _should_connect(self, request: Request, *, has_edge: bool) -> bool:
+        link = self.known.link
+        if link is None or link.state.is_connected or request.mode == "edge_only":
+            return False
+        verdict = self._verdict(request)
+        if not verdict.cloud:
+            return False
+        device_can = has_edge and verdict.edge
+        if request.mode == "prefer_edge" and device_can:
+            return False
+        return not device_can or self.known.breaker.can_try(time.monotonic())
+
+    def _connect(self, request: Request, *, has_edge: bool) -> Generator[Connect, Any, None]:
+        deadline = request.deadline
+        may_give_up = has_edge and request.mode != "cloud_only"
+        if may_give_up and deadline.is_set:
+            deadline = Deadline(time.monotonic() + deadline.remaining_s() * _CONNECT_SHARE)
+        try:
+            with self.known.guarded():
+                yield Connect(deadline)
+        except (SecurityError, ConfigError):
+            raise  # somebody must look at this; it is not bad weather
+        except (CloudUnavailable, DeadlineExceeded):
+            request.deadline.check("cloud")
+            if not may_give_up:
+                raise
+
+    def _explained(self, error: NearfarError, request: Request) -> NearfarError:
+        """The router's error, or a more exact one where more is known here."""
+        if not isinstance(error, ModelNotFound):
+            return error
+        wrong_variant = self.known.wrong_variant(request)
+        if wrong_variant is not None:
+            return wrong_variant
+        if self.known.edge is not None:
+            try:
+                self.known.edge.find(request.model, request.version)
+            except ModelNotFound:
+                pass
+            except NearfarError as why:
+                return why  # it is here, and cannot run
+        return ModelNotFound(error.problem, fix=self.known.available())
+
+
+def route_of(attempt: Attempt, before: list[RouteName]) -> Route:
+    """The route as results show it."""
+    # The decision's own reason starts with the route, which `Route` shows in another place.
+    reason = attempt.decision.reason.removeprefix(f"{attempt.route}: ")
+    return Route(attempt.route, reason, tuple(before))

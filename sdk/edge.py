@@ -1,0 +1,94 @@
+"""The near route: a thin adapter over `edge_runtime`, imported when it is first needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nearfar.errors import BundleError, EngineError, ModelNotFound, NearfarError
+
+if TYPE_CHECKING:
+    from edge_runtime import EdgeModel, EdgeRuntime
+    from nearfar.bundle.manifest import Manifest
+    from nearfar.engines.base import SessionOptions
+
+
+class EdgeRoute:
+    """Models of one store, run in this process.
+
+    Args:
+        store: Directory of bundles.
+        options: Engine settings; `None` takes the defaults.
+
+    Raises:
+        BundleError: There is no such directory.
+    """
+
+    def __init__(self, store: Path, *, options: SessionOptions | None = None) -> None:
+        self.store = store
+        if not store.is_dir():
+            raise BundleError(
+                f"There is no model store {store}",
+                fix="Convert a model into it (nearfar convert MODEL -o STORE/NAME), correct "
+                "[models] store, or use edge=False",
+            )
+        self._options = options
+        self._runtime: EdgeRuntime | None = None
+        self._found: dict[tuple[str, str | None], EdgeModel] = {}
+
+    @property
+    def runtime(self) -> EdgeRuntime:
+        """The runtime; made on first use.
+
+        Raises:
+            EngineError: Its packages are not installed.
+        """
+        if self._runtime is None:
+            try:
+                from edge_runtime import EdgeRuntime
+                from nearfar.bundle import BundleStore
+                from nearfar.engines.base import SessionOptions
+            except ImportError as exc:
+                raise EngineError(
+                    f"Models cannot run on this device: {exc.name} is not installed",
+                    fix="pip install 'nearfar[edge]', or use the cloud only (edge=False)",
+                ) from exc
+            self._runtime = EdgeRuntime(
+                BundleStore(self.store), options=self._options or SessionOptions()
+            )
+        return self._runtime
+
+    def find(self, model: str, version: str | None) -> EdgeModel:
+        """What would run here; reads the manifest once, loads nothing.
+
+        Raises:
+            ModelNotFound: The store does not hold it.
+            EngineError, BundleError: It is here, but cannot run.
+        """
+        key = (model, version)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self.runtime.describe(model, version)
+        return found
+
+    def models(self) -> list[Manifest]:
+        """Manifests of the store, newest version of each name."""
+        return self.runtime.models()
+
+    def names(self) -> list[str]:
+        """Names of the store's models, for messages; empty when it cannot be read."""
+        try:
+            return [manifest.name for manifest in self.models()]
+        except NearfarError:
+            return []
+
+    def close(self) -> None:
+        """Free all loaded models; idempotent."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+
+def is_missing(error: NearfarError | None) -> bool:
+    """Whether the error only says that a model is not on this device."""
+    return isinstance(error, ModelNotFound)

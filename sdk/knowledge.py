@@ -1,0 +1,314 @@
+"""What a client knows about its two routes: models, offers, speed, health, and what binds it.
+
+Reads the state of the edge runtime and of the cloud link; waits for nothing and connects nowhere.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nearfar.bundle.manifest import Manifest
+from nearfar.errors import (
+    Cancelled,
+    CloudUnavailable,
+    DeadlineExceeded,
+    InvalidInput,
+    NearfarError,
+)
+from nearfar.tensors import NUMPY_OF
+from sdk.requests import TASK_OF_METHOD, Request
+from sdk.results import ModelInfo, RouteName
+from sdk.routing import (
+    CircuitBreaker,
+    Observation,
+    Prediction,
+    Predictor,
+    RequestSize,
+    RouteState,
+)
+from sdk.steps import Answer
+
+if TYPE_CHECKING:
+    from edge_runtime import EdgeModel
+    from nearfar.wire.messages import ModelOffer
+    from sdk.cloud.link import CloudLink
+    from sdk.edge import EdgeRoute
+
+
+class Knowledge:
+    """Both routes as far as they are known. Thread-safe as far as `Predictor` is.
+
+    Args:
+        edge: The near route; `None` when the client has none.
+        link: The far route; `None` when the client has none. Only its state is read here.
+    """
+
+    def __init__(self, *, edge: EdgeRoute | None, link: CloudLink | None) -> None:
+        self.edge = edge
+        self.link = link
+        self.predictor = Predictor()
+        self.breaker = CircuitBreaker()
+        self._pins: dict[str, str] = {}
+        self._seeded: set[tuple[str, str, str]] = set()
+        self._row_bytes: dict[tuple[str, str], int] = {}
+
+    def manifest(self, request: Request, route: RouteName) -> Manifest:
+        """Manifest of the model on the route that answered."""
+        if route == "edge":
+            assert self.edge is not None
+            return self.edge.find(request.model, request.version).manifest
+        offer = self.offer(request)
+        assert offer is not None
+        return offer.manifest
+
+    def observe(
+        self, request: Request, route: RouteName, observation: Observation, received_bytes: int = 0
+    ) -> None:
+        """Learn from one complete answer."""
+        size = self.size(request)
+        if received_bytes:
+            size = msgspec.structs.replace(size, download_bytes=received_bytes)
+        self.predictor.observe(route, request.model, size, observation, now_s=time.monotonic())
+
+    def observe_round_trip(self, rtt_ms: float) -> None:
+        """Learn the link's round trip."""
+        self.predictor.observe_round_trip(rtt_ms, now_s=time.monotonic())
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Models of this device, and those of the cloud as far as it was asked."""
+        found: dict[str, ModelInfo] = {}
+        for manifest in self.edge.models() if self.edge is not None else ():
+            found[manifest.name] = ModelInfo(
+                name=manifest.name,
+                version=manifest.version,
+                task=manifest.task,
+                edge_variant=self._edge_variant(manifest.name),
+                cloud_variant=None,
+                manifest=manifest,
+            )
+        offers = (self.link.state.offers if self.link is not None else None) or {}
+        for name, offer in offers.items():
+            here = found.get(name)
+            found[name] = ModelInfo(
+                name=name,
+                version=here.version if here else offer.manifest.version,
+                task=offer.manifest.task,
+                edge_variant=here.edge_variant if here else None,
+                cloud_variant=offer.variant,
+                manifest=here.manifest if here else offer.manifest,
+            )
+        return tuple(found[name] for name in sorted(found))
+
+    def task(self, request: Request) -> str:
+        known = self.edge_model(request)
+        if known is not None:
+            return known.manifest.task
+        offer = self.offer(request)
+        return offer.manifest.task if offer is not None else TASK_OF_METHOD[request.method]
+
+    def region(self) -> str | None:
+        """Where the cloud stands: what the configuration states, unless the cloud contradicts."""
+        if self.link is None:
+            return None
+        stated, claimed = self.link.config.region, self.link.state.region
+        if stated and claimed and stated != claimed:
+            return None  # one of them is wrong; rules that need a region then do not hold
+        return stated or claimed
+
+    # -- what is known about the routes ----------------------------------------------------------
+
+    def edge_model(self, request: Request) -> EdgeModel | None:
+        if self.edge is None:
+            return None
+        try:
+            return self.edge.find(request.model, request.version)
+        except NearfarError:
+            return None  # `_edge_state` says why
+
+    def _edge_variant(self, name: str) -> str | None:
+        assert self.edge is not None
+        try:
+            return self.edge.find(name, None).variant.id
+        except NearfarError:
+            return None
+
+    def edge_state(self, request: Request, size: RequestSize, now_s: float) -> RouteState:
+        edge, model = self.edge, request.model
+        if edge is None:
+            return RouteState(obstacle="not_configured", detail="this client runs no local models")
+        try:
+            found = edge.find(model, request.version)
+            runtime = edge.runtime
+            slots = runtime.state(model)
+            loaded = runtime.is_loaded(model)
+        except NearfarError as error:
+            return RouteState(obstacle="no_model", detail=error.problem)
+        variant = found.variant
+        pin = self.variant_wanted(request)
+        if pin is not None and pin != variant.id:
+            return RouteState(obstacle="no_model", detail=_other_variant(model, variant.id, pin))
+        self._seed("edge", model, variant.id, found.manifest)
+        prediction = self.predictor.predict(
+            "edge",
+            model,
+            size,
+            now_s=now_s,
+            queue_ms=slots.expected_wait_s * 1000.0,
+            loaded=loaded,
+        )
+        return RouteState(
+            prediction=prediction,
+            quality_rank=variant.quality_rank,
+            ahead=slots.running + slots.waiting,
+        )
+
+    def cloud_state(self, request: Request, size: RequestSize, now_s: float) -> RouteState:
+        link, model = self.link, request.model
+        if link is None:
+            return RouteState(obstacle="not_configured", detail="no cloud is configured")
+        if not link.state.is_connected and not self.breaker.can_try(now_s):
+            return RouteState(obstacle="unreachable", detail=self.breaker.describe(now_s))
+        if link.state.offers is None:
+            return RouteState(prediction=Prediction())
+        offer = self.offer(request)
+        if offer is None:
+            return RouteState(obstacle="no_model", detail=f"the cloud does not serve {model!r}")
+        pin = self.variant_wanted(request)
+        variant = offer.manifest.variant(pin or offer.variant)
+        if variant is None:
+            return RouteState(
+                obstacle="no_model", detail=_other_variant(model, offer.variant, pin or "")
+            )
+        if self._seed("cloud", model, variant.id, offer.manifest):
+            self.predictor.report_queue(model, offer.queue_ms, now_s=link.state.offers_at_s)
+        return RouteState(
+            prediction=self.predictor.predict("cloud", model, size, now_s=now_s),
+            quality_rank=variant.quality_rank,
+            ahead=link.state.in_flight,
+        )
+
+    def _seed(self, route: RouteName, model: str, variant_id: str, manifest: Manifest) -> bool:
+        key = (route, model, variant_id)
+        if key in self._seeded:
+            return False
+        self._seeded.add(key)
+        variant = manifest.variant(variant_id)
+        if variant is not None:
+            self.predictor.seed(route, model, variant.latency, size_bytes=variant.size_bytes)
+        return True
+
+    def offer(self, request: Request) -> ModelOffer | None:
+        if self.link is None:
+            return None
+        offers = self.link.state.offers
+        offer = offers.get(request.model) if offers else None
+        if offer is not None and request.version not in (None, offer.manifest.version):
+            return None
+        return offer
+
+    def size(self, request: Request) -> RequestSize:
+        """The request's size with what would come back, which follows from the output shapes."""
+        offer = self.offer(request)
+        if offer is None or request.method == "generate":
+            return request.size
+        manifest = offer.manifest
+        key = (manifest.name, manifest.version)
+        per_row = self._row_bytes.get(key)
+        if per_row is None:
+            per_row = self._row_bytes[key] = _bytes_per_row(manifest)
+        return msgspec.structs.replace(request.size, download_bytes=per_row * request.rows)
+
+    def learn(self, request: Request, route: RouteName, answer: Answer) -> None:
+        self.observe(
+            request,
+            route,
+            Observation(
+                total_ms=answer.total_ms,
+                queue_ms=answer.queue_ms,
+                compute_ms=answer.compute_ms,
+                load_ms=answer.load_ms,
+            ),
+            answer.received_bytes,
+        )
+
+    def variant_wanted(self, request: Request) -> str | None:
+        """The variant that this client's earlier vectors of the model came from, if that binds."""
+        return self._pins.get(request.model) if request.method == "embed" else None
+
+    def pin(self, request: Request, variant: str) -> None:
+        """Vectors of different variants may be compared only if the bundle says so."""
+        if request.method != "embed" or request.model in self._pins:
+            return
+        known = self.edge_model(request)
+        offer = self.offer(request)
+        manifest = known.manifest if known else offer.manifest if offer else None
+        if manifest is not None and not manifest.mixed_routes:
+            self._pins[request.model] = variant
+
+    def guarded(self) -> _Guard:
+        """Tell the circuit breaker how a use of the link went."""
+        return _Guard(self.breaker)
+
+    def wrong_variant(self, request: Request) -> InvalidInput | None:
+        pin = self.variant_wanted(request)
+        if pin is None:
+            return None
+        return InvalidInput(
+            f"Vectors of {request.model!r} came from its variant {pin!r} so far, which no allowed "
+            "route has now, and the bundle does not say that its variants can be mixed",
+            field="model",
+            fix="Embed everything that is compared in one call or under one policy class, or use "
+            "another Client for the new set",
+        )
+
+    def available(self) -> str:
+        """Which models there are, for the fix of an error."""
+        offers = self.link.state.offers if self.link is not None else None
+        parts = []
+        if self.edge is not None:
+            names = self.edge.names()
+            parts.append(f"on this device: {', '.join(sorted(names)) or 'no models'}")
+        if offers is not None:
+            parts.append(f"on the cloud: {', '.join(sorted(offers)) or 'no models'}")
+        return f"Available {'; '.join(parts)}" if parts else "Configure a store or a cloud"
+
+
+class _Guard:
+    """Reports the outcome of using the link to the circuit breaker."""
+
+    __slots__ = ("_breaker",)
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self._breaker = breaker
+
+    def __enter__(self) -> None:
+        self._breaker.acquire(time.monotonic())
+
+    def __exit__(self, kind: type[BaseException] | None, exc: object, trace: object) -> None:
+        now_s = time.monotonic()
+        if kind is None:
+            self._breaker.record_success(now_s)
+        elif issubclass(kind, CloudUnavailable):
+            self._breaker.record_failure(now_s)
+        elif issubclass(kind, (DeadlineExceeded, Cancelled)) or not issubclass(kind, NearfarError):
+            self._breaker.release(now_s)
+        else:
+            self._breaker.record_success(now_s)  # it answered, if only to refuse
+
+
+def _other_variant(model: str, here: str, wanted: str) -> str:
+    return f"{model} runs as {here} there, and this client's vectors came from {wanted}"
+
+
+def _bytes_per_row(manifest: Manifest) -> int:
+    total = 0
+    for spec in manifest.outputs:
+        dtype = NUMPY_OF.get(spec.datatype)
+        count = 1
+        for size in spec.shape[1:]:
+            count *= max(size, 1)
+        total += count * (dtype.itemsize if dtype is not None else 4)
+    return total

@@ -1,0 +1,141 @@
+"""What a request needs done, as values: the steps that a client performs in its own way."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Union
+
+import msgspec
+import numpy as np
+
+from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
+from nearfar.units import Deadline
+from sdk.requests import Request
+
+if TYPE_CHECKING:
+    from nearfar.wire.messages import ModelOffer
+    from sdk.cloud.connection import TensorReply
+    from sdk.cloud.egress import Permit
+    from sdk.edge import EdgeRoute
+
+
+class Connect(msgspec.Struct, frozen=True):
+    """Step: make sure the cloud can be asked. Carries nothing of the request.
+
+    Attributes:
+        deadline: How long it may take.
+    """
+
+    deadline: Deadline
+
+
+class RunHere(msgspec.Struct, frozen=True):
+    """Step: run one batch on this device; the answer is an `Answer`."""
+
+    request: Request
+
+
+class RunThere(msgspec.Struct, frozen=True):
+    """Step: run one batch on the cloud; the answer is an `Answer`.
+
+    Attributes:
+        permit: Proof that policy allows it.
+        offer: What the cloud serves.
+        variant: Variant to ask for; `None` for the cloud's choice.
+    """
+
+    request: Request
+    permit: Permit
+    offer: ModelOffer
+    variant: str | None
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """Step: wait before trying again."""
+
+    delay_s: float
+
+
+Step = Union[Connect, Wait, RunHere, RunThere]
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """Outputs of one batch, from either route; durations in milliseconds."""
+
+    outputs: dict[str, np.ndarray]
+    variant: str
+    execution_provider: str
+    queue_ms: float
+    compute_ms: float
+    total_ms: float
+    load_ms: float = 0.0
+    received_bytes: int = 0
+
+
+def run_here(edge: EdgeRoute, request: Request) -> Answer:
+    """Perform `RunHere`, in the calling thread.
+
+    Raises:
+        NearfarError: What the edge runtime says.
+    """
+    started_s = time.perf_counter()
+    runtime = edge.runtime
+    was_loaded = runtime.is_loaded(request.model)
+    done = runtime.infer(
+        request.model,
+        request.feeds,
+        form=request.form,
+        items=request.items or None,
+        version=request.version,
+        deadline=request.deadline,
+    )
+    total_ms = (time.perf_counter() - started_s) * 1000.0
+    queue_ms, compute_ms = done.queue_s * 1000.0, done.compute_s * 1000.0
+    return Answer(
+        outputs=done.outputs,
+        variant=done.variant,
+        execution_provider=done.execution_provider,
+        queue_ms=queue_ms,
+        compute_ms=compute_ms,
+        total_ms=total_ms,
+        load_ms=0.0 if was_loaded else max(0.0, total_ms - queue_ms - compute_ms),
+    )
+
+
+def answer_of(reply: TensorReply, started_s: float) -> Answer:
+    """What the cloud's reply to `RunThere` says.
+
+    Args:
+        reply: The reply.
+        started_s: `time.perf_counter()` when the step began.
+    """
+    result = reply.message
+    return Answer(
+        outputs=reply.outputs,
+        variant=result.variant,
+        execution_provider=result.execution_provider,
+        queue_ms=result.queue_ms,
+        compute_ms=result.compute_ms,
+        total_ms=(time.perf_counter() - started_s) * 1000.0,
+        received_bytes=reply.bytes_received,
+    )
+
+
+def minimised(item: str | bytes, manifest: Manifest) -> str | bytes:
+    """What of one input the model can see; the rest need not leave the device."""
+    if isinstance(manifest.preprocessing, HeadTailPreprocessing) and isinstance(item, bytes):
+        from nearfar.processing.head_tail import reduce
+
+        return reduce(item, manifest.preprocessing)
+    return item
+
+
+def wire_tensors(request: Request, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The tensors of an `Infer` message."""
+    if request.form == "tensors":
+        return dict(request.feeds or {})
+    array = np.empty(len(request.items), dtype=object)
+    for index, item in enumerate(request.items):
+        small = minimised(item, manifest)
+        array[index] = small.encode() if isinstance(small, str) else small
+    return {"input": array}

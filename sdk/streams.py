@@ -1,0 +1,439 @@
+"""Streamed answers as an app sees them, and the sources their pieces come from.
+
+`GenerationStream` and `AsyncGenerationStream` differ only in how they wait; what they say is in
+`sdk.answer.AnswerState`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nearfar.errors import NearfarError, StreamInterrupted
+from nearfar.generation import FinishReason, GenerationChunk, Usage
+from sdk.answer import AnswerState, Summary
+from sdk.results import Chunk, Route, Timings
+from sdk.routing import RouteDecision
+
+if TYPE_CHECKING:
+    from edge_runtime import EdgeGeneration
+    from nearfar.engines.base import CancelToken
+    from nearfar.units import Deadline
+    from nearfar.wire.messages import Fin, Token
+    from sdk.cloud.connection import Stream
+
+
+class Source(Protocol):
+    """Pieces of one attempt, for a caller that may block."""
+
+    def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        """The next piece; with the last one its summary; `None` when it ended without one."""
+        ...
+
+    def close(self) -> None:
+        """Stop the work behind it; idempotent, returns soon."""
+        ...
+
+
+class AsyncSource(Protocol):
+    """Pieces of one attempt, for a coroutine."""
+
+    async def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        """As `Source.pull`."""
+        ...
+
+    async def close(self) -> None:
+        """As `Source.close`."""
+        ...
+
+
+class EdgeSource:
+    """Pieces from an engine in this process; runs it in the caller's thread."""
+
+    def __init__(self, generation: EdgeGeneration, cancel: CancelToken) -> None:
+        self._generation = generation
+        self._pieces = iter(generation)
+        self._cancel = cancel
+
+    def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        piece = next(self._pieces, None)
+        if piece is None or piece.finish_reason is None:
+            return piece, None
+        # Run the engine's generator to its end: figures are final and its slot is free then.
+        for _ in self._pieces:
+            pass
+        seen = self._generation
+        summary = Summary(
+            variant=seen.variant,
+            execution_provider=seen.execution_provider,
+            queue_ms=(seen.queue_s or 0.0) * 1000.0,
+            prefill_ms=(seen.prefill_s or 0.0) * 1000.0,
+            decode_ms=(seen.decode_s or 0.0) * 1000.0,
+        )
+        return piece, summary
+
+    def close(self) -> None:
+        self._cancel.cancel()
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            # A generator that runs in another thread right now sees the token instead.
+            with contextlib.suppress(ValueError):
+                close()
+
+
+class TokenBuffer:
+    """Turns batches of wire tokens into pieces, and the server's `Fin` into the last one."""
+
+    def __init__(self) -> None:
+        self._tokens: deque[Token] = deque()
+
+    def add(self, batch: list[Token]) -> None:
+        self._tokens.extend(batch)
+
+    def next_token(self) -> GenerationChunk | None:
+        if not self._tokens:
+            return None
+        token = self._tokens.popleft()
+        return GenerationChunk(index=token.index, text=token.text)
+
+
+def last_piece(fin: Fin) -> tuple[GenerationChunk, Summary]:
+    """The server's last word as a piece."""
+    piece = GenerationChunk(
+        index=fin.usage.completion_tokens,
+        text="",
+        finish_reason=fin.finish_reason,
+        usage=fin.usage,
+    )
+    summary = Summary(
+        variant=fin.variant,
+        execution_provider=fin.execution_provider,
+        queue_ms=fin.queue_ms,
+        prefill_ms=fin.prefill_ms,
+        decode_ms=fin.decode_ms,
+    )
+    return piece, summary
+
+
+class CloudSource:
+    """Pieces from the cloud, fetched through the client's background event loop.
+
+    Args:
+        stream: The open stream.
+        deadline: When the answer is due.
+        call: Runs a coroutine on the loop and waits for its result.
+        post: Runs a function on the loop and does not wait.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        deadline: Deadline,
+        call: Callable[[Coroutine[Any, Any, list[Token]]], list[Token]],
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._stream = stream
+        self._deadline = deadline
+        self._call = call
+        self._post = post
+        self._buffer = TokenBuffer()
+
+    def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        piece = self._buffer.next_token()
+        if piece is None:
+            self._buffer.add(self._call(self._stream.tokens(self._deadline)))
+            piece = self._buffer.next_token()
+        if piece is not None:
+            return piece, None
+        fin = self._stream.fin
+        return last_piece(fin) if fin is not None else (None, None)
+
+    def close(self) -> None:
+        self._post(self._stream.cancel)
+
+
+class AsyncCloudSource:
+    """Pieces from the cloud, on the app's own event loop."""
+
+    def __init__(self, stream: Stream, deadline: Deadline) -> None:
+        self._stream = stream
+        self._deadline = deadline
+        self._buffer = TokenBuffer()
+
+    async def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        piece = self._buffer.next_token()
+        if piece is None:
+            self._buffer.add(await self._stream.tokens(self._deadline))
+            piece = self._buffer.next_token()
+        if piece is not None:
+            return piece, None
+        fin = self._stream.fin
+        return last_piece(fin) if fin is not None else (None, None)
+
+    async def close(self) -> None:
+        self._stream.cancel()
+
+
+class AsyncEdgeSource:
+    """Pieces from an engine in this process, which runs in a worker thread."""
+
+    def __init__(
+        self,
+        source: EdgeSource,
+        work: Callable[[Callable[[], object]], Awaitable[object]],
+    ) -> None:
+        self._source = source
+        self._work = work
+
+    async def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        return await self._work(self._source.pull)  # type: ignore[return-value]
+
+    async def close(self) -> None:
+        # Cancel at once; the generator itself may still run in its thread until the next token.
+        self._source.close()
+
+
+class _Facts:
+    """The part of both streams that does not wait."""
+
+    def __init__(self, state: AnswerState) -> None:
+        self._state = state
+
+    @property
+    def partial_text(self) -> str:
+        """What has come so far; also after an error."""
+        return self._state.text
+
+    @property
+    def route(self) -> Route:
+        """Where the answer comes from and why; shows all routes after a handover."""
+        return self._state.route
+
+    @property
+    def reason(self) -> str:
+        """Why this route; the same as ``route.reason``."""
+        return self._state.route.reason
+
+    @property
+    def decision(self) -> RouteDecision:
+        """The routing decision, content-free and replayable."""
+        return self._state.decision
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went, up to the last piece."""
+        return self._state.timings
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts; `None` before the end. A route that was cut does not tell prompt tokens."""
+        return self._state.usage
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """``stop``, ``length``, ``stop_string``, ``deadline``, ``cancelled``; `None` before."""
+        return self._state.finish_reason
+
+    @property
+    def variant(self) -> str:
+        """Variant that answered; ``""`` before the end."""
+        return self._state.variant
+
+    @property
+    def execution_provider(self) -> str:
+        """What it ran on; ``""`` before the end."""
+        return self._state.execution_provider
+
+    @property
+    def bytes_sent(self) -> int:
+        """Sealed bytes that left the device for this answer so far; 0 on the edge."""
+        return self._state.bytes_sent
+
+
+class GenerationStream(_Facts):
+    """An answer as it comes: iterate for `Chunk` values, or take it whole with `text`.
+
+    Ends with a `finish_reason`, or with an error; never silently cut. When a route breaks off and
+    policy allows the other one, the answer goes on there, and the first chunk from it has
+    `handover` set. When the deadline passes, what came so far stands with `finish_reason`
+    ``deadline``; `DeadlineExceeded` is raised only when nothing came.
+
+    Not thread-safe, but `close` may be called from another thread.
+    """
+
+    def __init__(self, state: AnswerState, open_source: Callable[[AnswerState], Source]) -> None:
+        super().__init__(state)
+        self._open = open_source
+        self._source: Source | None = None
+
+    def begin(self) -> GenerationStream:
+        """Send the request before the first piece is asked for, when it goes to the cloud.
+
+        The edge waits for the first `next`: until then the stream holds no slot.
+        """
+        if self._state.attempt.route == "cloud":
+            self._ensure_source()
+        return self
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        state = self._state
+        while not state.is_over:
+            source = self._ensure_source()
+            if source is None:
+                continue
+            try:
+                piece, summary = source.pull()
+                if piece is None:
+                    raise StreamInterrupted("The answer stopped without its last word")
+            except NearfarError as error:
+                self._drop_source()
+                state.fail(error)
+                continue
+            except BaseException:  # Ctrl-C: the work behind the answer stops as well
+                self.close()
+                raise
+            try:
+                chunk = state.take(piece, summary)
+            finally:
+                if state.is_over:
+                    self._drop_source()
+            if chunk is not None:
+                return chunk
+        raise StopIteration
+
+    def text(self) -> str:
+        """Wait for the end and return the whole answer, including what was iterated already.
+
+        Raises:
+            NearfarError: The answer could not be ended; `partial_text` has what came.
+        """
+        for _ in self:
+            pass
+        if self._state.error is not None:
+            raise self._state.error
+        return self._state.text
+
+    def close(self) -> None:
+        """Want no more: stop the work behind the answer. Idempotent."""
+        self._state.cancel()
+        self._drop_source()
+
+    def __enter__(self) -> GenerationStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # An abandoned stream must not keep a slot of the engine or of the cloud.
+        if getattr(self, "_source", None) is not None:
+            self.close()
+
+    def _ensure_source(self) -> Source | None:
+        while self._source is None and not self._state.is_over:
+            try:
+                self._source = self._open(self._state)
+            except NearfarError as error:
+                self._state.fail(error)
+        return self._source
+
+    def _drop_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
+
+
+class AsyncGenerationStream(_Facts):
+    """As `GenerationStream`, with ``async for`` and ``await``."""
+
+    def __init__(
+        self,
+        state: AnswerState,
+        open_source: Callable[[AnswerState], Awaitable[AsyncSource]],
+    ) -> None:
+        super().__init__(state)
+        self._open = open_source
+        self._source: AsyncSource | None = None
+
+    async def begin(self) -> AsyncGenerationStream:
+        """As `GenerationStream.begin`."""
+        if self._state.attempt.route == "cloud":
+            await self._ensure_source()
+        return self
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        state = self._state
+        while not state.is_over:
+            source = await self._ensure_source()
+            if source is None:
+                continue
+            try:
+                piece, summary = await source.pull()
+                if piece is None:
+                    raise StreamInterrupted("The answer stopped without its last word")
+            except NearfarError as error:
+                await self._drop_source()
+                state.fail(error)
+                continue
+            except BaseException:  # the task was cancelled: the work stops as well
+                await self.close()
+                raise
+            try:
+                chunk = state.take(piece, summary)
+            finally:
+                if state.is_over:
+                    await self._drop_source()
+            if chunk is not None:
+                return chunk
+        raise StopAsyncIteration
+
+    async def text(self) -> str:
+        """As `GenerationStream.text`."""
+        async for _ in self:
+            pass
+        if self._state.error is not None:
+            raise self._state.error
+        return self._state.text
+
+    async def close(self) -> None:
+        """As `GenerationStream.close`."""
+        self._state.cancel()
+        await self._drop_source()
+
+    async def __aenter__(self) -> AsyncGenerationStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _ensure_source(self) -> AsyncSource | None:
+        while self._source is None and not self._state.is_over:
+            try:
+                self._source = await self._open(self._state)
+            except NearfarError as error:
+                self._state.fail(error)
+        return self._source
+
+    async def _drop_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            await source.close()

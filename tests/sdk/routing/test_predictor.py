@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from nearfar.bundle.manifest import LatencyFigure
+from sdk.routing import Observation, Predictor, RequestSize
+from sdk.routing.estimates import HALF_LIFE_S, MeanDeviation, SizeBuckets
+
+SMALL = RequestSize(upload_bytes=1_000)
+CHAT = RequestSize(input_tokens=64, max_new_tokens=100, upload_bytes=400)
+
+
+def figure(p50_ms: float, *, ms_per_token: float | None = None) -> LatencyFigure:
+    return LatencyFigure(
+        machine="m", execution_provider="CPUExecutionProvider", p50_ms=p50_ms,
+        p99_ms=p50_ms * 1.5, calls=50, ms_per_token=ms_per_token, input_tokens=64,
+    )  # fmt: skip
+
+
+def compute(ms: float, **more: float) -> Observation:
+    return Observation(total_ms=more.pop("total_ms", ms), compute_ms=ms, **more)
+
+
+def test_nothing_known_is_said_to_be_unknown() -> None:
+    found = Predictor().predict("edge", "minilm", SMALL, now_s=0)
+    assert (found.basis, found.p50_ms, found.p95_ms) == ("unknown", None, None)
+
+
+def test_a_seed_is_used_until_answers_come_and_named_as_such() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "minilm", [figure(10)])
+    seeded = predictor.predict("edge", "minilm", SMALL, now_s=0)
+    assert (seeded.basis, seeded.p50_ms) == ("seeded", 10)
+    assert seeded.p95_ms is not None
+    assert 10 < seeded.p95_ms < 15
+    for second in range(10):
+        predictor.observe("edge", "minilm", SMALL, compute(40), now_s=second)
+    measured = predictor.predict("edge", "minilm", SMALL, now_s=10)
+    assert measured.basis == "measured"
+    assert measured.p50_ms == pytest.approx(40, rel=0.1)
+
+
+def test_a_seed_without_figures_knows_nothing() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "minilm", [])
+    assert predictor.predict("edge", "minilm", SMALL, now_s=0).basis == "unknown"
+
+
+def test_p50_and_p95_hold_on_noisy_latencies() -> None:
+    rng = random.Random(7)
+    predictor = Predictor()
+    below50 = below95 = 0
+    calls = 2000
+    for call in range(calls):
+        value = rng.gauss(50, 8)
+        found = predictor.predict("edge", "m", SMALL, now_s=call)
+        if found.p50_ms is not None and found.p95_ms is not None:
+            below50 += value <= found.p50_ms
+            below95 += value <= found.p95_ms
+        predictor.observe("edge", "m", SMALL, compute(value), now_s=call)
+    assert 0.45 < below50 / calls < 0.55
+    assert 0.88 < below95 / calls < 0.98
+
+
+def test_a_jump_is_mostly_learned_within_three_answers() -> None:
+    predictor = Predictor()
+    for call in range(50):
+        predictor.observe("edge", "m", SMALL, compute(10), now_s=call)
+    for call in range(3):
+        predictor.observe("edge", "m", SMALL, compute(100), now_s=50 + call)
+    found = predictor.predict("edge", "m", SMALL, now_s=53)
+    assert found.p50_ms is not None
+    assert found.p95_ms is not None
+    assert found.p50_ms > 60
+    assert found.p95_ms > 100
+
+
+def test_queue_and_load_come_on_top() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "m", [figure(10)], size_bytes=100_000_000)
+    found = predictor.predict("edge", "m", SMALL, now_s=0, queue_ms=500, loaded=False)
+    assert found.p50_ms == pytest.approx(10 + 500 + 400)
+    assert (found.queue_ms, found.load_ms) == (500, 400)
+    assert found.service_ms == pytest.approx(10)
+    predictor.observe("edge", "m", SMALL, compute(10, load_ms=1200), now_s=0)
+    again = predictor.predict("edge", "m", SMALL, now_s=0, loaded=False)
+    assert again.load_ms == pytest.approx(800)
+
+
+def test_text_generation_depends_on_prompt_and_answer_length() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "assistant", [figure(200, ms_per_token=20)])
+    found = predictor.predict("edge", "assistant", CHAT, now_s=0)
+    assert found.ttft_ms == pytest.approx(200)
+    assert found.ms_per_token == 20
+    assert found.p50_ms == pytest.approx(200 + 99 * 20)
+    longer = RequestSize(input_tokens=640, max_new_tokens=100)
+    assert predictor.predict("edge", "assistant", longer, now_s=0).ttft_ms == pytest.approx(2000)
+
+
+def test_the_length_of_answers_is_learned_from_complete_ones() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "assistant", [figure(200, ms_per_token=20)])
+
+    def answer(tokens: int, *, finished: bool = True) -> None:
+        seen = Observation(
+            total_ms=200 + 20 * (tokens - 1), prefill_ms=200, decode_ms=20 * (tokens - 1),
+            completion_tokens=tokens, finished=finished,
+        )  # fmt: skip
+        predictor.observe("edge", "assistant", CHAT, seen, now_s=0)
+
+    for _ in range(5):
+        answer(2, finished=False)
+    cut = predictor.predict("edge", "assistant", CHAT, now_s=0)
+    assert cut.p50_ms == pytest.approx(200 + 99 * 20)
+    for _ in range(5):
+        answer(11)
+    found = predictor.predict("edge", "assistant", CHAT, now_s=0)
+    assert found.p50_ms == pytest.approx(200 + 10 * 20)
+    tiny = RequestSize(input_tokens=64, max_new_tokens=1)
+    assert predictor.predict("edge", "assistant", tiny, now_s=0).p50_ms == pytest.approx(200)
+
+
+def cloud_call(total_ms: float, queue_ms: float = 0.0) -> Observation:
+    return Observation(total_ms=total_ms, compute_ms=5, queue_ms=queue_ms)
+
+
+def test_the_link_is_learned_from_round_trips_and_large_transfers() -> None:
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    assert predictor.predict("cloud", "m", SMALL, now_s=0).network_ms > 50
+    for call in range(10):
+        predictor.observe("cloud", "m", SMALL, cloud_call(25), now_s=call)
+    found = predictor.predict("cloud", "m", SMALL, now_s=10)
+    assert found.basis == "measured"
+    assert found.network_ms == pytest.approx(20, abs=2)
+    large = RequestSize(upload_bytes=1_000_000)
+    for call in range(20):
+        predictor.observe("cloud", "m", large, cloud_call(125), now_s=10 + call)
+    found = predictor.predict("cloud", "m", large, now_s=30)
+    assert found.network_ms == pytest.approx(120, rel=0.1)
+    assert predictor.predict("cloud", "m", SMALL, now_s=30).network_ms < 25
+
+
+def test_a_ping_measures_the_round_trip() -> None:
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    predictor.observe_round_trip(7, now_s=0)
+    assert predictor.predict("cloud", "m", RequestSize(), now_s=0).network_ms == pytest.approx(7)
+
+
+def test_a_reported_queue_counts_and_drains() -> None:
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    predictor.report_queue("m", 800, now_s=10)
+    assert predictor.predict("cloud", "m", SMALL, now_s=10).queue_ms == 800
+    assert predictor.predict("cloud", "m", SMALL, now_s=10.5).queue_ms == pytest.approx(300)
+    assert predictor.predict("cloud", "m", SMALL, now_s=20).queue_ms == 0
+
+
+def test_a_bad_estimate_that_nobody_confirms_returns_to_its_seed() -> None:
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    predictor.observe_round_trip(10, now_s=0)
+    for call in range(9):
+        predictor.observe("cloud", "m", SMALL, compute(3000, total_ms=3010), now_s=call)
+    bad = predictor.predict("cloud", "m", SMALL, now_s=9).p50_ms
+    later = predictor.predict("cloud", "m", SMALL, now_s=9 + 8 * HALF_LIFE_S).p50_ms
+    assert bad is not None
+    assert later is not None
+    assert bad > 2500
+    assert later < 50
+
+
+def test_sizes_nobody_measured_are_taken_from_the_next_larger_or_scaled_up() -> None:
+    buckets = SizeBuckets()
+    assert buckets.quantiles(100, now_s=0) is None
+    buckets.observe(1000, 10, now_s=0)
+    buckets.observe(64_000, 200, now_s=0)
+    assert buckets.quantiles(1000, now_s=0) == (10, pytest.approx(15.15))
+    assert buckets.quantiles(8_000, now_s=0)[0] == 200  # type: ignore[index]
+    assert buckets.quantiles(256_000, now_s=0)[0] == 800  # type: ignore[index]
+    assert buckets.quantiles(0, now_s=0)[0] == 10  # type: ignore[index]
+
+
+def test_one_measurement_counts_as_much_as_the_seed() -> None:
+    estimate = MeanDeviation(10, 1)
+    estimate.observe(30, now_s=0)
+    assert estimate.mean == 20

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nearfar.errors import ConfigError
+from sdk.config import CloudConfig, Config, RoutingConfig, load_config, parse_config
+
+PIN = "nf1:9k2fexample"
+GOOD = f"""
+[models]
+store = "models"
+
+[cloud.main]
+url = "wss://inference.example.com/v1/nearfar"
+identity = "{PIN}"
+credentials = "file:client-key.txt"
+ca_file = "ca.pem"
+region = "eu"
+
+[routing]
+objective = "quality"
+mode = "prefer_edge"
+deadline_ms = 800
+
+[policy]
+file = "policy.toml"
+default_sensitivity = "internal"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("ca.pem", "policy.toml"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "client-key.txt").write_text("key-of-the-clinic\n")
+    (tmp_path / "client-key.txt").chmod(0o600)
+    (tmp_path / "nearfar.toml").write_text(GOOD)
+    return tmp_path
+
+
+def test_a_complete_file_gives_all_settings(folder: Path) -> None:
+    config = load_config(folder / "nearfar.toml")
+    assert config.models_store == folder / "models"
+    assert config.policy_file == folder / "policy.toml"
+    assert config.default_sensitivity == "internal"
+    assert config.routing == RoutingConfig(
+        mode="prefer_edge", objective="quality", deadline_ms=800.0
+    )
+    assert config.cloud is not None
+    assert config.cloud.name == "main"
+    assert config.cloud.ca_file == folder / "ca.pem"
+    assert config.cloud.region == "eu"
+    assert config.cloud.token() == "key-of-the-clinic"
+
+
+def test_an_empty_file_is_a_device_without_models_cloud_or_policy() -> None:
+    assert parse_config("") == Config(source="nearfar.toml")
+    assert parse_config("").cloud is None
+
+
+def test_paths_are_relative_to_the_file_and_the_home_is_expanded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder.parent)
+    (folder / "nearfar.toml").write_text('[models]\nstore = "~/models"\n')
+    assert load_config("~/nearfar.toml").models_store == folder / "models"
+    (folder / "nearfar.toml").write_text('[models]\nstore = "models"\n')
+    assert load_config(f"{folder.name}/nearfar.toml").models_store == folder / "models"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "words"),
+    [
+        ("[models]", "[model]", "model", "Did you mean 'models'"),
+        ('store = "models"', "store = 1", "models.store", "path in quotes"),
+        ("wss://", "ws://", "cloud.main.url", "only wss"),
+        ("wss://", "wss:", "cloud.main.url", "has no host"),
+        ("example.com", "example.com:99999", "cloud.main.url", "not a URL"),
+        ('url = "wss://inference.example.com/v1/nearfar"', "", "cloud.main.url", "missing"),
+        (PIN, "", "cloud.main.identity", "non-empty"),
+        (PIN, "9k2f", "cloud.main.identity", "nf1:"),
+        ("file:client-key.txt", "keyring:nearfar/main", "cloud.main.credentials", "keyring"),
+        ("ca.pem", "no.pem", "cloud.main.ca_file", "no such file"),
+        ("regio", "regoi", "cloud.main.regoin", "Did you mean 'region'"),
+        ("[cloud.main]", "[cloud]", "cloud", "[cloud.main]"),
+        ("[routing]", f'[cloud.b]\nurl = "wss://b"\nidentity = "{PIN}"\n[routing]', "cloud",
+         "Keep one"),
+        ('"quality"', '"qualty"', "routing.objective", "Did you mean 'quality'"),
+        ('"quality"', '"energy"', "routing.objective", "no energy figures"),
+        ('"quality"', '"cost"', "routing.objective", "no cost figures"),
+        ('"prefer_edge"', '"edge"', "routing.mode", "edge_only"),
+        ('"prefer_edge"', "true", "routing.mode", "non-empty string"),
+        ("800", '"800"', "routing.deadline_ms", "without quotes"),
+        ("800", "true", "routing.deadline_ms", "without quotes"),
+        ("800", "0", "routing.deadline_ms", "positive"),
+        ("800", "nan", "routing.deadline_ms", "positive"),
+        ("800", "inf", "routing.deadline_ms", "positive"),
+        ("800", "9" * 400, "routing.deadline_ms", "too large"),
+        ("policy.toml", "none.toml", "policy.file", "no such file"),
+        ('"internal"', '"in ternal"', "policy.default_sensitivity", "not a name"),
+    ],
+)  # fmt: skip
+def test_each_mistake_names_file_key_and_fix(
+    folder: Path, old: str, new: str, field: str, words: str
+) -> None:
+    assert old in GOOD
+    path = folder / "nearfar.toml"
+    path.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert caught.value.field == field
+    assert words in message
+    assert caught.value.fix
+
+
+def test_a_key_pasted_into_the_file_is_refused_and_not_shown() -> None:
+    for bad in (
+        GOOD.replace("file:client-key.txt", "sk-very-secret"),
+        GOOD.replace("wss://", "wss://me:sk-very-secret@"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(bad.replace('ca_file = "ca.pem"', ""))
+        assert "very-secret" not in str(caught.value)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_config(tmp_path / "nearfar.toml")
+
+
+def cloud(credentials: str) -> CloudConfig:
+    return CloudConfig(url="wss://h/v1/nearfar", identity=PIN, credentials=credentials)
+
+
+def test_credentials_are_read_when_needed_and_hidden_from_repr(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = cloud("env:NEARFAR_TEST_KEY")
+    with pytest.raises(ConfigError, match="NEARFAR_TEST_KEY is not set"):
+        config.token()
+    monkeypatch.setenv("NEARFAR_TEST_KEY", "secret-key")
+    assert config.token() == "secret-key"
+    assert "secret-key" not in repr(config)
+    assert "NEARFAR_TEST_KEY" not in repr(config)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        cloud(f"file:{tmp_path / 'none'}").token()
+    assert cloud("").token() == ""
+
+
+def test_a_file_that_holds_no_key_is_refused_without_showing_it(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    for content in (b"", b"two words-of-a-secret", b"\xffsecret", b"secret" * 10_000):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="does not hold an API key") as caught:
+            cloud(f"file:{path}").token()
+        assert "secret" not in str(caught.value)
+
+
+def test_a_key_file_that_others_can_read_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "key"
+    path.write_text("secret-key")
+    path.chmod(0o644)
+    assert cloud(f"file:{path}").token() == "secret-key"
+    assert "chmod 600" in caplog.text
+    assert "secret-key" not in caplog.text
+
+
+def test_settings_made_in_code_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="only wss") as caught:
+        CloudConfig(url="http://h", identity=PIN)
+    assert caught.value.field == "url"
+    with pytest.raises(ConfigError, match="positive"):
+        RoutingConfig(deadline_ms=-1)
+    with pytest.raises(ConfigError, match="no energy figures"):
+        RoutingConfig(objective="energy")  # type: ignore[arg-type]
+
+
+PIECES = st.sampled_from(
+    ["[cloud.a]\n", "[cloud]\n", 'url = "wss://h"\n', f'identity = "{PIN}"\n', "[routing]\n",
+     "deadline_ms = 1\n", "deadline_ms = -inf\n", "mode = 3\n", 'url = "wss://[h"\n',
+     'store = "~nobody/x"\n', "[models]\n", 'store = "\\u0000"\n', "cloud = 1\n", "a = [",
+     "[policy]\n", 'file = "x"\n', 'credentials = "file:"\n', 'credentials = "file:\\u0000"\n']
+)  # fmt: skip
+
+
+@given(st.text() | st.lists(PIECES).map("".join))
+def test_any_text_gives_a_config_or_a_config_error(text: str) -> None:
+    try:
+        found: Config | str = parse_config(text, base=Path(os.sep))
+    except ConfigError as error:
+        found = error.fix
+    assert found

@@ -1,0 +1,162 @@
+"""Nothing leaves the device without a permit that policy gave."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sdk
+from nearfar.errors import PolicyDenied
+from nearfar.generation import GenerationOptions, Prompt
+from nearfar.wire import messages as wire
+from sdk.cloud.egress import Permit, send
+from sdk.policy import Requirement, Verdict
+
+
+class Recorder:
+    """Stands where a session stands."""
+
+    def __init__(self) -> None:
+        self.sent: list[object] = []
+
+    def send(self, message, tensors=()):
+        self.sent.append(message)
+        return 100
+
+
+def verdict(**fields) -> Verdict:
+    base = {"edge": True, "cloud": True, "rule_ids": ("r",), "reason": "why", "policy_hash": "h"}
+    return Verdict(**{**base, **fields})
+
+
+def infer(model: str = "m") -> wire.Infer:
+    return wire.Infer(stream=1, request_id=bytes(16), model=model, tensors=())
+
+
+def generate(model: str = "m") -> wire.Generate:
+    return wire.Generate(
+        stream=1,
+        request_id=bytes(16),
+        model=model,
+        prompt=Prompt(text="secret"),
+        options=GenerationOptions(),
+        credit=1,
+    )
+
+
+def test_a_verdict_that_keeps_the_request_here_gives_no_permit():
+    with pytest.raises(PolicyDenied, match="why") as caught:
+        Permit(verdict(cloud=False), "m")
+    assert caught.value.rule == "r"
+
+
+@pytest.mark.parametrize("truthy", [1, "yes", object()])
+def test_only_true_itself_gives_a_permit(truthy):
+    with pytest.raises(PolicyDenied):
+        Permit(verdict(cloud=truthy), "m")
+
+
+def test_something_that_is_no_verdict_gives_no_permit():
+    class Lookalike:
+        cloud = True
+
+    with pytest.raises(PolicyDenied, match="not asked"):
+        Permit(Lookalike(), "m")
+
+
+@pytest.mark.parametrize(
+    ("demand", "word"),
+    [
+        ({"transforms": ("redact",)}, "redact"),
+        ({"require": Requirement(attestation=True)}, "attestation"),
+        ({"require": Requirement(padding="strict")}, "strict padding"),
+        ({"require": Requirement(region=("eu",))}, "region"),
+    ],
+)
+def test_a_demand_that_cannot_be_met_gives_no_permit(demand, word):
+    with pytest.raises(PolicyDenied, match=word):
+        Permit(verdict(**demand), "m")
+
+
+def test_a_region_that_fits_gives_a_permit():
+    permit = Permit(verdict(require=Requirement(region=("eu",))), "m", region="eu")
+    assert permit.model == "m"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [infer(), generate(), wire.Cancel(stream=1), wire.Credit(stream=1, tokens=1), wire.Auth()],
+)
+@pytest.mark.parametrize("permit", [None, True, verdict()])
+def test_content_without_a_permit_is_held_back(message, permit):
+    session = Recorder()
+    with pytest.raises(PolicyDenied):
+        send(session, permit, message)
+    assert session.sent == []
+
+
+@pytest.mark.parametrize("message", [infer("other"), generate("other"), wire.Auth()])
+def test_a_permit_is_good_for_its_own_model_and_for_requests_only(message):
+    session = Recorder()
+    with pytest.raises(PolicyDenied):
+        send(session, Permit(verdict(), "m"), message)
+    assert session.sent == []
+
+
+def test_a_permit_counts_what_left_under_it():
+    permit = Permit(verdict(), "m")
+    session = Recorder()
+    send(session, permit, infer())
+    send(session, permit, wire.Cancel(stream=1))
+    assert permit.bytes_sent == 200
+
+
+@pytest.mark.parametrize("message", [wire.ListModels(stream=1), wire.Ping(id=1), wire.Pong(id=1)])
+def test_messages_without_content_need_no_permit(message):
+    session = Recorder()
+    send(session, None, message)
+    assert session.sent == [message]
+
+
+@given(
+    edge=st.booleans(),
+    cloud=st.booleans(),
+    transforms=st.lists(st.sampled_from(["redact", "pseudonymise", "noise"]), max_size=2),
+    attestation=st.booleans(),
+    padding=st.sampled_from(["off", "balanced", "strict"]),
+)
+def test_a_permit_exists_only_for_verdicts_that_allow_the_cloud_and_demand_nothing_missing(
+    edge, cloud, transforms, attestation, padding
+):
+    asked = verdict(
+        edge=edge,
+        cloud=cloud,
+        transforms=tuple(transforms),
+        require=Requirement(attestation=attestation, padding=padding),
+    )
+    allowed = cloud and not transforms and not attestation and padding == "off"
+    try:
+        Permit(asked, "m")
+    except PolicyDenied:
+        assert not allowed
+    else:
+        assert allowed
+
+
+def test_no_other_place_in_the_client_sends_through_a_session():
+    """Reads the source: `session.send` may be called in egress.py alone."""
+    found = []
+    for path in Path(sdk.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "send"
+                and "session" in ast.unparse(node.func.value)
+            ):
+                found.append(path.name)
+    assert found == ["egress.py", "egress.py"]

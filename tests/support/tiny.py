@@ -1,0 +1,155 @@
+"""Tiny but real bundles, written in milliseconds, for tests of everything that uses bundles.
+
+They hold real ONNX models that a real engine runs; needs the `onnx` package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from nearfar.bundle import Bundle, BundleWriter
+from nearfar.bundle.manifest import (
+    HeadTailPreprocessing,
+    LatencyFigure,
+    Manifest,
+    QualityFigure,
+    TensorSpec,
+    Variant,
+)
+
+#: Both variants of the tensor bundle compute softmax(x @ TENSOR_WEIGHTS); int8 rounds the weights.
+TENSOR_WEIGHTS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+TENSOR_LABELS = ("low", "middle", "high")
+
+#: The classifier calls bytes "text" or "binary" by their mean value.
+CLASSIFIER_LABELS = ("text", "binary")
+HEAD_TAIL = HeadTailPreprocessing(head_bytes=16, tail_bytes=16, block_bytes=64, padding_value=256)
+
+
+def tensor_model(weights: np.ndarray = TENSOR_WEIGHTS) -> onnx.ModelProto:
+    """``y = softmax(x @ weights)``; x FP32 [-1, 4], y FP32 [-1, 3]."""
+    rows, columns = weights.shape
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "weights"], ["scores"]),
+            helper.make_node("Softmax", ["scores"], ["y"], axis=-1),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", rows])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", columns])],
+        [numpy_helper.from_array(weights.astype(np.float32), "weights")],
+    )
+    return _model(graph)
+
+
+def classifier_model() -> onnx.ModelProto:
+    """``bytes`` INT32 [-1, 32] to ``scores`` FP32 [-1, 2]: bytes above 127 speak for binary."""
+    width = HEAD_TAIL.head_bytes + HEAD_TAIL.tail_bytes
+    constants = {
+        "limit": np.float32(127.5),
+        "padding": np.float32(255.5),
+        "scale": np.array([[-1.0, 1.0]], np.float32),
+        "bias": np.array([[0.5, -0.5]], np.float32),
+        "width": np.float32(width),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["bytes"], ["values"], to=TensorProto.FLOAT),
+            helper.make_node("Greater", ["values", "limit"], ["is_high"]),
+            helper.make_node("Less", ["values", "padding"], ["is_byte"]),
+            helper.make_node("And", ["is_high", "is_byte"], ["counts"]),
+            helper.make_node("Cast", ["counts"], ["ones"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["ones"], ["share"], axes=[1], keepdims=1),
+            helper.make_node("Mul", ["share", "width"], ["count"]),
+            helper.make_node("Mul", ["count", "scale"], ["votes"]),
+            helper.make_node("Add", ["votes", "bias"], ["raw"]),
+            helper.make_node("Softmax", ["raw"], ["scores"], axis=-1),
+        ],
+        "tiny_classifier",
+        [helper.make_tensor_value_info("bytes", TensorProto.INT32, ["batch", width])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 2])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return _model(graph)
+
+
+def write_tiny_tensor_bundle(
+    path: Path, name: str = "tiny", version: str = "1.0.0", *, task: str = "classification"
+) -> Bundle:
+    """Variants ``fp32`` (cloud first) and ``int8`` (edge first); x FP32 [-1,4] to y FP32 [-1,3]."""
+    rounded = np.round(TENSOR_WEIGHTS * 127) / 127
+    with BundleWriter(path) as writer:
+        for variant_id, weights in (("fp32", TENSOR_WEIGHTS), ("int8", rounded)):
+            onnx.save(tensor_model(weights), writer.file(f"{variant_id}/model.onnx"))
+        return writer.finish(
+            Manifest(
+                name=name,
+                version=version,
+                task=task,
+                inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),),
+                outputs=(TensorSpec(name="y", datatype="FP32", shape=(-1, 3)),),
+                labels=TENSOR_LABELS if task == "classification" else (),
+                label_output="y" if task == "classification" else None,
+                variants=(
+                    _variant("int8", placement=("edge", "cloud"), quality_rank=1),
+                    _variant("fp32", placement=("cloud", "edge"), quality_rank=0),
+                ),
+            )
+        )
+
+
+def write_tiny_classifier_bundle(
+    path: Path, name: str = "tiny-classifier", version: str = "1.0.0"
+) -> Bundle:
+    """One variant ``fp32`` that classifies any bytes as "text" or "binary" (`HEAD_TAIL`)."""
+    with BundleWriter(path) as writer:
+        onnx.save(classifier_model(), writer.file("fp32/model.onnx"))
+        return writer.finish(
+            Manifest(
+                name=name,
+                version=version,
+                task="classification",
+                inputs=(TensorSpec(name="bytes", datatype="INT32", shape=(-1, 32)),),
+                outputs=(TensorSpec(name="scores", datatype="FP32", shape=(-1, 2)),),
+                preprocessing=HEAD_TAIL,
+                labels=CLASSIFIER_LABELS,
+                label_output="scores",
+                variants=(_variant("fp32", placement=("edge", "cloud"), quality_rank=0),),
+            )
+        )
+
+
+def _variant(variant_id: str, *, placement: tuple[str, ...], quality_rank: int) -> Variant:
+    return Variant(
+        id=variant_id,
+        engine="onnxruntime",
+        precision=variant_id,
+        entry=f"{variant_id}/model.onnx",
+        files=(),
+        placement=placement,
+        quality_rank=quality_rank,
+        quality=(
+            QualityFigure(
+                metric="top1_agreement", value=1.0, higher_is_better=True, samples=8,
+                reference="fp32",
+            ),
+        ),
+        latency=(
+            LatencyFigure(
+                machine="test machine", execution_provider="CPUExecutionProvider",
+                p50_ms=0.05, p99_ms=0.2, calls=100,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    # IR 9 and opset 17 are read by every ONNX Runtime in use.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    onnx.checker.check_model(model)
+    return model
