@@ -177,7 +177,7 @@ def serve(
             field="certificate",
             fix="Give both, or neither to use the state directory's",
         )
-    host, listen_port = _parse_address(listen)
+    host, listen_port = parse_address(listen)
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING if quiet else logging.INFO,
@@ -285,7 +285,7 @@ def key_remove(
     _say(f"The key {name!r} is no longer accepted.")
 
 
-def _parse_address(text: str) -> tuple[str, int]:
+def parse_address(text: str) -> tuple[str, int]:
     """``HOST:PORT``, ``[::1]:PORT`` or ``:PORT`` to host and port."""
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):

@@ -171,6 +171,11 @@ class ServedModels:
             BundleError: A bundle is damaged.
             EngineError: A variant that should run here does not.
         """
+        if not store.root.is_dir():
+            raise ModelNotFound(
+                f"The folder of models {store.root} does not exist",
+                fix="Point --models to the folder that `nearfar convert` wrote to",
+            )
         device = devices.probe()
         served = []
         for name in names or [manifest.name for manifest in store.models()]:

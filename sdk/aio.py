@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +58,6 @@ class AsyncClient(Calls):
 
     _workers: ThreadPoolExecutor | None = None
     _owner: asyncio.AbstractEventLoop | None = None
-    _is_closed = False
 
     @classmethod
     def from_config(cls, path: str | Path, **arguments: Any) -> AsyncClient:
@@ -157,9 +156,10 @@ class AsyncClient(Calls):
             await self._link.close()
         workers, self._workers = self._workers, None
         if workers is not None:
-            # Streams are cancelled at their next token; waiting for it must not block the loop.
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, workers.shutdown)
+            # What an engine has begun it finishes, streams at their next token.
+            running = [asyncio.wrap_future(future) for future in tuple(self._running)]
+            await asyncio.gather(*running, return_exceptions=True)
+            workers.shutdown()
         if self._edge is not None:
             self._edge.close()
 
@@ -256,13 +256,17 @@ class AsyncClient(Calls):
         return AsyncCloudSource(stream, request.deadline)
 
     async def _work(self, function: Callable[[], T]) -> T:
-        if self._is_closed:
-            raise CloudUnavailable("This client is closed", fix="Make a new AsyncClient")
+        self._refuse_if_closed()
         if self._workers is None:
+            self._running: set[Future[Any]] = set()
             self._workers = ThreadPoolExecutor(_EDGE_THREADS, thread_name_prefix="nearfar-edge")
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+        future = self._workers.submit(function)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return await asyncio.wrap_future(future)
 
     def _own_loop(self) -> None:
+        self._refuse_if_closed()
         loop = asyncio.get_running_loop()
         if self._owner is None:
             self._owner = loop

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from nearfar.errors import CloudUnavailable
+from nearfar.errors import Cancelled, InvalidInput
 
 T = TypeVar("T")
 
@@ -30,16 +30,17 @@ class BackgroundLoop:
         """Run a coroutine and wait for it; interrupting the wait cancels it.
 
         Raises:
-            CloudUnavailable: The loop was closed, before or meanwhile.
+            Cancelled: The loop was closed meanwhile.
+            InvalidInput: The loop was closed before.
         """
         if self._is_closed:
             coroutine.close()
-            raise _closed()
+            raise InvalidInput("This client is closed", field="client", fix="Make a new one")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise _closed() from None
+            raise Cancelled("The client was closed before the answer was complete") from None
         except BaseException:
             future.cancel()
             raise
@@ -71,7 +72,3 @@ class BackgroundLoop:
             # Host names are looked up in the loop's executor; its threads must not outlive us.
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
-
-
-def _closed() -> CloudUnavailable:
-    return CloudUnavailable("This client is closed", fix="Make a new Client")

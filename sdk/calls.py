@@ -102,6 +102,8 @@ class Calls:
         BundleError: There is no such model store.
     """
 
+    _is_closed = False
+
     def __init__(
         self,
         config: Config | str | Path | None = None,
@@ -152,6 +154,12 @@ class Calls:
     def policy(self) -> Policy:
         """The policy that this client asks."""
         return self._core.policy
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise InvalidInput(
+                "This client is closed", field="client", fix="Make a new one, or close it later"
+            )
 
     # -- arguments to requests -------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nearfar.errors import CloudUnavailable, NearfarError
+from nearfar.errors import CloudUnavailable, InvalidInput, NearfarError
 from nearfar.generation import ChatMessage
 from nearfar.units import Deadline
 from sdk import requests
@@ -54,7 +54,6 @@ class Client(Calls):
     """
 
     _loop: BackgroundLoop | None = None
-    _is_closed = False
 
     @classmethod
     def from_config(cls, path: str | Path, **arguments: Any) -> Client:
@@ -258,6 +257,7 @@ class Client(Calls):
         return self._drive(self._core.run(request))
 
     def _drive(self, life: Generator[Step, Any, T]) -> T:
+        self._refuse_if_closed()
         try:
             step = next(life)
             while True:
@@ -333,7 +333,12 @@ class Client(Calls):
         return CloudSource(stream, request.deadline, self._call, self._post)
 
     def _call(self, coroutine: Any) -> Any:
-        return self._background().call(coroutine)
+        try:
+            loop = self._background()
+        except InvalidInput:
+            coroutine.close()
+            raise
+        return loop.call(coroutine)
 
     def _post(self, function: Callable[[], Any]) -> None:
         loop = self._loop
@@ -347,8 +352,7 @@ class Client(Calls):
         from sdk.background import BackgroundLoop
 
         with _LOOP_LOCK:
-            if self._is_closed:
-                raise CloudUnavailable("This client is closed", fix="Make a new Client")
+            self._refuse_if_closed()
             if self._loop is None:
                 self._loop = BackgroundLoop()
             return self._loop

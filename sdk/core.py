@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 #: Part of the time left that connecting may take while the device could answer instead.
 _CONNECT_SHARE = 0.5
+#: Purposes and tenants come from the app and may be many.
+_MAX_VERDICTS = 1024
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -68,6 +70,7 @@ class Core:
         self.policy = policy
         self.default_sensitivity = default_sensitivity or policy.strictest
         self.known = known
+        self._verdicts: dict[tuple[str | None, ...], Verdict] = {}
 
     # -- one batch -------------------------------------------------------------------------------
 
@@ -266,17 +269,33 @@ class Core:
     # -- policy ----------------------------------------------------------------------------------
 
     def _verdict(self, request: Request) -> Verdict:
-        return evaluate(
-            self.policy,
-            RequestFacts(
-                model=request.model,
-                task=self.known.task(request),
-                sensitivity=request.sensitivity or self.default_sensitivity,
-                purpose=request.purpose,
-                tenant=request.tenant,
-                region=self.known.region(),
-            ),
+        """What policy says; the same facts have the same verdict, which is worth remembering."""
+        facts = (
+            request.model,
+            self.known.task(request),
+            request.sensitivity or self.default_sensitivity,
+            request.purpose,
+            request.tenant,
+            self.known.region(),
         )
+        verdict = self._verdicts.get(facts)
+        if verdict is None:
+            model, task, sensitivity, purpose, tenant, region = facts
+            verdict = evaluate(
+                self.policy,
+                RequestFacts(
+                    model=model,
+                    task=task,
+                    sensitivity=sensitivity,
+                    purpose=purpose,
+                    tenant=tenant,
+                    region=region,
+                ),
+            )
+            if len(self._verdicts) >= _MAX_VERDICTS:
+                self._verdicts.clear()
+            self._verdicts[facts] = verdict
+        return verdict
 
     # -- connecting ------------------------------------------------------------------------------
 

@@ -110,8 +110,21 @@ def check_settings(mode: str, objective: str, priority: int) -> None:
 
 
 def tensor_size(feeds: Mapping[str, np.ndarray]) -> RequestSize:
-    """Size of a request of tensors."""
-    return RequestSize(upload_bytes=sum(array.nbytes for array in feeds.values()))
+    """Size of a request of tensors.
+
+    Raises:
+        InvalidInput: Something among them is no array.
+    """
+    size_bytes = 0
+    for name, array in feeds.items():
+        if not isinstance(array, np.ndarray):
+            raise InvalidInput(
+                f"Input {name!r} is a {type(array).__name__}",
+                field=name,
+                fix="Give numpy arrays: numpy.asarray(…, dtype=…)",
+            )
+        size_bytes += array.nbytes
+    return RequestSize(upload_bytes=size_bytes)
 
 
 def items_size(items: Sequence[str | bytes]) -> RequestSize:
@@ -308,12 +321,6 @@ def check_feeds(
                 f"Input {spec.name!r} of model {model!r} is missing",
                 field=spec.name,
                 fix=f"Its inputs are: {_describe(specs)}",
-            )
-        if not isinstance(array, np.ndarray):
-            raise InvalidInput(
-                f"Input {spec.name!r} of model {model!r} is a {type(array).__name__}",
-                field=spec.name,
-                fix=f"Give a numpy array: {_describe((spec,))}",
             )
         wanted = NUMPY_OF.get(spec.datatype)
         if wanted is not None and array.dtype != wanted and not _is_text(array, spec):

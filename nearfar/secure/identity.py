@@ -166,7 +166,7 @@ class ServerIdentity:
             if (header, seed_name, pin_name, len(seed)) != (_FILE_HEADER, "seed", "pin", 32):
                 raise ValueError
         except ValueError as exc:
-            # `from None` in spirit: the cause may quote the seed, so only its type goes on.
+            # The cause may quote the seed, so only its type goes on.
             raise ConfigError(
                 f"{path} is not a nearfar identity file of version 1 ({type(exc).__name__})",
                 field="identity",

@@ -190,6 +190,7 @@ class Connection:
     Attributes:
         ready: The server's `Ready`.
         rtt_ms: Last measured round trip; `None` before the first.
+        is_leaving: Whether the server said that it takes no new requests.
         error: Why the connection ended; `None` while it lives.
     """
 
@@ -211,6 +212,8 @@ class Connection:
         self._next_ping = 1
         self.ready: wire.Ready | None = None
         self.rtt_ms: float | None = None
+        self.is_leaving = False
+        self._line: deque[asyncio.Future[None]] = deque()
         self.error: NearfarError | None = None
         self._tasks = (
             asyncio.ensure_future(self._read()),
@@ -348,6 +351,44 @@ class Connection:
         self._streams[stream_id] = stream
         return stream
 
+    async def room(self, deadline: Deadline) -> None:
+        """Wait in line until the server may take one more request, or until it never will.
+
+        Raises:
+            DeadlineExceeded: The deadline passed first.
+            CloudUnavailable: The connection ended.
+        """
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.append(place)
+        try:
+            await asyncio.wait_for(place, deadline.timeout_s())
+        except (TimeoutError, asyncio.TimeoutError):
+            raise DeadlineExceeded(
+                f"The deadline passed while {self.in_flight} earlier requests were open",
+                tried=("cloud",),
+                fix="Allow more time with deadline_ms, or ask for less at once",
+            ) from None
+        finally:
+            if not place.done() or place.cancelled():
+                with contextlib.suppress(ValueError):
+                    self._line.remove(place)
+
+    def _let_in(self) -> None:
+        """Wake as many as there is room for; a late-comer may be faster, so they look again."""
+        if self.error is not None or self.is_leaving:
+            woken = len(self._line)
+        else:
+            woken = min(len(self._line), self._room_left())
+        for _ in range(woken):
+            place = self._line.popleft()
+            if not place.done():
+                place.set_result(None)
+
+    def _room_left(self) -> int:
+        if not self.can_open or self.ready is None:
+            return 0
+        return self.ready.max_streams - len(self._session.open_streams)
+
     def forget(self, stream_id: int) -> None:
         """Stop listening on a stream."""
         self._streams.pop(stream_id, None)
@@ -373,7 +414,7 @@ class Connection:
 
     async def close(self) -> None:
         """Say goodbye and end both tasks; idempotent. Open streams fail."""
-        self._end(CloudUnavailable(f"The connection to {self._url} was closed by this client"))
+        self._end(Cancelled("The client was closed before the answer was complete"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -389,6 +430,7 @@ class Connection:
                 for received in self._session.receive(data, now_s=time.time()):
                     self._dispatch(received)
                 self._wake.set()
+                self._let_in()
                 if self._session.is_closed:
                     self._end(CloudUnavailable(f"{self._url} ended the connection"))
         except asyncio.CancelledError:
@@ -408,6 +450,7 @@ class Connection:
             if waiting is not None and not waiting[1].done():
                 waiting[1].set_result((time.perf_counter() - waiting[0]) * 1000.0)
         elif isinstance(message, wire.GoAway):
+            self.is_leaving = True
             for stream_id in [s for s in self._streams if s > message.last_stream]:
                 self._streams.pop(stream_id).fail(
                     CloudUnavailable(f"{self._url} is going away: {message.reason}".rstrip(": "))
@@ -453,6 +496,7 @@ class Connection:
         for stream in streams.values():
             stream.fail(error)
         self._wake.set()
+        self._let_in()
         if self._on_end is not None:
             self._on_end(self)
 

@@ -18,11 +18,10 @@ import msgspec
 
 from nearfar import __version__
 from nearfar.errors import (
-    CloudUnavailable,
     DeadlineExceeded,
+    InvalidInput,
     LocalProtocolError,
     NearfarError,
-    Overloaded,
     RemoteProtocolError,
 )
 from nearfar.units import Deadline
@@ -135,11 +134,8 @@ class CloudLink:
         """
         from nearfar.wire.codec import describe
 
-        connection = await self._usable(deadline)
         arrays = tuple(tensors.values())
-        started_s = time.perf_counter()
-        stream = self._open(
-            connection,
+        stream, connection = await self._open(
             wire.Infer,
             {
                 "request_id": os.urandom(16),
@@ -148,12 +144,13 @@ class CloudLink:
                 "form": form,
                 "version": version,
                 "variant": variant,
-                "deadline_ms": deadline.remaining_ms(),
                 "priority": priority,
             },
             arrays,
             permit=permit,
+            deadline=deadline,
         )
+        started_s = time.perf_counter()
         try:
             received = await stream.reply(deadline)
         finally:
@@ -187,9 +184,7 @@ class CloudLink:
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded: It could not be begun.
         """
-        connection = await self._usable(deadline)
-        return self._open(
-            connection,
+        stream, _ = await self._open(
             wire.Generate,
             {
                 "request_id": os.urandom(16),
@@ -199,11 +194,12 @@ class CloudLink:
                 "credit": CREDIT_TOKENS,
                 "version": version,
                 "variant": variant,
-                "deadline_ms": deadline.remaining_ms(),
                 "priority": priority,
             },
             permit=permit,
+            deadline=deadline,
         )
+        return stream
 
     async def ping(self, timeout_s: float = _RTT_TIMEOUT_S) -> float:
         """Measure the round trip now, in milliseconds; connects if need be."""
@@ -211,7 +207,7 @@ class CloudLink:
         return await self._measure_round_trip(connection, timeout_s)
 
     async def close(self) -> None:
-        """Close all connections; idempotent. Open requests fail with `CloudUnavailable`."""
+        """Close all connections; idempotent. Open requests fail with `Cancelled`."""
         self._is_closed = True
         tasks = [task for task in (self._keeper, self._connecting) if task is not None]
         for task in tasks:
@@ -224,17 +220,12 @@ class CloudLink:
 
     async def _usable(self, deadline: Deadline) -> Connection:
         if self._is_closed:
-            raise CloudUnavailable(
-                "This client is closed", fix="Make a new Client, or keep it open for longer"
+            raise InvalidInput(
+                "This client is closed", field="client", fix="Make a new one, or close it later"
             )
         connection = self._connection
-        if connection is not None and connection.can_open:
+        if connection is not None and connection.is_usable and not connection.is_leaving:
             return connection
-        if connection is not None and connection.is_usable and not self._is_leaving(connection):
-            raise Overloaded(
-                f"{connection.in_flight} requests to {self.config.url} are open, its limit",
-                fix="Wait for an answer, then ask again",
-            )
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.ensure_future(self._reconnect())
             self._connecting.add_done_callback(_mark_seen)
@@ -246,12 +237,6 @@ class CloudLink:
                 tried=("cloud",),
                 fix="Call warm_up() before the first request, or allow more time",
             ) from None
-
-    @staticmethod
-    def _is_leaving(connection: Connection) -> bool:
-        """Whether streams are refused although there is room: the server said GoAway."""
-        assert connection.ready is not None
-        return connection.in_flight < connection.ready.max_streams
 
     async def _reconnect(self) -> Connection:
         old, self._connection = self._connection, None
@@ -332,15 +317,21 @@ class CloudLink:
             logger.info("connection to cloud %s ended: %s", self.config.name, connection.error)
             self._publish(is_connected=False, in_flight=0)
 
-    def _open(
+    async def _open(
         self,
-        connection: Connection,
         make: type[wire.Infer] | type[wire.Generate],
         fields: dict[str, object],
         tensors: Sequence[np.ndarray] = (),
         *,
         permit: Permit,
-    ) -> Stream:
+        deadline: Deadline,
+    ) -> tuple[Stream, Connection]:
+        """Send a request, as soon as the server takes one more."""
+        connection = await self._usable(deadline)
+        while not connection.can_open:
+            await connection.room(deadline)
+            connection = await self._usable(deadline)
+        fields["deadline_ms"] = deadline.remaining_ms()
         try:
             stream = connection.open_stream(make, fields, tensors, permit=permit)
         except LocalProtocolError as exc:
@@ -350,7 +341,7 @@ class CloudLink:
             ) from exc
         self._note_in_flight(connection)
         self._upkeep(connection)
-        return stream
+        return stream, connection
 
     def _measure_bandwidth(self, elapsed_s: float, size_bytes: int, result: wire.Result) -> None:
         rtt_s = (self.state.rtt_ms or 0.0) / 1000.0

@@ -47,7 +47,7 @@ def websockets_errors():
             yield name, kind
 
 
-@pytest.mark.parametrize(("name", "kind"), websockets_errors())
+@pytest.mark.parametrize(("name", "kind"), list(websockets_errors()))
 def test_every_error_of_websockets_becomes_one_of_ours_with_the_address(name, kind):
     ours = translate(kind(*_SAMPLES.get(name, ("x",))), URL)
     assert type(ours) is not NearfarError

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from nearfar.errors import (
+    Cancelled,
     CloudUnavailable,
     ConfigError,
     DeadlineExceeded,
+    InvalidInput,
     NearfarError,
     Overloaded,
     RemoteProtocolError,
@@ -67,7 +69,11 @@ def with_link(config, use):
 
 async def infer(link, *, deadline=Deadline(), tensors=X):  # noqa: B008 (frozen)
     return await link.infer(
-        Permit(ALLOWED, "tensor"), model="tensor", form="tensors", tensors=tensors, deadline=deadline
+        Permit(ALLOWED, "tensor"),
+        model="tensor",
+        form="tensors",
+        tensors=tensors,
+        deadline=deadline,
     )
 
 
@@ -229,7 +235,15 @@ def test_the_servers_own_error_comes_as_its_class(cloud):
     with_link(cloud.config(), use)
 
 
-def test_more_requests_than_the_server_allows_are_refused_here(cloud):
+def test_more_requests_than_the_server_allows_wait_in_line(cloud):
+    async def use(link):
+        return await asyncio.gather(*(infer(link) for _ in range(50)))
+
+    assert len(with_link(cloud.config(), use)) == 50
+    assert cloud.connections == 1
+
+
+def test_waiting_in_line_ends_with_the_deadline_or_with_the_connection(cloud):
     def hang(session, message, tensors):
         yield 30
 
@@ -239,11 +253,15 @@ def test_more_requests_than_the_server_allows_are_refused_here(cloud):
         await link.connect(Deadline())
         tasks = [asyncio.ensure_future(infer(link)) for _ in range(8)]
         await asyncio.to_thread(cloud.wait_for, wire.Infer, 8)
-        with pytest.raises(Overloaded):
-            await infer(link)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(DeadlineExceeded):
+            await infer(link, deadline=Deadline.after_ms(100))
+        late = asyncio.ensure_future(infer(link))
+        await asyncio.sleep(0.05)
+        cloud.behaviour = answer_infer
+        await asyncio.to_thread(cloud.cut_all)
+        await late  # on a new connection
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, CloudUnavailable) for result in results)
 
     with_link(cloud.config(), use)
 
@@ -275,9 +293,9 @@ def test_closing_the_link_fails_what_is_open(cloud):
         task = asyncio.ensure_future(infer(link))
         await asyncio.to_thread(cloud.wait_for, wire.Infer)
         await link.close()
-        with pytest.raises(CloudUnavailable):
+        with pytest.raises(Cancelled):
             await task
-        with pytest.raises(CloudUnavailable, match="closed"):
+        with pytest.raises(InvalidInput, match="closed"):
             await infer(link)
 
     run(body())

@@ -296,18 +296,32 @@ def test_someone_with_the_public_configuration_only_cannot_answer() -> None:
         client.receive_welcome(welcome + guess.confirmation_tag)
 
 
-def test_client_that_sends_an_unusable_ephemeral_key_is_refused() -> None:
-    """Even when its seed is sealed correctly."""
-    client, server = ends()
-    hello = client.receive_configuration(server.configuration.message, now_s=NOW_S)
-    head = hello[:47] + b"\xff" * kem.PUBLIC_KEY_BYTES
+def _sealed_hello(server: ServerHandshake, head: bytes) -> bytes:
+    """HELLO of a client that follows the protocol in everything but the fields of `head`."""
     transcript = hashlib.sha256(b"nearfar/1 transcript\x00")
     for message in (server.configuration.message, head):
         transcript.update(len(message).to_bytes(4, "big") + message)
     info = b"nearfar/1 client seed\x00" + transcript.digest()
-    sealed = kem.seal(bytes(32), server.configuration.public_key, info) or b""
+    sealed = kem.seal(bytes(32), server.configuration.public_key, info)
+    assert sealed is not None
+    return head + len(sealed).to_bytes(2, "big") + sealed
+
+
+WRONG_HEADS: dict[str, Tamper] = {
+    "version that was not offered": lambda head: head[:1] + b"\x02" + head[2:],
+    "suite that was not offered": lambda head: head[:11] + b"\x00\x02" + head[13:],
+    "ephemeral key out of range": lambda head: head[:47] + b"\xff" * kem.PUBLIC_KEY_BYTES,
+    "ephemeral X25519 key of low order": lambda head: head[:-32] + bytes(32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HEADS)
+def test_client_that_seals_correctly_but_breaks_a_rule_is_refused(name: str) -> None:
+    client, server = ends()
+    head = client.receive_configuration(server.configuration.message, now_s=NOW_S)[:1263]
+    server.receive_hello(_sealed_hello(server, head), now_s=NOW_S)  # unchanged, it is accepted
     with pytest.raises(SecurityError, match="handshake failed"):
-        server.receive_hello(head + len(sealed).to_bytes(2, "big") + sealed, now_s=NOW_S)
+        server.receive_hello(_sealed_hello(server, WRONG_HEADS[name](head)), now_s=NOW_S)
 
 
 def test_welcome_is_taken_once() -> None:

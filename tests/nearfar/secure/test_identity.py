@@ -34,6 +34,14 @@ def test_any_mistyped_character_is_noticed(position: int, character: str) -> Non
             Pin.parse(mistyped)
 
 
+def test_one_key_has_one_spelling() -> None:
+    """The last character carries two bits that mean nothing; they must be zero."""
+    assert PIN_TEXT[-1] == "4"  # 28 = 0b11100
+    for spelling in "567":
+        with pytest.raises(ConfigError, match="mistyped"):
+            Pin.parse(PIN_TEXT[:-1] + spelling)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

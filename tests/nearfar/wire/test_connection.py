@@ -114,8 +114,9 @@ def test_server_takes_nothing_but_auth_first(message: wire.Message) -> None:
 
 
 def test_server_takes_nothing_large_before_it_knows_the_client() -> None:
-    token = "x" * LIMITS.max_unauthenticated_bytes
-    assert "are allowed" in refused(Ends.new().server, wire.Auth(token=token))
+    limits = Limits()
+    token = "x" * limits.max_unauthenticated_bytes
+    assert "where 65536 are allowed" in refused(Ends.new(limits).server, wire.Auth(token=token))
 
 
 def test_peers_of_another_protocol_version_are_refused() -> None:

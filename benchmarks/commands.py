@@ -1,0 +1,73 @@
+"""`nearfar bench`: measure the performance that is promised, on your own machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Measure nearfar against the obvious baseline, on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+#: Options that every benchmark takes.
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write bars, figures, versions and machine to a file.",
+        show_default=False,
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Say in one line which bar falls short; exit status 1 if any."),
+]
+Seed = Annotated[int, typer.Option(help="The order of the sides is drawn from it.")]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure nearfar against the obvious baseline, on this machine."""
+
+
+@app.command()
+def overhead(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    tokens: Annotated[int, typer.Option(min=8, max=512, help="Length of each LLM answer.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=2, max=1000, help="How often each side is measured.")
+    ] = 12,
+    threads: Annotated[
+        int,
+        typer.Option(min=0, max=256, help="Compute threads of both sides; 0: the libraries' own."),
+    ] = 0,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """What nearfar adds to bare ONNX Runtime, and what `import sdk` costs.
+
+    Three comparisons on the same files in the same run, interleaved: a streamed LLM answer with a
+    bare onnxruntime-genai loop; `infer`, `classify` and `embed` with a bare ONNX Runtime call; and
+    `import sdk` with a bare Python.
+    """
+    from benchmarks import harness
+    from benchmarks.overhead import Settings, measure
+
+    harness.check_json_path(json_file)
+    settings = Settings(models=models, tokens=tokens, rounds=rounds, threads=threads, seed=seed)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
+__all__ = ["app"]
