@@ -306,7 +306,9 @@ def progress(*, is_quiet: bool) -> Iterator[Callable[[str, int], Callable[[], No
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
 
         def begin(title: str, steps: int) -> Callable[[], None]:
             if not console.is_terminal and not is_quiet:

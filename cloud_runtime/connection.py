@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,9 +187,9 @@ class Connection:
         with contextlib.suppress(ConnectionClosed):
             await self._websocket.close(code)
         access_log.info(
-            "conn=%d closed code=%d key=%s%s",
+            "conn=%d closed code=%s key=%s%s",
             self.number,
-            code,
+            self._websocket.close_code,
             self.key.name if self.key else "-",
             f" ({self._drop_reason})" if self._drop_reason else "",
         )
@@ -280,12 +280,7 @@ class Connection:
                 started_s=time.monotonic(),
             )
             self._streams[message.stream] = stream
-            work = (
-                self._infer(message, received.tensors, stream)
-                if isinstance(message, Infer)
-                else self._generate(message, stream)
-            )
-            task = self._loop.create_task(self._answer(stream, work))
+            task = self._loop.create_task(self._answer(stream, message, received.tensors))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif isinstance(message, Credit):
@@ -325,11 +320,16 @@ class Connection:
 
     # Answering.
 
-    async def _answer(self, stream: _Stream, work: Coroutine[Any, Any, None]) -> None:
+    async def _answer(
+        self, stream: _Stream, request: Infer | Generate, tensors: Sequence[np.ndarray]
+    ) -> None:
         """Run one request; whatever goes wrong becomes its `Error`."""
         status = "ok"
         try:
-            await work
+            if isinstance(request, Infer):
+                await self._infer(request, tensors, stream)
+            else:
+                await self._generate(request, stream)
         except ConnectionClosed:
             status = "disconnected"
         except asyncio.CancelledError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nearfar.errors import CloudUnavailable, InvalidInput, NearfarError
+from nearfar.errors import CloudUnavailable, EngineError, InvalidInput, NearfarError
 from nearfar.generation import ChatMessage
 from nearfar.units import Deadline
 from sdk import requests
@@ -181,6 +182,10 @@ class AsyncClient(Calls):
 
     async def _drive(self, life: Generator[Step, Any, T]) -> T:
         self._own_loop()
+        if self._edge is not None and not self._edge.is_ready:
+            edge = self._edge
+            with contextlib.suppress(EngineError):  # the router hears it when it asks
+                await self._work(lambda: edge.runtime)  # imports engines: not on the app's loop
         try:
             step = next(life)
             while True:

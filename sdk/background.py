@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -48,7 +49,8 @@ class BackgroundLoop:
     def post(self, function: Callable[[], Any]) -> None:
         """Run a function on the loop, later, without waiting; does nothing once closed."""
         if not self._is_closed:
-            self._loop.call_soon_threadsafe(function)
+            with contextlib.suppress(RuntimeError):  # closed between the two lines
+                self._loop.call_soon_threadsafe(function)
 
     def close(self) -> None:
         """Cancel what runs, end the thread. Idempotent."""

@@ -87,14 +87,17 @@ class Core:
         before: list[RouteName] = []
         permits: list[Permit] = []
         while True:
+            attempt_started_s = time.perf_counter()
             try:
                 answer = yield from self._attempt(request, attempt, permits)
+                self.known.learn(request, attempt.route, answer)
                 request.deadline.check(*before, attempt.route)
             except NearfarError as error:
+                if isinstance(error, DeadlineExceeded) and attempt.route == "cloud":
+                    self.known.learn_lateness(attempt, request, attempt_started_s)
                 before.append(attempt.route)
                 attempt = plan.send(Outcome(now_s=time.monotonic(), error=error))
                 continue
-            self.known.learn(request, attempt.route, answer)
             self.known.pin(request, answer.variant)
             return Completed(
                 request=request,

@@ -105,7 +105,7 @@ def examine(config_path: Path) -> Iterator[Finding]:
     if config.cloud is None:
         yield Finding("ok", "cloud", "none configured: everything runs on this device")
     else:
-        yield from _cloud(config.cloud)
+        yield from _cloud(config.cloud, is_only_route=config.models_store is None)
 
 
 def _python() -> Finding:
@@ -221,8 +221,8 @@ def _store(config: Config) -> Iterator[Finding]:
     route.close()
 
 
-def _cloud(config: CloudConfig) -> Iterator[Finding]:
-    from nearfar.errors import NearfarError
+def _cloud(config: CloudConfig, *, is_only_route: bool) -> Iterator[Finding]:
+    from nearfar.errors import CloudUnavailable, NearfarError
     from nearfar.units import Deadline, format_ms
     from sdk.background import BackgroundLoop
     from sdk.cloud.link import CloudLink
@@ -231,7 +231,9 @@ def _cloud(config: CloudConfig) -> Iterator[Finding]:
     try:
         state = loop.call(link.connect(Deadline()))
     except NearfarError as error:
-        yield Finding("fail", "cloud", error.problem, error.fix)
+        # A cloud that is away is weather while the device can answer; a wrong pin never is.
+        is_weather = isinstance(error, CloudUnavailable) and not is_only_route
+        yield Finding("warn" if is_weather else "fail", "cloud", error.problem, error.fix)
         return
     finally:
         loop.call(link.close())

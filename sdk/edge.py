@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nearfar.errors import BundleError, EngineError, ModelNotFound, NearfarError
+from nearfar.errors import BundleError, EngineError, NearfarError
 
 if TYPE_CHECKING:
     from edge_runtime import EdgeModel, EdgeRuntime
@@ -33,8 +34,14 @@ class EdgeRoute:
                 "[models] store, or use edge=False",
             )
         self._options = options
+        self._making = threading.Lock()
         self._runtime: EdgeRuntime | None = None
         self._found: dict[tuple[str, str | None], EdgeModel] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the runtime was made."""
+        return self._runtime is not None
 
     @property
     def runtime(self) -> EdgeRuntime:
@@ -43,20 +50,25 @@ class EdgeRoute:
         Raises:
             EngineError: Its packages are not installed.
         """
-        if self._runtime is None:
-            try:
-                from edge_runtime import EdgeRuntime
-                from nearfar.bundle import BundleStore
-                from nearfar.engines.base import SessionOptions
-            except ImportError as exc:
-                raise EngineError(
-                    f"Models cannot run on this device: {exc.name} is not installed",
-                    fix="pip install 'nearfar[edge]', or use the cloud only (edge=False)",
-                ) from exc
-            self._runtime = EdgeRuntime(
-                BundleStore(self.store), options=self._options or SessionOptions()
-            )
-        return self._runtime
+        runtime = self._runtime
+        if runtime is not None:
+            return runtime
+        with self._making:  # two runtimes would hold every model twice
+            if self._runtime is None:
+                self._runtime = self._make()
+            return self._runtime
+
+    def _make(self) -> EdgeRuntime:
+        try:
+            from edge_runtime import EdgeRuntime
+            from nearfar.bundle import BundleStore
+            from nearfar.engines.base import SessionOptions
+        except ImportError as exc:
+            raise EngineError(
+                f"Models cannot run on this device: {exc.name} is not installed",
+                fix="pip install 'nearfar[edge]', or use the cloud only (edge=False)",
+            ) from exc
+        return EdgeRuntime(BundleStore(self.store), options=self._options or SessionOptions())
 
     def find(self, model: str, version: str | None) -> EdgeModel:
         """What would run here; reads the manifest once, loads nothing.
@@ -87,8 +99,3 @@ class EdgeRoute:
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None
-
-
-def is_missing(error: NearfarError | None) -> bool:
-    """Whether the error only says that a model is not on this device."""
-    return isinstance(error, ModelNotFound)

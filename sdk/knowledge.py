@@ -22,6 +22,7 @@ from nearfar.tensors import NUMPY_OF
 from sdk.requests import TASK_OF_METHOD, Request
 from sdk.results import ModelInfo, RouteName
 from sdk.routing import (
+    Attempt,
     CircuitBreaker,
     Observation,
     Prediction,
@@ -233,6 +234,16 @@ class Knowledge:
             ),
             answer.received_bytes,
         )
+
+    def learn_lateness(self, attempt: Attempt, request: Request, started_s: float) -> None:
+        """Learn from a cloud that did not answer by the deadline: it takes at least this long.
+
+        Otherwise a cloud that has become slow would be asked again and again in vain.
+        """
+        elapsed_ms = (time.perf_counter() - started_s) * 1000.0
+        expected_ms = attempt.decision.inputs.cloud.prediction.p50_ms
+        if expected_ms is not None and elapsed_ms > expected_ms:
+            self.observe(request, "cloud", Observation(total_ms=elapsed_ms, compute_ms=elapsed_ms))
 
     def variant_wanted(self, request: Request) -> str | None:
         """The variant that this client's earlier vectors of the model came from, if that binds."""

@@ -69,12 +69,14 @@ class HeadTailPreprocessing(
         tail_bytes: Integers taken from the end; left-padded with `padding_value`.
         block_bytes: How much of each end is looked at before white space is stripped.
         padding_value: Integer outside 0..255 that marks padding.
+        min_bytes: Least number of bytes the stripped head must have; less says too little.
     """
 
     head_bytes: int
     tail_bytes: int
     block_bytes: int
     padding_value: int
+    min_bytes: int = 0
 
 
 Preprocessing = Union[TextPreprocessing, HeadTailPreprocessing]

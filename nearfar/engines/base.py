@@ -7,7 +7,7 @@ runtimes call them from worker threads and decide how many calls run at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -32,16 +32,37 @@ class CancelToken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeRange:
+    """Sizes of one input that a compiled engine must cover (a TensorRT optimization profile).
+
+    Attributes:
+        name: Input name.
+        smallest: Least size of every axis.
+        usual: The sizes to optimise for.
+        largest: Greatest size of every axis; larger inputs make TensorRT build again.
+    """
+
+    name: str
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
     """Engine settings that matter in practice.
 
     Attributes:
-        threads: Compute threads for one call; 0 lets the engine choose (all physical cores).
+        threads: Compute threads for one call; 0 takes the physical cores this process may use.
         execution_providers: Wished order of ONNX Runtime providers; empty picks by device:
             TensorRT, then CUDA, then CPU, as far as installed.
         use_arena: Keep freed memory for reuse: faster, larger. Turn off on small devices.
         require_execution_provider: Raise `EngineError` rather than fall back to another provider.
         cache_dir: Where compiled engines (TensorRT) are kept between runs.
+        allow_spinning: Let idle compute threads wait in a loop between operators: lower latency,
+            one busy core more. Turn off on battery or where other work shares the cores.
+        shape_ranges: Optimization profiles for TensorRT; without them it builds an engine for each
+            range of shapes as it meets them.
     """
 
     threads: int = 0
@@ -49,6 +70,8 @@ class SessionOptions:
     use_arena: bool = True
     require_execution_provider: bool = False
     cache_dir: str | None = None
+    allow_spinning: bool = True
+    shape_ranges: tuple[ShapeRange, ...] = ()
 
 
 @runtime_checkable
@@ -116,11 +139,15 @@ class GenerationEngine(Engine, Protocol):
         options: GenerationOptions,
         *,
         cancel: CancelToken | None = None,
-    ) -> Iterator[GenerationChunk]:
-        """Stream an answer; closing the iterator frees the KV cache at once.
+    ) -> Generator[GenerationChunk, None, None]:
+        """Stream an answer; closing the generator frees the KV cache at once.
+
+        The request is checked at the call; the prompt is processed (prefill) when the first chunk
+        is asked for. One chunk comes per token, then a last one with `finish_reason` and `usage`.
 
         Raises:
-            InvalidInput: The prompt is empty, or with `max_new_tokens` exceeds the context.
+            InvalidInput: The prompt is empty, or with `max_new_tokens` exceeds the context, or an
+                option is out of range.
             EngineError: The engine failed.
         """
         ...

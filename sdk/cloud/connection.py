@@ -44,9 +44,9 @@ CREDIT_TOKENS = 64
 _FRAMING_BYTES = 64 * 1024
 #: How long a goodbye may take; the peer gains nothing by stretching it.
 _CLOSE_TIMEOUT_S = 2.0
-#: An unanswered websocket ping closes the connection after this time (noticed at once when the
-#: operating system says so; this is for networks that swallow packets).
-_PING_INTERVAL_S, _PING_TIMEOUT_S = 10.0, 10.0
+#: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one
+#: closes the connection (for networks that swallow packets; a reset is noticed at once).
+_PING_INTERVAL_S, _PING_TIMEOUT_S = 20.0, 15.0
 
 
 class TensorReply:

@@ -1,0 +1,36 @@
+"""Scores to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nearfar.errors import InvalidInput
+
+
+def top_labels(scores: np.ndarray, labels: Sequence[str], k: int = 1) -> list[tuple[str, float]]:
+    """The best labels of one row, best first; equal scores keep the order of the labels.
+
+    Args:
+        scores: Shape (classes,), or (1, classes) as models give it for a batch of one.
+        labels: Class names in the order of the scores.
+        k: How many; more than there are gives all.
+
+    Returns:
+        Label and score, the score as the model gave it.
+
+    Raises:
+        InvalidInput: The shape does not match the labels, or `k` is not positive.
+    """
+    row = scores[0] if scores.ndim == 2 and len(scores) == 1 else scores
+    if row.ndim != 1 or len(row) != len(labels):
+        raise InvalidInput(
+            f"Scores have shape {list(scores.shape)}, and there are {len(labels)} labels",
+            field="scores",
+            fix=f"Give one row of {len(labels)} scores",
+        )
+    if k < 1:
+        raise InvalidInput(f"top_k is {k}", field="top_k", fix="Ask for at least one label")
+    best = np.argsort(-row.astype(np.float64), kind="stable")[:k]
+    return [(labels[index], float(row[index])) for index in best]
