@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from nearfar.engines.model import LoadedModel
-from nearfar.engines.slots import SlotGate
 
 from cloud_runtime.relay import Completion, TokenRelay
+from nearfar.engines.base import CancelToken
+from nearfar.engines.model import LoadedModel
+from nearfar.engines.slots import SlotGate
 from nearfar.errors import Cancelled, Overloaded
 from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
@@ -37,9 +38,14 @@ _TYPICAL_FILL = 0.5
 
 
 class Ticket:
-    """Decides between computing and cancelling: exactly one of the two happens."""
+    """Decides between computing and cancelling: exactly one of the two happens.
+
+    Attributes:
+        cancelled: Lets a request that was cancelled leave the queue.
+    """
 
     def __init__(self) -> None:
+        self.cancelled = CancelToken()
         self._lock = threading.Lock()
         self._state: Literal["waiting", "begun", "cancelled"] = "waiting"
 
@@ -59,6 +65,7 @@ class Ticket:
         with self._lock:
             if self._state == "waiting":
                 self._state = "cancelled"
+                self.cancelled.cancel()
             return self._state == "cancelled"
 
 
@@ -115,7 +122,7 @@ class ModelExecutor:
 
     def __init__(self, model: LoadedModel, *, slots: int = 1, max_waiting: int = 32) -> None:
         self.model = model
-        self._gate = SlotGate(slots, max_waiting)
+        self._gate = SlotGate(slots, max_waiting, name=model.manifest.name)
         self._capacity = slots + max_waiting
         self._admitted = 0
         self._pace = _Pace()
@@ -158,7 +165,8 @@ class ModelExecutor:
         return relay
 
     def close(self) -> None:
-        """Start no more work; what runs ends by itself."""
+        """Start no more work and send away what waits; what runs ends by itself."""
+        self._gate.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, run: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
@@ -182,7 +190,7 @@ class ModelExecutor:
     def _infer(
         self, work: InferWork, deadline: Deadline, ticket: Ticket, arrived_s: float
     ) -> InferOutcome:
-        with self._gate.acquire(deadline, self._pace.infer_s):
+        with self._gate.acquire(deadline, self._pace.infer_s, cancel=ticket.cancelled):
             started_s = time.monotonic()
             deadline.check("cloud")
             ticket.begin()
@@ -208,7 +216,7 @@ class ModelExecutor:
     ) -> None:
         try:
             expected_s = self._pace.expected_generation_s(options.max_new_tokens)
-            with self._gate.acquire(deadline, expected_s):
+            with self._gate.acquire(deadline, expected_s, cancel=relay.cancel):
                 relay.end(self._stream(prompt, options, deadline, relay, arrived_s))
         except BaseException as error:  # noqa: BLE001 (crosses to the loop, which reports it)
             relay.cancel.cancel()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-from nearfar.engines.model import LoadedModel
 
 from cloud_runtime.executor import InferOutcome, InferWork, ModelExecutor, Ticket
 from cloud_runtime.relay import TokenRelay
@@ -27,7 +26,8 @@ from nearfar.bundle.manifest import (
 )
 from nearfar.engines import devices, selection
 from nearfar.engines.base import SessionOptions
-from nearfar.errors import InvalidInput, ModelNotFound
+from nearfar.engines.model import LoadedModel
+from nearfar.errors import EngineError, InvalidInput, ModelNotFound
 from nearfar.generation import GenerationOptions, Prompt
 from nearfar.tensors import NUMPY_OF
 from nearfar.units import Deadline, format_bytes
@@ -138,6 +138,14 @@ class ServedModel:
             self._model.infer({spec.name: _zeros(spec) for spec in manifest.inputs})
 
 
+def _choose(manifest: Manifest, device: devices.Device) -> tuple[Variant | None, str]:
+    """The best variant for a cloud on this machine; if none, why each one cannot run."""
+    candidates = selection.candidates(manifest, device, "cloud")
+    best = next((found.variant for found in candidates if found.excluded is None), None)
+    reasons = "; ".join(f"{found.variant.id}: {found.excluded}" for found in candidates)
+    return best, reasons
+
+
 def _zeros(spec: TensorSpec) -> np.ndarray:
     """The smallest input of that form."""
     return np.zeros([max(size, 1) for size in spec.shape], NUMPY_OF[spec.datatype])
@@ -169,7 +177,7 @@ class ServedModels:
         Raises:
             ModelNotFound: A named model is not there, or nothing in the store can run here.
             BundleError: A bundle is damaged.
-            EngineError: A variant that should run here does not.
+            EngineError: A named model has no variant that can run here, or loading failed.
         """
         if not store.root.is_dir():
             raise ModelNotFound(
@@ -180,17 +188,15 @@ class ServedModels:
         served = []
         for name in names or [manifest.name for manifest in store.models()]:
             bundle = store.open(name)
-            variants = selection.runnable_variants(bundle.manifest, device, "cloud")
-            if not variants:
-                reasons = "no variant runs on this machine"
+            variant, reasons = _choose(bundle.manifest, device)
+            if variant is None:
                 if names:
-                    raise ModelNotFound(
-                        f"{name!r} cannot be served: {reasons}",
+                    raise EngineError(
+                        f"{name!r} cannot be served on this machine: {reasons}",
                         fix="Convert it for this machine with `nearfar convert`",
                     )
-                progress(f"{name}: left out, {reasons}")
+                progress(f"{name}: left out, because {reasons}")
                 continue
-            variant = variants[0]
             started_s = time.monotonic()
             progress(f"{name}: loading {variant.id} ({format_bytes(variant.size_bytes)})")
             model = LoadedModel(bundle, variant.id, options.session)

@@ -1,0 +1,8 @@
+"""Run bundles on this device, in this process."""
+
+from __future__ import annotations
+
+from edge_runtime.generation import EdgeGeneration
+from edge_runtime.runtime import EdgeModel, EdgeResult, EdgeRuntime
+
+__all__ = ["EdgeGeneration", "EdgeModel", "EdgeResult", "EdgeRuntime"]

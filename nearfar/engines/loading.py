@@ -21,9 +21,7 @@ PACKAGE_OF_ENGINE = {
 }
 
 
-def load_engine(
-    bundle: Bundle, variant_id: str, options: SessionOptions | None = None
-) -> Engine:
+def load_engine(bundle: Bundle, variant_id: str, options: SessionOptions | None = None) -> Engine:
     """Load one variant. Its files are verified against the manifest before any library sees them.
 
     Args:

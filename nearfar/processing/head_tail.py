@@ -18,7 +18,7 @@ def features(data: bytes, spec: HeadTailPreprocessing) -> np.ndarray:
 
     Args:
         data: Any bytes; only the first and last `spec.block_bytes` are looked at.
-        spec: How much of each end.
+        spec: How much of each end; neither end is longer than a block.
 
     Returns:
         int32 array of shape (head_bytes + tail_bytes,).
@@ -51,8 +51,7 @@ def reduce(data: bytes, spec: HeadTailPreprocessing) -> bytes:
     if len(data) <= spec.head_bytes + spec.tail_bytes:
         return data
     head, tail = _ends(data, spec)
-    fits = max(spec.head_bytes, spec.tail_bytes) <= spec.block_bytes
-    if fits and len(head) == spec.head_bytes and len(tail) == spec.tail_bytes:
+    if len(head) == spec.head_bytes and len(tail) == spec.tail_bytes:
         # Both ends are full and begin / end without white space: joined, they strip to themselves.
         return head + tail
     # A short end would take bytes from the other one if joined, so the blocks keep their white

@@ -84,7 +84,11 @@ class TextEncoder:
 def _padding(tokenizer: Tokenizer) -> dict[str, object]:
     """Keyword arguments for `enable_padding`: to the longest of the batch, on the right side."""
     own = tokenizer.padding or {}
-    kept = {name: own[name] for name in ("pad_id", "pad_token", "pad_type_id", "direction") if name in own}
+    kept = {
+        name: own[name]
+        for name in ("pad_id", "pad_token", "pad_type_id", "direction")
+        if name in own
+    }
     if kept:
         return kept
     for token in _USUAL_PADDING:

@@ -73,13 +73,13 @@ def translate(exc: BaseException, url: str, *, during: str = "use") -> NearfarEr
         )
     if isinstance(exc, ws.ConnectionClosed):
         return _closed_error(exc, url)
-    if isinstance(exc, (ws.PayloadTooBig, ws.TooManyFragments, ws.ProtocolError)):
-        return RemoteProtocolError(f"{url} broke the websocket protocol: {exc}")
-    if isinstance(exc, ws.WebSocketException):  # the rest: the opening handshake went wrong
+    if isinstance(exc, ws.InvalidHandshake):
         return CloudUnavailable(
             f"{url} did not open a websocket: {exc}",
             fix="Check that the address is that of a nearfar cloud, not of another web server",
         )
+    if isinstance(exc, ws.WebSocketException):  # too big, too fragmented, malformed
+        return RemoteProtocolError(f"{url} broke the websocket protocol: {exc}")
     if isinstance(exc, (TimeoutError, asyncio.TimeoutError)):
         return CloudUnavailable(
             f"{url} did not answer in time",

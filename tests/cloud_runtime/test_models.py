@@ -10,7 +10,7 @@ import pytest
 from cloud_runtime.models import ServedModels
 from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import Requirements, decode_manifest, encode_manifest
-from nearfar.errors import BundleError, ModelNotFound
+from nearfar.errors import BundleError, EngineError, ModelNotFound
 from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
 
 
@@ -55,13 +55,15 @@ def test_models_that_cannot_run_here_are_left_out_and_said_so(root):
     needs_what_no_machine_has(root / "tiny")
     models, lines = load(root)
     assert models.names == ("tiny-classifier",)
-    assert any(line.startswith("tiny: left out") for line in lines)
+    (line,) = [line for line in lines if line.startswith("tiny: ")]
+    assert line.startswith("tiny: left out, because ")
+    assert "NoSuchExecutionProvider" in line
     models.close()
 
 
 def test_a_model_asked_for_by_name_must_run_here(root):
     needs_what_no_machine_has(root / "tiny")
-    with pytest.raises(ModelNotFound, match=r"'tiny' cannot be served.*nearfar convert"):
+    with pytest.raises(EngineError, match=r"'tiny' cannot be served.*NoSuchExecutionProvider"):
         load(root, names=("tiny",))
 
 

@@ -1,0 +1,82 @@
+"""Which variants of a bundle run on a device, and which to take first. Pure functions."""
+
+from __future__ import annotations
+
+import msgspec
+
+from nearfar.bundle.manifest import Manifest, Placement, Variant
+from nearfar.engines.devices import Device
+from nearfar.engines.loading import PACKAGE_OF_ENGINE
+from nearfar.units import format_bytes
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One variant, and why it cannot run, if so.
+
+    Attributes:
+        variant: The variant.
+        excluded: What is missing, for people; `None` when it can run.
+    """
+
+    variant: Variant
+    excluded: str | None
+
+
+def candidates(manifest: Manifest, device: Device, placement: Placement) -> tuple[Candidate, ...]:
+    """All variants: first those that can run, best first for the placement, then the others.
+
+    On the device (``edge``) a variant meant for it comes first, then the smaller one. In the cloud
+    the better one comes first, then the smaller one.
+    """
+
+    def order(candidate: Candidate) -> tuple[object, ...]:
+        variant = candidate.variant
+        excluded = candidate.excluded is not None
+        if placement == "edge":
+            meant_elsewhere = variant.placement[:1] != ("edge",)
+            return excluded, meant_elsewhere, variant.size_bytes, variant.quality_rank, variant.id
+        return excluded, variant.quality_rank, variant.size_bytes, variant.id
+
+    found = (
+        Candidate(variant, _why_not(variant, device, placement)) for variant in manifest.variants
+    )
+    return tuple(sorted(found, key=order))
+
+
+def runnable_variants(
+    manifest: Manifest, device: Device, placement: Placement
+) -> tuple[Variant, ...]:
+    """Variants that can run here, best first; empty when none can. See `candidates` for why."""
+    return tuple(
+        candidate.variant
+        for candidate in candidates(manifest, device, placement)
+        if candidate.excluded is None
+    )
+
+
+def _why_not(variant: Variant, device: Device, placement: Placement) -> str | None:
+    needs = variant.requirements
+    provider = needs.execution_provider
+    if placement not in variant.placement:
+        return f"it is meant for {' and '.join(variant.placement)} only"
+    if variant.engine not in PACKAGE_OF_ENGINE:
+        return f"this version does not run the engine {variant.engine}"
+    if not device.execution_providers:
+        return "onnxruntime is not installed (pip install 'nearfar[edge]')"
+    if variant.engine == "onnxruntime-genai" and not device.has_genai:
+        return "onnxruntime-genai is not installed (pip install 'nearfar[edge]')"
+    if provider not in device.execution_providers:
+        why = device.missing_providers.get(provider, "not installed")
+        return f"it needs {provider}, which does not work here: {why}"
+    if needs.sm_arch is not None and needs.sm_arch != device.sm_arch:
+        return f"it is built for GPU architecture sm_{needs.sm_arch}, this is {_gpu(device)}"
+    if needs.memory_bytes > device.memory_bytes:
+        return (
+            f"it needs {format_bytes(needs.memory_bytes)} of memory, "
+            f"here are {format_bytes(device.memory_bytes)}"
+        )
+    return None
+
+
+def _gpu(device: Device) -> str:
+    return f"sm_{device.sm_arch}" if device.sm_arch else "a machine without GPU"
