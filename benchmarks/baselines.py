@@ -144,6 +144,48 @@ class OnnxCall:
         return outputs
 
 
+class RunClock:
+    """Times every ``InferenceSession.run`` of this process from inside the call around it.
+
+    The difference of two calls of milliseconds cannot show microseconds on a busy machine; the
+    time that one call spends outside ONNX Runtime can. Costs well below a microsecond per call.
+
+    Attributes:
+        last_ns: How long the last run took.
+    """
+
+    def __init__(self) -> None:
+        self.last_ns = 0
+
+    def __enter__(self) -> RunClock:
+        try:
+            import onnxruntime as ort
+        except ImportError as exc:
+            raise _missing(exc) from exc
+        self._owner: Any = ort.InferenceSession
+        for method in _RUN_METHODS:
+            setattr(self._owner, method, self._timed(getattr(self._owner, method)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for method in _RUN_METHODS:
+            delattr(self._owner, method)  # the base class has the real one
+
+    def _timed(self, real: Any) -> Any:
+        clock = time.perf_counter_ns
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            started_ns = clock()
+            result = real(*arguments, **options)
+            self.last_ns = clock() - started_ns
+            return result
+
+        return run
+
+
+_RUN_METHODS = ("run", "run_with_iobinding")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """What a fresh Python cost.

@@ -48,7 +48,7 @@ def overhead(
     ] = 12,
     threads: Annotated[
         int,
-        typer.Option(min=0, max=256, help="Compute threads of both sides; 0: the libraries' own."),
+        typer.Option(min=0, max=256, help="Compute threads of both sides; 0: one per core."),
     ] = 0,
     seed: Seed = 0,
     json_file: JsonFile = None,
@@ -61,7 +61,8 @@ def overhead(
     `import sdk` with a bare Python.
     """
     from benchmarks import harness
-    from benchmarks.overhead import Settings, measure
+    from benchmarks.overhead import measure
+    from benchmarks.subjects import Settings
 
     harness.check_json_path(json_file)
     settings = Settings(models=models, tokens=tokens, rounds=rounds, threads=threads, seed=seed)

@@ -41,6 +41,8 @@ class Bar(msgspec.Struct, frozen=True, kw_only=True):
         unit: Unit of both; ``""`` for a ratio.
         lowest: Smallest value of a single round, so that the spread can be seen.
         highest: Largest value of a single round.
+        is_decided: Whether the rounds agree enough to tell on which side of the limit the median
+            lies (95 %). On a busy machine they may not; a bar that falls short then says so.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Bar(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     lowest: float = math.nan
     highest: float = math.nan
+    is_decided: bool = True
 
     @property
     def is_met(self) -> bool:
@@ -64,7 +67,8 @@ class Bar(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.direction.replace('_', ' ')} {format_value(self.limit, self.unit)}"
 
     def __str__(self) -> str:
-        return f"{self.name}: {format_value(self.value, self.unit)}, the bar is {self.promise}"
+        text = f"{self.name}: {format_value(self.value, self.unit)}, the bar is {self.promise}"
+        return text if self.is_decided else text + " (noise: the rounds differ too much to be sure)"
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +137,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
             unit=self.unit,
             lowest=self.summary.min,
             highest=self.summary.max,
+            is_decided=is_decided(self.rounds, limit),
         )
 
 
@@ -222,6 +227,8 @@ def interleave(
     rounds: int,
     random: random.Random,
     on_round: Callable[[], None] = lambda: None,
+    max_rounds: int = 0,
+    is_enough: Callable[[dict[str, list[float]]], bool] = lambda samples: True,
 ) -> dict[str, list[float]]:
     """Measure several sides in turn, so that what disturbs the machine disturbs them alike.
 
@@ -230,9 +237,12 @@ def interleave(
 
     Args:
         sides: Name to a function that measures once and returns the sample.
-        rounds: How many samples of each.
+        rounds: How many samples of each, at least.
         random: Draws the order of the first round.
         on_round: Called after each round, for progress.
+        max_rounds: How many samples of each, at most, while `is_enough` says no.
+        is_enough: Looks at the samples so far. It should ask whether the noise is small enough,
+            never whether the outcome is pleasant.
 
     Returns:
         Name to samples; samples with the same index are from the same round.
@@ -240,11 +250,13 @@ def interleave(
     order = list(sides)
     random.shuffle(order)
     samples: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    done = 0
+    while done < rounds or (done < max_rounds and not is_enough(samples)):
         for name in order:
             samples[name].append(sides[name]())
         order.reverse()
         on_round()
+        done += 1
     return samples
 
 
@@ -253,6 +265,26 @@ def per_round(
 ) -> list[float]:
     """Combine the samples of two sides round by round; the median of that is robust to drift."""
     return [combine(x, y) for x, y in zip(one, other, strict=True)]
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Interval that holds the true median in 95 of 100 cases, whatever the distribution.
+
+    From the order statistics (binomial, normal approximation). Of fewer than six samples it is
+    their whole range, which says less.
+    """
+    ordered = sorted(samples)
+    count = len(ordered)
+    half = 1.96 * math.sqrt(count) / 2
+    low = max(0, math.floor(count / 2 - half))
+    high = min(count - 1, math.ceil(count / 2 + half))
+    return ordered[low], ordered[high]
+
+
+def is_decided(samples: Sequence[float], limit: float) -> bool:
+    """Whether the noise is small enough to say on which side of a limit the median lies."""
+    low, high = median_interval(samples)
+    return limit <= low or high < limit
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:

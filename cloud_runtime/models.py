@@ -133,7 +133,8 @@ class ServedModel:
         elif isinstance(manifest.preprocessing, TextPreprocessing):
             self._model.infer_raw("text", ["Hello"])
         elif isinstance(manifest.preprocessing, HeadTailPreprocessing):
-            self._model.infer_raw("bytes", [b"Hello"])
+            shortest = max(manifest.preprocessing.min_bytes, 1)
+            self._model.infer_raw("bytes", [b"x" * shortest])
         else:
             self._model.infer({spec.name: _zeros(spec) for spec in manifest.inputs})
 

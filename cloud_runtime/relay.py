@@ -4,6 +4,10 @@ One wake-up of the loop carries every token that came since the last one, so the
 pays a lock and, at most once per wake-up, one `call_soon_threadsafe`. It runs ahead of a slow
 reader by a bounded number of tokens and then waits; a reader that takes nothing for long loses its
 stream, because it would otherwise hold an engine slot that others wait for.
+
+onnxruntime-genai holds Python's global lock while it computes a token. Without more, a token would
+lie here until the next one is computed, and all other connections would stand still meanwhile. So
+the generating thread gives way after each token until the loop has sent it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from nearfar.units import Deadline
 
 #: How far generation may run ahead of the client: some seconds of an answer, a few KB.
 AHEAD_TOKENS = 256
+
+#: Longest pause per token for the event loop. It mostly needs 0.2 ms; a busy one gets this much.
+GIVE_WAY_S = 0.005
 
 #: How long a client may take nothing while the thread waits for room.
 STALL_S = 30.0
@@ -69,6 +76,7 @@ class TokenRelay:
         self._chunks: deque[GenerationChunk] = deque()
         self._outcome: Completion | BaseException | None = None
         self._woken = False
+        self._is_reader_idle = False
 
     # The generating thread's side.
 
@@ -84,7 +92,10 @@ class TokenRelay:
             if self._outcome is not None:
                 return False
             self._chunks.append(chunk)
+            self._is_reader_idle = False
             self._wake()
+            if len(self._chunks) == 1:  # otherwise the reader is behind for want of credit
+                self._room.wait_for(self._is_settled, GIVE_WAY_S)
         return True
 
     def end(self, outcome: Completion | BaseException) -> None:
@@ -113,6 +124,8 @@ class TokenRelay:
                     return taken
                 if self._outcome is not None and not self._chunks:
                     return []
+                self._is_reader_idle = True
+                self._room.notify()
             await self._changed.wait()
             if not available:
                 return []
@@ -136,6 +149,9 @@ class TokenRelay:
         """How the answer ended; `None` while there is more to read."""
         with self._room:
             return None if self._chunks else self._outcome
+
+    def _is_settled(self) -> bool:
+        return self._is_reader_idle or self._outcome is not None
 
     def _wait_for_room(self) -> None:
         limit_s = time.monotonic() + min(self._stall_s, self._deadline.remaining_s())

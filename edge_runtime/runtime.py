@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 #: How long `close` waits for the calls that run. A token takes well below a second.
 _CLOSE_TIMEOUT_S = 10.0
 
+_NO_DEADLINE = Deadline()
+
 
 class EdgeModel(msgspec.Struct, frozen=True):
     """What would answer on this device.
@@ -128,7 +130,7 @@ class EdgeRuntime:
         form: InputForm = "tensors",
         items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] | None = None,
         version: str | None = None,
-        deadline: Deadline = Deadline(),
+        deadline: Deadline = _NO_DEADLINE,
         expected_s: float | None = None,
     ) -> EdgeResult:
         """Run one batch.
@@ -176,7 +178,7 @@ class EdgeRuntime:
         options: GenerationOptions | None = None,
         *,
         version: str | None = None,
-        deadline: Deadline = Deadline(),
+        deadline: Deadline = _NO_DEADLINE,
         cancel: CancelToken | None = None,
         expected_s: float | None = None,
     ) -> EdgeGeneration:
@@ -243,7 +245,7 @@ class EdgeRuntime:
         """
         hosted = self._host(model, version)
         if hosted.loaded is None:
-            self._load(hosted, Deadline())
+            self._load(hosted, _NO_DEADLINE)
 
     def close(self) -> None:
         """Send waiting calls away, end running answers, free the models; idempotent."""

@@ -203,9 +203,9 @@ class AsyncClient(Calls):
 
     async def _perform(self, step: Step) -> Answer | None:
         if isinstance(step, RunHere):
-            request, edge = step.request, self._edge
+            here, edge = step, self._edge
             assert edge is not None
-            return await self._work(lambda: run_here(edge, request))
+            return await self._work(lambda: run_here(edge, here))
         if isinstance(step, RunThere):
             request, link = step.request, self._link
             assert link is not None
@@ -239,10 +239,18 @@ class AsyncClient(Calls):
         if attempt.delay_s:
             await asyncio.sleep(attempt.delay_s)
         if attempt.route == "edge":
+            from nearfar.engines.base import CancelToken
+
             state.opening()
-            generation, cancel = await self._work(
-                lambda: self._core.generate_here(request, state.prompt(), state.options())
-            )
+            cancel = CancelToken()
+            prompt, options = state.prompt(), state.options()
+            try:
+                generation = await self._work(
+                    lambda: self._core.generate_here(request, attempt, prompt, options, cancel)
+                )
+            except asyncio.CancelledError:
+                cancel.cancel()  # the worker leaves the queue, or gives its slot back
+                raise
             return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
         permit, _ = await self._drive(self._core.board(request, attempt))
         state.opening(permit)

@@ -276,7 +276,7 @@ class Client(Calls):
     def _perform(self, step: Step) -> Answer | None:
         if isinstance(step, RunHere):
             assert self._edge is not None
-            return run_here(self._edge, step.request)
+            return run_here(self._edge, step)
         if isinstance(step, RunThere):
             request, link = step.request, self._link
             assert link is not None
@@ -312,8 +312,14 @@ class Client(Calls):
         if attempt.delay_s:
             time.sleep(attempt.delay_s)
         if attempt.route == "edge":
+            from nearfar.engines.base import CancelToken
+
             state.opening()
-            return EdgeSource(*self._core.generate_here(request, state.prompt(), state.options()))
+            cancel = CancelToken()
+            generation = self._core.generate_here(
+                request, attempt, state.prompt(), state.options(), cancel
+            )
+            return EdgeSource(generation, cancel)
         permit, _ = self._drive(self._core.board(request, attempt))
         state.opening(permit)
         link = self._link

@@ -115,7 +115,7 @@ class Core:
         if attempt.delay_s:
             yield Wait(attempt.delay_s)
         if attempt.route == "edge":
-            answer: Answer = yield RunHere(request)
+            answer: Answer = yield RunHere(request, _expected_s(attempt))
             return answer
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
@@ -224,27 +224,29 @@ class Core:
     # -- the device ------------------------------------------------------------------------------
 
     def generate_here(
-        self, request: Request, prompt: Prompt, options: GenerationOptions
-    ) -> tuple[EdgeGeneration, CancelToken]:
-        """Begin an answer on this device.
+        self,
+        request: Request,
+        attempt: Attempt,
+        prompt: Prompt,
+        options: GenerationOptions,
+        cancel: CancelToken,
+    ) -> EdgeGeneration:
+        """Begin an answer on this device; waits for a slot.
 
         Raises:
             NearfarError: What the edge runtime says.
         """
-        from nearfar.engines.base import CancelToken
-
         edge = self.known.edge
         assert edge is not None
-        cancel = CancelToken()
-        generation = edge.runtime.generate(
+        return edge.runtime.generate(
             request.model,
             prompt,
             options,
             version=request.version,
             deadline=request.deadline,
             cancel=cancel,
+            expected_s=_expected_s(attempt),
         )
-        return generation, cancel
 
     def warm_up_edge(self, model: str) -> bool:
         """Load a model on this device; says whether it is here at all.
@@ -351,3 +353,9 @@ def route_of(attempt: Attempt, before: list[RouteName]) -> Route:
     # The decision's own reason starts with the route, which `Route` shows in another place.
     reason = attempt.decision.reason.removeprefix(f"{attempt.route}: ")
     return Route(attempt.route, reason, tuple(before))
+
+
+def _expected_s(attempt: Attempt) -> float | None:
+    """How long the attempt should hold a slot of the device, for the estimates of others."""
+    service_ms = attempt.decision.inputs.edge.prediction.service_ms
+    return None if service_ms is None else service_ms / 1000.0

@@ -143,8 +143,8 @@ class Knowledge:
         try:
             found = edge.find(model, request.version)
             runtime = edge.runtime
-            slots = runtime.state(model)
-            loaded = runtime.is_loaded(model)
+            slots = runtime.state(model, request.version)
+            loaded = runtime.is_loaded(model, request.version)
         except NearfarError as error:
             return RouteState(obstacle="no_model", detail=error.problem)
         variant = found.variant

@@ -30,9 +30,14 @@ class Connect(msgspec.Struct, frozen=True):
 
 
 class RunHere(msgspec.Struct, frozen=True):
-    """Step: run one batch on this device; the answer is an `Answer`."""
+    """Step: run one batch on this device; the answer is an `Answer`.
+
+    Attributes:
+        expected_s: How long it is expected to hold a slot; `None` when unknown.
+    """
 
     request: Request
+    expected_s: float | None
 
 
 class RunThere(msgspec.Struct, frozen=True):
@@ -72,15 +77,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     received_bytes: int = 0
 
 
-def run_here(edge: EdgeRoute, request: Request) -> Answer:
+def run_here(edge: EdgeRoute, step: RunHere) -> Answer:
     """Perform `RunHere`, in the calling thread.
 
     Raises:
         NearfarError: What the edge runtime says.
     """
+    request = step.request
     started_s = time.perf_counter()
     runtime = edge.runtime
-    was_loaded = runtime.is_loaded(request.model)
+    was_loaded = runtime.is_loaded(request.model, request.version)
     done = runtime.infer(
         request.model,
         request.feeds,
@@ -88,6 +94,7 @@ def run_here(edge: EdgeRoute, request: Request) -> Answer:
         items=request.items or None,
         version=request.version,
         deadline=request.deadline,
+        expected_s=step.expected_s,
     )
     total_ms = (time.perf_counter() - started_s) * 1000.0
     queue_ms, compute_ms = done.queue_s * 1000.0, done.compute_s * 1000.0

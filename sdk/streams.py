@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from types import TracebackType
@@ -55,21 +54,17 @@ class EdgeSource:
 
     def __init__(self, generation: EdgeGeneration, cancel: CancelToken) -> None:
         self._generation = generation
-        self._pieces = iter(generation)
         self._cancel = cancel
 
     def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
-        piece = next(self._pieces, None)
+        piece = next(self._generation, None)
         if piece is None or piece.finish_reason is None:
             return piece, None
-        # Run the engine's generator to its end: figures are final and its slot is free then.
-        for _ in self._pieces:
-            pass
         seen = self._generation
         summary = Summary(
             variant=seen.variant,
             execution_provider=seen.execution_provider,
-            queue_ms=(seen.queue_s or 0.0) * 1000.0,
+            queue_ms=seen.queue_s * 1000.0,
             prefill_ms=(seen.prefill_s or 0.0) * 1000.0,
             decode_ms=(seen.decode_s or 0.0) * 1000.0,
         )
@@ -77,11 +72,7 @@ class EdgeSource:
 
     def close(self) -> None:
         self._cancel.cancel()
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            # A generator that runs in another thread right now sees the token instead.
-            with contextlib.suppress(ValueError):
-                close()
+        self._generation.close()
 
 
 class TokenBuffer:

@@ -132,5 +132,7 @@ def _task_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield "preprocessing", f"head_bytes and tail_bytes must be in 0..{_MAX_HEAD_TAIL}"
         if not max(row) <= preprocessing.block_bytes <= _MAX_HEAD_TAIL:
             yield "preprocessing.block_bytes", f"must be in {max(row)}..{_MAX_HEAD_TAIL}"
+        if not 0 <= preprocessing.min_bytes <= preprocessing.head_bytes:
+            yield "preprocessing.min_bytes", "must be in 0..head_bytes"
         if 0 <= preprocessing.padding_value <= 255:
             yield "preprocessing.padding_value", "is a possible byte value"

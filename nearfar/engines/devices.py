@@ -157,10 +157,9 @@ def _cpu() -> tuple[str, tuple[str, ...]]:
             name = value.strip() or name
         elif key.strip() in ("flags", "Features"):
             flags.update(value.split())
-    try:  # boards name themselves here: "NVIDIA Jetson Orin Nano Developer Kit"
-        name = Path("/proc/device-tree/model").read_text().rstrip("\0\n") or name
-    except OSError:
-        pass  # not a device-tree machine: the CPU's name says it
+    board = Path("/proc/device-tree/model")  # "NVIDIA Jetson Orin Nano Developer Kit"
+    if board.exists():
+        name = board.read_text().rstrip("\0\n") or name
     return name, tuple(sorted(flags & _TELLING_CPU_FLAGS))
 
 

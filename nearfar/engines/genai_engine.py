@@ -1,7 +1,7 @@
 """Generate text with onnxruntime-genai: KV cache, sampling and decoding loop are its own.
 
-Tokens are made and read by the `tokenizers` library rather than by onnxruntime-genai's tokenizer:
-it is the reference for ``tokenizer.json``, reads every file (onnxruntime-genai 0.11, the last one for
+Tokens are made and read by the `tokenizers` library rather than by onnxruntime-genai: it is the
+reference for ``tokenizer.json``, reads every file (onnxruntime-genai 0.11, the last version for
 Python 3.10, refuses those of transformers 5), and its decode stream can continue a text.
 
 onnxruntime-genai holds Python's global lock while it computes. So prompts are processed in pieces,
@@ -215,8 +215,8 @@ class GenaiEngine:
             )
         if prompt_tokens + max_new_tokens > context:
             raise InvalidInput(
-                f"The prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}; the "
-                f"context of {self._label} holds {context}",
+                f"The prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}; "
+                f"the context of {self._label} holds {context}",
                 field="max_new_tokens",
                 fix=f"Ask for at most {context - prompt_tokens} new tokens, or shorten the prompt",
             )
@@ -299,7 +299,7 @@ def _read_genai_config(folder: Path, label: str) -> _GenaiConfig:
 def _load_tokenizer(path: Path, label: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as exc:  # noqa: BLE001 (the library raises bare Exception)
+    except Exception as exc:
         raise BundleError(
             f"{path.name} of {label} is not a tokenizer that the installed `tokenizers` can read "
             f"({exc})",

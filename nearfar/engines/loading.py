@@ -61,8 +61,8 @@ def load_engine(bundle: Bundle, variant_id: str, options: SessionOptions | None 
             engine = GenaiEngine(entry, variant, options, manifest=bundle.manifest)
     except ImportError as exc:
         raise EngineError(
-            f"Variant {label} needs the Python package {exc.name or PACKAGE_OF_ENGINE[variant.engine]}, "
-            f"which cannot be imported here ({exc})",
+            f"Variant {label} needs {exc.name or variant.engine}, which cannot be imported here "
+            f"({exc})",
             fix="Install the engines: pip install 'nearfar[edge]'",
         ) from exc
     logger.info(

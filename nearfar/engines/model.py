@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest, TextPreprocessing, Variant
+from nearfar.bundle.manifest import Manifest, TextPreprocessing, Variant
 from nearfar.engines.base import (
     CancelToken,
     Engine,
@@ -92,11 +92,9 @@ class LoadedModel:
         Raises:
             InvalidInput: The model takes something else, or an item does not fit.
         """
-        takes = {TextPreprocessing: "text", HeadTailPreprocessing: "bytes"}.get(
-            type(self.manifest.preprocessing)
-        )
-        if self._preprocess is None or takes is None:
+        if self._preprocess is None:
             raise self._wrong_call("generate()" if self._text is not None else "tensors")
+        takes = "text" if isinstance(self.manifest.preprocessing, TextPreprocessing) else "bytes"
         wanted: type = str if takes == "text" else bytes
         if form != takes or not all(isinstance(item, wanted) for item in items):
             raise InvalidInput(

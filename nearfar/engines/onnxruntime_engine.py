@@ -21,7 +21,7 @@ from nearfar.engines.base import SessionOptions, ShapeRange
 from nearfar.engines.devices import physical_cores
 from nearfar.engines.feeds import FeedCheck
 from nearfar.errors import BundleError, EngineError, InvalidInput, NearfarError
-from nearfar.tensors import NUMPY_OF, OF_ONNXRUNTIME
+from nearfar.tensors import OF_ONNXRUNTIME
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from types import TracebackType
 import msgspec
 
 from nearfar.engines.base import CancelToken
-from nearfar.errors import Cancelled, DeadlineExceeded, EngineError, Overloaded
+from nearfar.errors import Cancelled, EngineError, Overloaded
 from nearfar.units import Deadline
 
 #: Weight of the newest duration in the gate's own average, used where a caller expects nothing.
@@ -27,6 +27,8 @@ _OVERRUN_SHARE = 0.25
 
 #: How often a waiting caller looks at its cancel token: quick for a person, nothing for the CPU.
 _CANCEL_POLL_S = 0.02
+
+_NO_DEADLINE = Deadline()
 
 
 class SlotState(msgspec.Struct, frozen=True):
@@ -111,7 +113,7 @@ class SlotGate:
 
     def acquire(
         self,
-        deadline: Deadline = Deadline(),
+        deadline: Deadline = _NO_DEADLINE,
         expected_s: float | None = None,
         *,
         cancel: CancelToken | None = None,

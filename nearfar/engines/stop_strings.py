@@ -1,4 +1,4 @@
-"""End an answer at a stop string, also when it comes in pieces, and hold back no more than needed."""
+"""End an answer at a stop string, even one in pieces, and hold back no more than needed."""
 
 from __future__ import annotations
 

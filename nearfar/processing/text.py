@@ -35,7 +35,7 @@ class TextEncoder:
         self._spec = spec
         try:
             tokenizer = Tokenizer.from_file(str(tokenizer_path))
-        except Exception as exc:  # noqa: BLE001 (the library raises bare Exception)
+        except Exception as exc:
             raise BundleError(
                 f"{tokenizer_path} is not a tokenizer that the installed `tokenizers` can read "
                 f"({exc})",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nearfar.errors import Cancelled, NearfarError, PolicyDenied
+from nearfar.errors import Cancelled, EngineError, NearfarError, PolicyDenied
 from sdk.quickstart.cloud_process import CloudProcess
 
 RequestName = Literal["classify", "search", "chat"]
@@ -179,7 +179,7 @@ class Laboratory:
         data = path.read_bytes()
         seen.asked = f"what kind of file is {path.name}?"
         if situation.key == "c":
-            ask["deadline_ms"] = seen.deadline_ms = 500.0
+            ask["deadline_ms"] = seen.deadline_ms = 1500.0
         with self._dying_cloud(situation):
             result = client.classify("file-type", data, **ask)
         seen.answer = f"{result.label} ({result.score:.0%})"
@@ -273,12 +273,12 @@ def _busy(client: Any, request: RequestName) -> Iterator[None]:
                             if stop.is_set():
                                 break
                 elif request == "search":
-                    client.infer("minilm", _token_rows(client, rows=96, length=200), **ask)
+                    client.infer("minilm", _token_rows(client, rows=48, length=200), **ask)
                 else:
-                    rows = np.full((3000, 2048), 97, dtype=np.int32)
+                    rows = np.full((500, 2048), 97, dtype=np.int32)
                     client.infer("file-type", {"bytes": rows}, **ask)
-            except Cancelled:
-                return
+            except (Cancelled, EngineError):
+                return  # the client was closed
 
     workers = [threading.Thread(target=work, name=f"busy-{n}") for n in range(3)]
     for worker in workers:
@@ -288,6 +288,7 @@ def _busy(client: Any, request: RequestName) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        client.close()  # sends the waiting calls away
         for worker in workers:
             worker.join()
 

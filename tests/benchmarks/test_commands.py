@@ -6,13 +6,14 @@ import pytest
 
 from benchmarks import overhead
 from benchmarks.harness import Bar, Figure, Run
+from benchmarks.subjects import Settings
 from nearfar.cli import main
 from tests.support.tiny import write_tiny_tensor_bundle
 
 
-def fake_measure(monkeypatch, value: float) -> list[overhead.Settings]:
+def fake_measure(monkeypatch, value: float) -> list[Settings]:
     """Put a quick measurement in the place of the real one; returns what it was asked for."""
-    asked: list[overhead.Settings] = []
+    asked: list[Settings] = []
 
     def measure(settings, begin):
         asked.append(settings)
@@ -55,7 +56,7 @@ def test_options_reach_the_measurement_and_the_json_file(monkeypatch, tmp_path):
     options = "--tokens 32 --rounds 5 --threads 1 --seed 9"
     command = ["bench", "overhead", "--models", str(tmp_path), *options.split()]
     assert main([*command, "--json", str(path)]) == 0
-    assert asked == [overhead.Settings(models=tmp_path, tokens=32, rounds=5, threads=1, seed=9)]
+    assert asked == [Settings(models=tmp_path, tokens=32, rounds=5, threads=1, seed=9)]
     assert json.loads(path.read_text(encoding="utf-8"))["seed"] == 9
 
 

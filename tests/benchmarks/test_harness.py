@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import harness
-from benchmarks.harness import Bar, Figure, Report, Run, Summary, interleave, per_round, quantile
+from benchmarks.harness import (
+    Bar,
+    Figure,
+    Report,
+    Run,
+    Summary,
+    interleave,
+    is_decided,
+    median_interval,
+    per_round,
+    quantile,
+)
 from nearfar.errors import InvalidInput
 
 FAST = Bar(name="infer, added", value=41.25, limit=100, direction="at_most", unit="µs")
@@ -142,6 +153,48 @@ def test_sides_take_turns_and_none_always_goes_first():
     assert samples[first] == [1.0, 4.0, 5.0, 8.0]
     assert samples[second] == [2.0, 3.0, 6.0, 7.0]
     assert rounds_seen == [2, 4, 6, 8]
+
+
+def test_rounds_go_on_until_there_is_enough_and_never_beyond_the_limit():
+    def rounds(enough_at: int) -> int:
+        samples = interleave(
+            {"a": lambda: 1.0},
+            rounds=3,
+            random=random.Random(0),
+            max_rounds=10,
+            is_enough=lambda seen: len(seen["a"]) >= enough_at,
+        )
+        return len(samples["a"])
+
+    assert [rounds(1), rounds(3), rounds(7), rounds(99)] == [3, 3, 7, 10]
+
+
+def test_the_interval_of_a_median_holds_it_about_as_often_as_it_says():
+    draw = random.Random(5)
+    hits = 0
+    for _ in range(400):
+        low, high = median_interval([draw.gauss(0, 1) for _ in range(25)])
+        hits += low <= 0 <= high
+    assert 0.93 < hits / 400 <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("samples", "decided"),
+    [
+        ([0.97, 0.98, 0.99] * 8, True),
+        ([0.90, 0.91, 0.92] * 8, True),
+        ([0.80, 1.10] * 12, False),
+        ([0.90, 0.99], False),
+    ],
+)
+def test_a_bar_is_decided_when_the_noise_is_smaller_than_the_distance(samples, decided):
+    assert is_decided(samples, 0.95) is decided
+
+
+def test_a_bar_that_falls_short_in_noise_says_so():
+    bar = Figure.of_rounds("ratio", "", [0.6, 1.2, 0.7, 1.1, 0.8]).bar(0.95, "at_least")
+    assert not bar.is_met
+    assert "noise" in str(bar)
 
 
 def test_the_same_seed_gives_the_same_order():

@@ -48,12 +48,12 @@ from nearfar.wire.messages import (
     Token,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
-def run(coroutine):
+def run(coroutine, timeout_s: float = TIMEOUT_S):
     """`asyncio.run` with a limit, so that a lost message fails a test instead of hanging it."""
-    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
+    return asyncio.run(asyncio.wait_for(coroutine, timeout_s))
 
 
 def make_state(path: Path, **options) -> StateDir:

@@ -6,10 +6,10 @@ import asyncio
 import signal
 
 import pytest
-from nearfar.engines.model import LoadedModel
 
 from nearfar.bundle import BundleStore
 from nearfar.engines.base import SessionOptions
+from nearfar.engines.model import LoadedModel
 from nearfar.errors import Cancelled, InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
 from tests.cloud_runtime.support import WireClient, make_state, run
@@ -33,7 +33,7 @@ def test_a_streamed_answer_equals_the_local_greedy_one(bundles_dir, state, tmp_p
                 stream = await client.start_generate("assistant", tokens=24, prompt=PROMPT)
                 return await client.collect(stream)
 
-        answer = run(main())
+        answer = run(main(), 240)
         assert server.end(signal.SIGTERM) == 0
 
     bundle = BundleStore(bundles_dir).open("assistant")
@@ -59,7 +59,7 @@ def test_sigterm_lets_an_open_answer_finish_and_a_second_sigint_does_not(
                 assert answer.fin.finish_reason in ("stop", "length")
                 assert client.goaway is not None
 
-        run(main())
+        run(main(), 240)
         assert server.end() == 0
 
     with serving(bundles_dir, state, tmp_path / "log", "--model", "assistant") as server:
@@ -74,8 +74,8 @@ def test_sigterm_lets_an_open_answer_finish_and_a_second_sigint_does_not(
                 server.process.send_signal(signal.SIGINT)
                 await client.websocket.wait_closed()
 
-        run(interrupt())
-        assert server.process.wait(5) == 130
+        run(interrupt(), 240)
+        assert server.process.wait(30) == 130
 
 
 def test_a_prompt_longer_than_the_context_is_refused_and_a_cancelled_answer_ends(
@@ -94,4 +94,4 @@ def test_a_prompt_longer_than_the_context_is_refused_and_a_cancelled_answer_ends
                 with pytest.raises(Cancelled):
                     await client.collect(stream)
 
-        run(main())
+        run(main(), 240)

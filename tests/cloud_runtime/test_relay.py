@@ -152,3 +152,29 @@ def test_a_thread_that_outlives_the_loop_is_told_to_stop():
     loop.close()
     relay.put(chunk(0))
     assert relay.cancel.is_cancelled
+
+
+def test_the_thread_gives_way_until_the_loop_has_sent_each_token(monkeypatch):
+    monkeypatch.setattr("cloud_runtime.relay.GIVE_WAY_S", 30.0)
+    sent: list[int] = []
+    seen_after_put: list[int] = []
+
+    async def main() -> None:
+        relay = TokenRelay(asyncio.get_running_loop())
+
+        def work() -> None:
+            for index in range(20):
+                relay.put(chunk(index))
+                seen_after_put.append(len(sent))
+            relay.end(DONE)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while relay.outcome is None:
+            for _ in await relay.read(100):
+                await asyncio.sleep(0.001)  # sending takes a moment
+                sent.append(1)
+        thread.join()
+
+    run(main())
+    assert seen_after_put == list(range(1, 21))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -43,10 +44,10 @@ class ScriptedEdge:
             raise ModelNotFound(f"There is no model {model!r} here", fix="Convert one")
         return SimpleNamespace(manifest=found, variant=found.variants[0])
 
-    def state(self, model: str) -> SimpleNamespace:
+    def state(self, model: str, version: str | None = None) -> SimpleNamespace:
         return SimpleNamespace(running=0, waiting=0, expected_wait_s=self.wait_s)
 
-    def is_loaded(self, model: str) -> bool:
+    def is_loaded(self, model: str, version: str | None = None) -> bool:
         return True
 
     def warm_up(self, model: str) -> None:
@@ -92,8 +93,12 @@ class ScriptedGeneration:
     def __init__(self, edge: ScriptedEdge, count: int, cancel) -> None:
         self._pieces = self._run(edge, count, cancel)
 
-    def __iter__(self) -> Iterator[GenerationChunk]:
-        return self._pieces
+    def __next__(self) -> GenerationChunk:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        with contextlib.suppress(ValueError):  # it runs in another thread right now
+            self._pieces.close()
 
     @staticmethod
     def _run(edge: ScriptedEdge, count: int, cancel) -> Iterator[GenerationChunk]:

@@ -1,0 +1,41 @@
+"""What a person can choose about a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nearfar.bundle.manifest import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionOptions:
+    """Settings of one conversion.
+
+    Attributes:
+        name: The bundle's name; `None` derives it from the source.
+        version: The bundle's semantic version.
+        task: `None` finds it out from the source.
+        variants: Ids of the variants to make, such as ``int4``; empty takes the task's default.
+        labels: File with the class names of an ONNX classifier: one a line, or a JSON list.
+        preprocessing: JSON text, or a file with it, in the form the manifest has.
+        samples: ``.npz`` with real inputs to verify an ONNX model with, one row each.
+        license: SPDX expression; empty takes what the source states.
+        description: One line for people.
+        replace: Whether an existing bundle may be replaced.
+        measure: Whether to measure speed and memory on this machine.
+        keep_work: Whether to keep the intermediate files beside the bundle.
+    """
+
+    name: str | None = None
+    version: str = "1.0.0"
+    task: Task | None = None
+    variants: tuple[str, ...] = ()
+    labels: Path | None = None
+    preprocessing: str | None = None
+    samples: Path | None = None
+    license: str = ""
+    description: str = ""
+    replace: bool = False
+    measure: bool = True
+    keep_work: bool = False

@@ -1,0 +1,1 @@
+"""Which steps make a bundle of which kind of model."""

@@ -1,0 +1,59 @@
+"""Tells the person at the terminal, or the log, what a conversion is doing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+
+
+class Step:
+    """One running step; `note` sets what its line says at the end."""
+
+    def __init__(self) -> None:
+        self.detail = ""
+
+    def note(self, detail: str) -> None:
+        self.detail = detail
+
+
+class Reporter:
+    """Prints one line a step: a spinner while it runs on a terminal, its time when it is done.
+
+    Args:
+        console: Where to print; `None` says nothing.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        """Run a block under a title."""
+        step = Step()
+        started_s = time.monotonic()
+        if self._console is None:
+            yield step
+            return
+        if self._console.is_terminal:
+            with self._console.status(title):
+                yield step
+        else:
+            # Logs and parent processes see at once what is being done.
+            self._print(f"{title} …")
+            yield step
+        elapsed_s = time.monotonic() - started_s
+        detail = f": {step.detail}" if step.detail else ""
+        self._print(f"✓ {title}{detail} ({elapsed_s:.1f} s)")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        if self._console is not None:
+            # `Text`, because names of models and files may look like console markup.
+            self._console.print(Text(text), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What can be converted: recognised, checked and described before anything is loaded."""
