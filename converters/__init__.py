@@ -1,0 +1,1 @@
+"""Makes model bundles: export, optimise, quantize, verify, measure. Command: `nearfar convert`."""

@@ -2,12 +2,12 @@
 
     NearfarError
     ├── InvalidInput            the caller's request is wrong: name, dtype, shape, length, option
-    │   ├── ConfigError         nearfar.toml, policy.toml or an argument does not parse or does not fit
+    │   ├── ConfigError         a configuration, policy or argument does not parse or fit
     │   └── LocalProtocolError  our own side asked the wire for something illegal
     ├── ModelNotFound           no such model, version or variant here
     ├── BundleError             a bundle is missing, corrupt, or not what its manifest says
     ├── PolicyDenied            policy forbids every route; never retried
-    ├── SecurityError           wrong pin, expired certificate or key, failed authentication; never retried
+    ├── SecurityError           wrong pin, expired certificate, failed login; never retried
     ├── DeadlineExceeded        the absolute deadline passed first
     ├── CloudUnavailable        no cloud could be reached, or it went away
     │   ├── StreamInterrupted   an answer was cut before its FIN
@@ -58,7 +58,7 @@ class InvalidInput(NearfarError):
     """The request itself is wrong; sending it again changes nothing.
 
     Attributes:
-        field: Name of the offending argument, tensor or setting, or "" when it is the whole request.
+        field: Name of the offending argument, tensor or setting; "" for the whole request.
     """
 
     code = "invalid_input"

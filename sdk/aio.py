@@ -118,27 +118,28 @@ class AsyncClient(Calls):
         **options: Unpack[GenerateOptions],
     ) -> RouteDecision:
         """As `Client.explain`."""
-        return self._core.explain(
-            self._explain_request(
-                model,
-                prompt=prompt,
-                messages=messages,
-                texts=texts,
-                data=data,
-                feeds=feeds,
-                options=options,
-            )
+        request = self._explain_request(
+            model,
+            prompt=prompt,
+            messages=messages,
+            texts=texts,
+            data=data,
+            feeds=feeds,
+            options=options,
         )
+        await self._prepare()
+        return self._core.explain(request)
 
     async def models(self, *, refresh: bool = False) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
+        await self._prepare()
         if refresh and self._link is not None:
-            self._own_loop()
             await self._link.refresh(Deadline())
         return self._models()
 
     async def warm_up(self, model: str) -> None:
         """As `Client.warm_up`."""
+        await self._prepare()
         has_edge = await self._work(lambda: self._core.warm_up_edge(model))
         if self._link is None:
             return
@@ -181,11 +182,7 @@ class AsyncClient(Calls):
         return await self._drive(self._core.run(request))
 
     async def _drive(self, life: Generator[Step, Any, T]) -> T:
-        self._own_loop()
-        if self._edge is not None and not self._edge.is_ready:
-            edge = self._edge
-            with contextlib.suppress(EngineError):  # the router hears it when it asks
-                await self._work(lambda: edge.runtime)  # imports engines: not on the app's loop
+        await self._prepare()
         try:
             step = next(life)
             while True:
@@ -277,6 +274,13 @@ class AsyncClient(Calls):
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         return await asyncio.wrap_future(future)
+
+    async def _prepare(self) -> None:
+        self._own_loop()
+        edge = self._edge
+        if edge is not None and not edge.is_ready:
+            with contextlib.suppress(EngineError):  # the router hears it when it asks
+                await self._work(lambda: edge.runtime)  # imports engines: not on the app's loop
 
     def _own_loop(self) -> None:
         self._refuse_if_closed()

@@ -156,7 +156,7 @@ def _device() -> Finding:
 
     providers = ", ".join(device.execution_providers) or "no execution provider"
     cores = device.physical_cores
-    detail = f"{device.machine}: {cores} cores, {format_bytes(device.memory_bytes)}, {providers}"
+    detail = f"{device.machine}, {format_bytes(device.memory_bytes)}, {providers}"
     if cores < _FEWEST_CORES:
         return Finding("warn", "device", detail, "One core: expect slow answers on the edge")
     return Finding("ok", "device", detail)

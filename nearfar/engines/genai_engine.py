@@ -19,13 +19,13 @@ from typing import Any
 
 import onnxruntime_genai as og
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from nearfar.bundle.manifest import Manifest, Variant
 from nearfar.engines.base import CancelToken, SessionOptions
 from nearfar.engines.chat_template import ChatTemplate
 from nearfar.engines.devices import physical_cores
 from nearfar.engines.stop_strings import StopStrings
+from nearfar.engines.token_text import Seam, TextStream
 from nearfar.errors import BundleError, EngineError, InvalidInput
 from nearfar.generation import (
     FinishReason,
@@ -46,10 +46,6 @@ _PROVIDER_OF_DEVICE = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProv
 #: Tokens of a prompt processed in one go. On two CPU cores a piece takes about 0.2 s, and pieces of
 #: this size are as fast as the whole prompt at once.
 PREFILL_PIECE_TOKENS = 128
-
-#: Prompt tokens shown to the decode stream when it continues a text: enough for any one character
-#: and for the space that some tokenizers put into the following token.
-_CONTEXT_TOKENS = 8
 
 _MAX_SEED = 2**31 - 1
 
@@ -91,7 +87,7 @@ class GenaiEngine:
         Raises:
             InvalidInput: The prompt is empty, or the chat template refuses it.
         """
-        return len(self._encode(prompt)[0])
+        return len(self._encode(prompt))
 
     def generate(
         self,
@@ -104,15 +100,12 @@ class GenaiEngine:
         if self._model is None:
             raise EngineError(f"{self._label} has been closed", fix="Load it again")
         _check_options(options)
-        tokens, seam_spaces = self._encode(prompt)
+        tokens = self._encode(prompt)
         self._check_length(len(tokens), options.max_new_tokens)
-        text = _TextStream(
-            self._tokenizer,
-            # A fresh chat turn begins a text of its own; everything else continues one.
-            tokens[-_CONTEXT_TOKENS:] if prompt.text or prompt.answer_so_far else [],
-            skip_spaces=seam_spaces,
-        )
-        return self._stream(self._model, tokens, text, options, cancel or CancelToken())
+        seam = Seam(self._tokenizer, tokens, prompt.answer_so_far)
+        # A fresh chat turn begins a text of its own; everything else continues one.
+        text = TextStream(self._tokenizer, tokens if prompt.text or prompt.answer_so_far else [])
+        return self._stream(self._model, tokens, seam, text, options, cancel or CancelToken())
 
     def close(self) -> None:
         """Free the model once the answers that run are done; idempotent."""
@@ -122,21 +115,28 @@ class GenaiEngine:
         self,
         model: Any,
         tokens: list[int],
-        text: _TextStream,
+        seam: Seam,
+        text: TextStream,
         options: GenerationOptions,
         cancel: CancelToken,
     ) -> Generator[GenerationChunk, None, None]:
         stops = StopStrings(options.stop)
         finish_reason: FinishReason = "length"
         count = 0
+        is_stopped = False
         generator = None
         try:
             generator = og.Generator(model, self._parameters(model, len(tokens), options))
-            for start in range(0, len(tokens), PREFILL_PIECE_TOKENS):
-                if cancel.is_cancelled:
-                    break
-                generator.append_tokens(tokens[start : start + PREFILL_PIECE_TOKENS])
-            while count < options.max_new_tokens:
+            _prefill(generator, tokens[:-1] if seam.can_heal else tokens, cancel)
+            if seam.can_heal and not cancel.is_cancelled:
+                token, rest = seam.heal(generator.get_logits())
+                generator.append_tokens([token])
+                text = seam.stream(token)
+                if rest:
+                    piece, is_stopped = stops.feed(rest)
+                    yield GenerationChunk(index=0, text=piece)
+                    count = 1
+            while count < options.max_new_tokens and not is_stopped:
                 if cancel.is_cancelled:
                     finish_reason = "cancelled"
                     break
@@ -148,9 +148,8 @@ class GenaiEngine:
                 piece, is_stopped = stops.feed(text.step(token))
                 yield GenerationChunk(index=count, text=piece)
                 count += 1
-                if is_stopped:
-                    finish_reason = "stop_string"
-                    break
+            if is_stopped:
+                finish_reason = "stop_string"
         except _OG_EXCEPTIONS as exc:
             raise EngineError(
                 f"onnxruntime-genai failed while running {self._label}: {_first_line(exc)}",
@@ -185,24 +184,22 @@ class GenaiEngine:
         parameters.set_search_options(**settings)
         return parameters
 
-    def _encode(self, prompt: Prompt) -> tuple[list[int], int]:
-        """Token ids, and how many spaces at the end of the answer so far were left out of them."""
+    def _encode(self, prompt: Prompt) -> list[int]:
         if bool(prompt.messages) == bool(prompt.text):
             problem = "is both text and messages" if prompt.messages else "is empty"
             raise InvalidInput(
                 f"The prompt {problem}", field="prompt", fix="Give either text or messages"
             )
-        # Tokenizers put the space before a word into the word's token. After a lone space token
-        # models do not know how to go on, so it is left to the next token and dropped there.
-        answer = prompt.answer_so_far.rstrip(" ") or prompt.answer_so_far
-        seam_spaces = len(prompt.answer_so_far) - len(answer)
         if prompt.text:
-            encoding = self._tokenizer.encode(prompt.text + answer)
+            encoding = self._tokenizer.encode(prompt.text + prompt.answer_so_far)
         else:
             rendered = self._template.render(prompt.messages)
             # The template writes the special tokens itself.
-            encoding = self._tokenizer.encode(rendered + answer, add_special_tokens=False)
-        return encoding.ids, seam_spaces
+            encoding = self._tokenizer.encode(
+                rendered + prompt.answer_so_far, add_special_tokens=False
+            )
+        tokens: list[int] = encoding.ids
+        return tokens
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         context = self.context_length_tokens
@@ -246,33 +243,12 @@ class GenaiEngine:
         )
 
 
-class _TextStream:
-    """Token ids to text, as far as it is certain: incomplete characters wait for their rest."""
-
-    def __init__(self, tokenizer: Tokenizer, context: list[int], *, skip_spaces: int) -> None:
-        self._tokenizer = tokenizer
-        self._stream = (
-            DecodeStream(ids=context, skip_special_tokens=True)
-            if context
-            else DecodeStream(skip_special_tokens=True)
-        )
-        self._skip_spaces = skip_spaces
-
-    def step(self, token: int) -> str:
-        try:
-            text = self._stream.step(self._tokenizer, token)
-        except Exception as exc:
-            # Some tokenizers decode a sequence of bytes to another text once more bytes follow,
-            # which the stream gives up on. A new stream loses at most the character in question.
-            if "prefix" not in str(exc):
-                raise
-            self._stream = DecodeStream(skip_special_tokens=True)
-            text = self._stream.step(self._tokenizer, token)
-        if text and self._skip_spaces:
-            spaces = min(len(text) - len(text.lstrip(" ")), self._skip_spaces)
-            self._skip_spaces = self._skip_spaces - spaces if spaces == len(text) else 0
-            text = text[spaces:]
-        return text or ""
+def _prefill(generator: Any, tokens: list[int], cancel: CancelToken) -> None:
+    """Process a prompt piece by piece, or until cancelled."""
+    for start in range(0, len(tokens), PREFILL_PIECE_TOKENS):
+        if cancel.is_cancelled:
+            return
+        generator.append_tokens(tokens[start : start + PREFILL_PIECE_TOKENS])
 
 
 class _GenaiConfig:

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 #: Tokens the cloud may send ahead of the app; at 20-60 tokens/s one to three seconds of answer.
 CREDIT_TOKENS = 64
-#: Room for record and websocket framing around the largest plaintext message.
-_FRAMING_BYTES = 64 * 1024
 #: How long a goodbye may take; the peer gains nothing by stretching it.
 _CLOSE_TIMEOUT_S = 2.0
 #: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one
@@ -244,7 +242,7 @@ class Connection:
         """
         from websockets.asyncio.client import connect
 
-        from nearfar.session import ClientSession
+        from nearfar.session import ClientSession, max_sealed_bytes
         from nearfar.wire.limits import Limits
 
         limits = Limits()
@@ -261,7 +259,7 @@ class Connection:
                 config.url,
                 ssl=tls_context(config),
                 compression=None,  # ciphertext does not compress
-                max_size=limits.max_message_bytes + _FRAMING_BYTES,
+                max_size=max_sealed_bytes(limits),
                 open_timeout=timeout_s,
                 ping_interval=_PING_INTERVAL_S,
                 ping_timeout=_PING_TIMEOUT_S,

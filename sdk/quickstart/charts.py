@@ -20,7 +20,7 @@ _WIDTH = _LABEL + _PLOT + 110
 
 
 def route_class(route: str) -> str:
-    """CSS class of a route: ``edge``, ``cloud``, ``both`` (handed over), ``denied`` or ``error``."""
+    """CSS class of a route: edge, cloud, both (handed over), denied or error."""
     if "→" in route:
         return "both"
     return route if route in ("edge", "cloud", "denied") else "error"
@@ -95,7 +95,8 @@ def latency_chart(observations: Sequence[Observation]) -> str:
             )
         end = max(x(seen.latency_ms), x(seen.deadline_ms or 0) + 6)
         parts.append(
-            f'<text class="value" x="{end + 8:.1f}" y="{y + 12}">{format_ms(seen.latency_ms)}</text>'
+            f'<text class="value" x="{end + 8:.1f}" y="{y + 12}">'
+            f"{format_ms(seen.latency_ms)}</text>"
         )
     return "".join([*parts, "</svg>"])
 

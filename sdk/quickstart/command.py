@@ -18,9 +18,9 @@ def quickstart(
     workspace: Annotated[
         Path, typer.Option(help="Models, bundles, keys and logs are kept here and reused.")
     ] = Path(".nearfar"),
-    report: Annotated[
-        Path, typer.Option(help="Where the page to look at is written.")
-    ] = Path("quickstart-report.html"),
+    report: Annotated[Path, typer.Option(help="Where the page to look at is written.")] = Path(
+        "quickstart-report.html"
+    ),
 ) -> None:
     """See everything work: models, conversion, a cloud, requests in five situations, a report.
 

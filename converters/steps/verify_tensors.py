@@ -1,0 +1,181 @@
+"""Compare variants of any tensor model with the source file, on real inputs where there are any."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from converters.steps.onnx_session import open_session, run
+from nearfar.bundle.manifest import HeadTailPreprocessing, QualityFigure, TensorSpec
+from nearfar.errors import ConversionError
+from nearfar.tensors import NUMPY_OF
+
+MAX_SAMPLES = 200
+_SYNTHETIC_SAMPLES = 32
+_MAX_FILE_BYTES = 4 << 20
+#: Gate: a variant that disagrees more often than this is not the same classifier.
+_MIN_TOP1_AGREEMENT = 0.8
+
+Feeds = dict[str, np.ndarray]
+
+
+def file_samples(input_name: str, spec: HeadTailPreprocessing, *, batch: int) -> list[Feeds]:
+    """Feature rows of real files of this Python installation: a few of each suffix."""
+    from nearfar.processing.head_tail import features
+
+    rows: list[Feeds] = []
+    for file in _varied_files():
+        data = file.read_bytes()
+        if len(data.strip()) < max(spec.min_bytes, 1):
+            continue
+        row = features(data, spec)
+        rows.append({input_name: np.repeat(row[None, :], batch, axis=0)})
+        if len(rows) == MAX_SAMPLES:
+            break
+    return rows
+
+
+def _varied_files() -> list[Path]:
+    by_suffix: dict[str, list[Path]] = {}
+    for root in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}:
+        for file in sorted(Path(root).rglob("*")):
+            if file.is_symlink() or not file.is_file():
+                continue
+            if 64 <= file.stat().st_size <= _MAX_FILE_BYTES:
+                by_suffix.setdefault(file.suffix.lower(), []).append(file)
+    picked: list[Path] = []
+    for depth in range(MAX_SAMPLES):
+        for suffix in sorted(by_suffix):
+            files = by_suffix[suffix]
+            if depth < len(files):
+                picked.append(files[depth * len(files) // min(len(files), MAX_SAMPLES)])
+        if len(picked) >= 2 * MAX_SAMPLES:
+            break
+    return list(dict.fromkeys(picked))
+
+
+def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
+    """Rows of an ``.npz`` file that has one array for each input; the first axis counts rows.
+
+    Raises:
+        ConversionError: The file does not fit the model; names file and array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError) as exc:
+        raise ConversionError(
+            f"{path} is not an .npz file with samples ({exc})", fix="Write it with numpy.savez"
+        ) from exc
+    feeds: list[Feeds] = []
+    for spec in inputs:
+        array = arrays.get(spec.name)
+        if array is None or array.dtype != NUMPY_OF[spec.datatype]:
+            raise ConversionError(
+                f"{path} has no array {spec.name!r} of type {spec.datatype}",
+                fix="Give one array for each input of the model, with its type",
+            )
+        feeds = feeds or [{} for _ in range(min(MAX_SAMPLES, len(array)))]
+        if len(array) < len(feeds):
+            raise ConversionError(
+                f"{path}: {spec.name!r} has fewer rows than the other inputs",
+                fix="Give every input the same number of rows",
+            )
+        for row, feed in enumerate(feeds):
+            feed[spec.name] = array[row : row + 1]
+    if not feeds:
+        raise ConversionError(f"{path} holds no rows", fix="Give at least one row for each input")
+    return feeds
+
+
+def synthetic_samples(inputs: Sequence[TensorSpec]) -> list[Feeds]:
+    """Seeded random inputs, for models nobody gave samples for."""
+    generator = np.random.default_rng(20240607)
+    feeds: list[Feeds] = []
+    for number in range(_SYNTHETIC_SAMPLES):
+        feed: Feeds = {}
+        for spec in inputs:
+            # Free sizes are the same for all inputs of one call: they usually are one quantity.
+            shape = [size if size >= 0 else 1 + number % 3 for size in spec.shape]
+            dtype = NUMPY_OF[spec.datatype]
+            if dtype.kind == "f":
+                feed[spec.name] = generator.standard_normal(shape).astype(dtype)
+            elif dtype.kind == "b":
+                feed[spec.name] = generator.integers(0, 2, shape).astype(dtype)
+            elif dtype.kind in "iu":
+                feed[spec.name] = generator.integers(0, 2, shape).astype(dtype)
+            else:
+                raise ConversionError(
+                    f"There are no samples for input {spec.name!r} of type {spec.datatype}",
+                    fix="Give real inputs with --samples FILE.npz",
+                )
+        feeds.append(feed)
+    return feeds
+
+
+def verify_tensors(
+    source: Path,
+    variants: Mapping[str, Path],
+    samples: Sequence[Feeds],
+    *,
+    source_name: str,
+    label_output: str | None,
+) -> dict[str, tuple[QualityFigure, ...]]:
+    """Run everything through the source and the variants.
+
+    Args:
+        source: The file that was converted.
+        variants: Variant id to ONNX file.
+        samples: Inputs of one call each.
+        source_name: What the source is called in the manifest.
+        label_output: Output with class scores, for classifiers.
+
+    Returns:
+        Variant id to figures: ``max_abs_error``, and ``top1_agreement`` for classifiers.
+
+    Raises:
+        ConversionError: NaN, or a variant that is not the same model.
+    """
+    session = open_session(source)
+    truth = [run(session, feeds, name="source") for feeds in samples]
+    figures: dict[str, tuple[QualityFigure, ...]] = {}
+    for variant_id, path in variants.items():
+        session = open_session(path)
+        worst, same, total = 0.0, 0, 0
+        for feeds, expected in zip(samples, truth):  # noqa: B905
+            outputs = run(session, feeds, name=variant_id)
+            for name, array in expected.items():
+                if array.size and array.dtype.kind in "fiu":
+                    difference = array.astype(np.float64) - outputs[name].astype(np.float64)
+                    worst = max(worst, float(np.abs(difference).max()))
+            if label_output is not None:
+                choice = outputs[label_output].argmax(axis=-1)
+                same += int((choice == expected[label_output].argmax(axis=-1)).sum())
+                total += choice.size
+        found = [_figure("max_abs_error", worst, len(samples), source_name, higher=False)]
+        if label_output is not None:
+            agreement = same / max(1, total)
+            if agreement < _MIN_TOP1_AGREEMENT:
+                raise ConversionError(
+                    f"Variant {variant_id} gives the source's answer in {agreement:.0%} of "
+                    f"{total} cases only",
+                    fix="Leave this variant out with --variants",
+                )
+            found.insert(0, _figure("top1_agreement", agreement, total, source_name, higher=True))
+        figures[variant_id] = tuple(found)
+    return figures
+
+
+def _figure(
+    metric: str, value: float, samples: int, reference: str, *, higher: bool
+) -> QualityFigure:
+    return QualityFigure(
+        metric=metric,
+        value=value,
+        higher_is_better=higher,
+        samples=samples,
+        reference=reference,
+    )
