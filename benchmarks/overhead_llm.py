@@ -21,7 +21,7 @@ PROMPT = (
 
 #: On a busy machine, single answers differ by more than the bar allows: then up to so many times
 #: `Settings.rounds` are measured, until the median is known well enough.
-_MORE_ROUNDS = 4
+_MORE_ROUNDS = 3
 
 
 def measure_llm(

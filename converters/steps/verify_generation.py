@@ -218,7 +218,7 @@ def _figure(
     )
 
 
-def _gate(is_fine: bool, problem: str) -> None:  # noqa: FBT001
+def _gate(is_fine: bool, problem: str) -> None:
     if not is_fine:
         raise ConversionError(
             f"The converted model is not the same model: {problem}",

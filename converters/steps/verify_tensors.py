@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from nearfar.tensors import NUMPY_OF
 MAX_SAMPLES = 200
 _SYNTHETIC_SAMPLES = 32
 _MAX_FILE_BYTES = 4 << 20
+_MAX_FILES_SEEN = 4000
 #: Gate: a variant that disagrees more often than this is not the same classifier.
 _MIN_TOP1_AGREEMENT = 0.8
 
@@ -40,10 +43,8 @@ def file_samples(input_name: str, spec: HeadTailPreprocessing, *, batch: int) ->
 
 def _varied_files() -> list[Path]:
     by_suffix: dict[str, list[Path]] = {}
-    for root in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}:
-        for file in sorted(Path(root).rglob("*")):
-            if file.is_symlink() or not file.is_file():
-                continue
+    for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for file in itertools.islice(_files_below(Path(root)), _MAX_FILES_SEEN):
             if 64 <= file.stat().st_size <= _MAX_FILE_BYTES:
                 by_suffix.setdefault(file.suffix.lower(), []).append(file)
     picked: list[Path] = []
@@ -55,6 +56,15 @@ def _varied_files() -> list[Path]:
         if len(picked) >= 2 * MAX_SAMPLES:
             break
     return list(dict.fromkeys(picked))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders.sort()
+        for name in sorted(names):
+            file = Path(folder, name)
+            if file.is_file() and not file.is_symlink():
+                yield file
 
 
 def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
@@ -103,9 +113,8 @@ def synthetic_samples(inputs: Sequence[TensorSpec]) -> list[Feeds]:
             dtype = NUMPY_OF[spec.datatype]
             if dtype.kind == "f":
                 feed[spec.name] = generator.standard_normal(shape).astype(dtype)
-            elif dtype.kind == "b":
-                feed[spec.name] = generator.integers(0, 2, shape).astype(dtype)
-            elif dtype.kind in "iu":
+            elif dtype.kind in "biu":
+                # Zero and one are valid as index, flag and count alike.
                 feed[spec.name] = generator.integers(0, 2, shape).astype(dtype)
             else:
                 raise ConversionError(

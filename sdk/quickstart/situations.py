@@ -300,7 +300,7 @@ def _token_rows(client: Any, *, rows: int, length: int) -> dict[str, np.ndarray]
 
 
 def _note_result(seen: Observation, result: Any) -> None:
-    seen.route = " → ".join((*result.route.before, result.route.name))
+    seen.route = str(result.route.path)
     seen.reason = str(result.route.reason)
     seen.bytes_sent = result.bytes_sent
     seen.variant = result.variant

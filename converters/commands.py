@@ -1,0 +1,147 @@
+"""`nearfar convert`: the command line around `converters.pipeline`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class TaskName(str, Enum):
+    """What the model is for."""
+
+    auto = "auto"
+    text_generation = "text-generation"
+    embedding = "embedding"
+    classification = "classification"
+    tensor = "tensor"
+
+
+def convert(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="GGUF file, Hugging Face folder with safetensors, or ONNX file.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the new bundle.", show_default=False)
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bundle. Default: from the source.")
+    ] = None,
+    version: Annotated[str, typer.Option(help="Semantic version of the bundle.")] = "1.0.0",
+    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = TaskName.auto,
+    variants: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated. Default: int4,fp32 for language models, int8,fp32 for "
+            "sentence encoders, the file's own precision for ONNX.",
+            show_default=False,
+        ),
+    ] = "",
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="ONNX: class names, one a line or a JSON list.", show_default=False),
+    ] = None,
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(
+            help="ONNX: how raw input becomes tensors, as JSON or a file with it.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="ONNX: .npz with real inputs to verify with.", show_default=False),
+    ] = None,
+    license_: Annotated[
+        str,
+        typer.Option("--license", help="SPDX expression. Default: what the source states."),
+    ] = "",
+    description: Annotated[str, typer.Option(help="One line about the model.")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle that is already there.")
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure speed and memory on this machine; the router starts from the figures.",
+        ),
+    ] = True,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Keep intermediate files in OUTPUT.work.")
+    ] = False,
+) -> None:
+    """Convert a model into a bundle that edge and cloud can run.
+
+    Every variant is compared with its source on real input, and the figures are written into the
+    bundle's manifest. Nothing is downloaded, and no code that comes with a model is run.
+
+    A chat model, 4 bits for the device and full precision for the cloud:
+
+        nearfar convert SmolLM2-135M-Instruct.Q4_1.gguf -o models/assistant --name assistant
+
+    A sentence encoder (a folder with config.json, model.safetensors, tokenizer.json):
+
+        nearfar convert all-MiniLM-L6-v2/ -o models/minilm --variants int8,fp32
+
+    A classifier that exists as ONNX, with its class names and real inputs to verify with:
+
+        nearfar convert digits.onnx -o models/digits --labels digits.txt --samples digits.npz
+
+    A classifier of raw bytes (a magika model needs no options: its config file is read):
+
+        nearfar convert bytes.onnx -o models/bytes --labels labels.txt --preprocessing
+        '{"kind":"head-tail","head_bytes":1024,"tail_bytes":1024,"block_bytes":4096,"padding_value":256}'
+
+    Then look at it with `nearfar bundle inspect models/assistant`.
+    """
+    from rich.console import Console
+
+    from converters.options import ConversionOptions
+    from converters.pipeline import convert_model
+    from converters.reporting import Reporter
+
+    options = ConversionOptions(
+        name=name,
+        version=version,
+        task=None if task is TaskName.auto else task.value,
+        variants=tuple(part.strip() for part in variants.split(",") if part.strip()),
+        labels=labels,
+        preprocessing=preprocessing,
+        samples=samples,
+        license=license_,
+        description=description,
+        replace=force,
+        measure=measure,
+        keep_work=keep_work,
+    )
+    with _terminate_like_ctrl_c():
+        bundle = convert_model(model, output, options, reporter=Reporter(Console(highlight=False)))
+    typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
+
+
+@contextmanager
+def _terminate_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that partial output is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

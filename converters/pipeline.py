@@ -1,0 +1,121 @@
+"""One conversion from source to bundle."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from converters.options import ConversionOptions
+from converters.recipes.base import Workshop
+from converters.reporting import Reporter
+from converters.sources.base import Source, slug
+from converters.sources.detect import open_source
+from nearfar.bundle import Bundle, BundleWriter
+from nearfar.bundle.manifest import Manifest
+from nearfar.bundle.versions import is_version
+from nearfar.bundle.writer import check_target
+from nearfar.errors import ConversionError, InvalidInput
+from nearfar.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+def convert_model(
+    source_path: Path,
+    bundle_path: Path,
+    options: ConversionOptions | None = None,
+    *,
+    reporter: Reporter | None = None,
+) -> Bundle:
+    """Convert a model into a bundle; at `bundle_path` there is a whole bundle afterwards or none.
+
+    Args:
+        source_path: GGUF file, Hugging Face folder, or ONNX file.
+        bundle_path: Folder to make.
+        options: What to choose differently from the defaults.
+        reporter: Where progress goes; `None` says nothing.
+
+    Returns:
+        The opened bundle.
+
+    Raises:
+        InvalidInput: Name or version are not of the right form.
+        BundleError: `bundle_path` is taken or cannot be written.
+        ConversionError: The source cannot be converted, or a step failed.
+    """
+    options = options or ConversionOptions()
+    reporter = reporter or Reporter()
+    _check_options(options)
+    check_target(bundle_path.absolute(), replace=options.replace)
+    with reporter.step(f"check {source_path.name}") as step:
+        source = open_source(source_path)
+        step.note(source.title)
+    name = options.name or source.default_name
+    with (
+        BundleWriter(bundle_path, replace=options.replace) as writer,
+        _work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
+    ):
+        shop = Workshop(writer=writer, work=work, options=options, reporter=reporter)
+        manifest = _recipe(source, name, shop)
+        with reporter.step("hash and write the bundle") as step:
+            bundle = writer.finish(manifest)
+            step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
+                      f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
+    return bundle
+
+
+def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
+    from converters.recipes import embedding, onnx_model, text_generation
+    from converters.sources.gguf import GgufSource
+    from converters.sources.huggingface import HuggingFaceSource
+    from converters.sources.onnx_file import OnnxSource
+
+    wished = shop.options.task
+    if isinstance(source, OnnxSource):
+        return onnx_model.build(source, name, shop)
+    task = source.task if isinstance(source, HuggingFaceSource) else "text-generation"
+    if wished is not None and wished != task:
+        raise ConversionError(
+            f"{source.path} is a model for {task}, not for {wished}", fix="Leave --task out"
+        )
+    if isinstance(source, HuggingFaceSource) and task == "embedding":
+        return embedding.build(source, name, shop)
+    assert isinstance(source, (GgufSource, HuggingFaceSource))
+    return text_generation.build(source, name, shop)
+
+
+def _check_options(options: ConversionOptions) -> None:
+    if options.name is not None and slug(options.name) != options.name.strip("._-"):
+        raise InvalidInput(
+            f"The name {options.name!r} cannot be a bundle's",
+            field="name",
+            fix=f"Use lower-case letters, digits and '-', such as {slug(options.name)!r}",
+        )
+    if not is_version(options.version):
+        raise InvalidInput(
+            f"{options.version!r} is not a semantic version",
+            field="version",
+            fix="Use a version such as 1.0.0",
+        )
+
+
+@contextmanager
+def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
+    """Folder for intermediate files beside the bundle: they are large, and `/tmp` may be memory."""
+    work = bundle_path.parent / f".{bundle_path.name}.work-{secrets.token_hex(6)}"
+    work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        if keep:
+            kept = bundle_path.parent / f"{bundle_path.name}.work"
+            shutil.rmtree(kept, ignore_errors=True)
+            os.rename(work, kept)
+            logger.info("intermediate files are in %s", kept)
+        else:
+            shutil.rmtree(work, ignore_errors=True)

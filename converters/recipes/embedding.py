@@ -1,0 +1,124 @@
+"""A sentence encoder becomes an ONNX Runtime bundle: ``int8`` (edge) and ``fp32`` (cloud)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.recipes.base import Workshop, summary
+from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
+from converters.sources.onnx_file import io_specs
+from converters.steps.export_encoder import (
+    OUTPUT,
+    export_encoder,
+    read_pooling,
+    sentence_encoder,
+)
+from converters.steps.optimise import slim
+from converters.steps.quantize import quantize_int8
+from converters.steps.verify_embedding import EmbeddingCheck, may_mix
+from nearfar.bundle.manifest import (
+    EngineName,
+    LatencyFigure,
+    Manifest,
+    QualityFigure,
+    TensorSpec,
+    TextPreprocessing,
+)
+
+DEFAULT_VARIANTS = ("int8", "fp32")
+_ENGINE: EngineName = "onnxruntime"
+_TOKENIZER = "tokenizer.json"
+_TOOLS = ("onnx", "onnxruntime", "onnxscript", "onnxslim", "torch", "transformers")
+
+
+def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
+    """Export, optimise, quantize, verify and measure a sentence encoder.
+
+    Raises:
+        ConversionError: A step refused or failed.
+    """
+    ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32"))
+    pooling = read_pooling(source)
+    with shop.reporter.step("load the source") as step:
+        model = load_huggingface(source)
+        tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
+        step.note(f"{type(model).__name__}, {pooling.mode} pooling")
+    encoder = sentence_encoder(model, pooling)
+    preprocessing = TextPreprocessing(
+        tokenizer=_TOKENIZER, max_length_tokens=pooling.max_length_tokens, truncate=True
+    )
+    exported = shop.work / "exported.onnx"
+    with shop.reporter.step("export to ONNX"):
+        export_encoder(encoder, exported, max_length_tokens=pooling.max_length_tokens)
+    full = shop.work / "fp32.onnx"
+    with shop.reporter.step("optimise the graph") as step:
+        if not slim(exported, full):
+            step.note("left as it is")
+            full = exported
+    check = EmbeddingCheck(tokenizer, preprocessing)
+    with shop.reporter.step("run the source on real passages"):
+        truth = check.source_vectors(encoder)
+    del encoder, model
+
+    with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
+        best = check.vectors(full)
+        quality = {"fp32": check.against_source(best, truth, source.label)}
+        step.note(summary(quality["fp32"]))
+    if "int8" in ids:
+        path = shop.writer.file("int8/model.onnx")
+        with shop.reporter.step("quantize to INT8"):
+            quantize_int8(full, path, shop.work)
+        with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
+            reference = "fp32" if "fp32" in ids else source.label
+            quality["int8"] = check.against_reference(check.vectors(path), best, reference)
+            step.note(summary(quality["int8"]))
+    if "fp32" in ids:
+        shop.writer.add(full, "fp32/model.onnx")
+
+    entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
+    latency: dict[str, tuple[LatencyFigure, int]] = {}
+    if shop.options.measure:
+        tokens = int(check.example["input_ids"].size)
+        for variant_id in ids:
+            latency[variant_id] = shop.measure(
+                variant_id, _ENGINE, entries[variant_id], feeds=check.example, input_tokens=tokens
+            )
+    inputs, outputs = io_specs(shop.writer.folder / entries[ids[0]])
+    return Manifest(
+        name=name,
+        version=shop.options.version,
+        task="embedding",
+        description=shop.options.description,
+        license=shop.options.license or source.license,
+        lineage=shop.lineage(source, *_TOOLS),
+        inputs=inputs,
+        outputs=tuple(_with_width(spec, best.shape[1]) for spec in outputs),
+        preprocessing=preprocessing,
+        embedding_output=OUTPUT,
+        mixed_routes=_mixed(ids, quality),
+        variants=shop.variants(
+            ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
+        ),
+    )
+
+
+def _mixed(ids: tuple[str, ...], quality: dict[str, tuple[QualityFigure, ...]]) -> bool:
+    return len(ids) == 1 or may_mix([quality[variant_id] for variant_id in ids])
+
+
+def _with_width(spec: TensorSpec, width: int) -> TensorSpec:
+    # Quantizing can lose the static width; it is known from having run the model.
+    return TensorSpec(name=spec.name, datatype=spec.datatype, shape=(-1, width))
+
+
+def _write_tokenizer(source: HuggingFaceSource, target: Path) -> Path:
+    """``tokenizer.json`` without its own lengths: the manifest says where texts are cut."""
+    tokenizer = load_tokenizer(source.path).backend_tokenizer
+    padding = tokenizer.padding or {}
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    kept = {key: padding[key] for key in ("pad_id", "pad_token", "pad_type_id") if key in padding}
+    if kept:
+        tokenizer.enable_padding(**kept)
+    tokenizer.save(str(target), pretty=False)
+    return target

@@ -1,0 +1,280 @@
+"""An ONNX file becomes an ONNX Runtime bundle: a classifier with labels, or plain tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from converters.recipes.base import Workshop, summary
+from converters.sources.huggingface import read_json
+from converters.sources.onnx_file import OnnxSource
+from converters.steps.optimise import slim
+from converters.steps.quantize import quantize_int8
+from converters.steps.verify_tensors import (
+    Feeds,
+    file_samples,
+    stored_samples,
+    synthetic_samples,
+    verify_tensors,
+)
+from nearfar.bundle.manifest import (
+    EngineName,
+    HeadTailPreprocessing,
+    LatencyFigure,
+    Manifest,
+    Preprocessing,
+    QualityFigure,
+    Task,
+    TensorSpec,
+    TextPreprocessing,
+)
+from nearfar.errors import ConversionError
+
+_ENGINE: EngineName = "onnxruntime"
+_TOOLS = ("onnx", "onnxruntime", "onnxslim")
+#: How magika's published models describe their input and output, beside the model.
+_MAGIKA_CONFIG = "config.min.json"
+#: An optimised graph may differ from its source by float rounding only.
+_MAX_OPTIMISE_ERROR = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What goes into a model and what its outputs mean."""
+
+    task: Task
+    labels: tuple[str, ...] = ()
+    label_output: str | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
+    """Optimise, quantize if wished, verify and measure an ONNX model.
+
+    Raises:
+        ConversionError: A step refused or failed.
+    """
+    own = source.precision
+    possible = (own, "int8") if own == "fp32" else (own,)
+    ids = shop.variant_ids((own,), possible)
+    meaning = _meaning(source, shop)
+    samples, kind = _samples(source, meaning, shop)
+    full = _optimised(source, samples, shop)
+    entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
+    paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
+    if own in ids:
+        if full is None:
+            _copy(source, paths[own])
+        else:
+            shutil.copyfile(full, paths[own])
+    if "int8" in ids and own != "int8":
+        with shop.reporter.step("quantize to INT8"):
+            quantize_int8(full or source.path, paths["int8"], shop.work)
+    quality: dict[str, tuple[QualityFigure, ...]]
+    with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
+        quality = verify_tensors(
+            source.path,
+            paths,
+            samples,
+            source_name=source.label,
+            label_output=meaning.label_output,
+        )
+        step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
+    latency: dict[str, tuple[LatencyFigure, int]] = {}
+    if shop.options.measure:
+        for variant_id in ids:
+            latency[variant_id] = shop.measure(
+                variant_id, _ENGINE, entries[variant_id], feeds=samples[0]
+            )
+    return Manifest(
+        name=name,
+        version=shop.options.version,
+        task=meaning.task,
+        description=shop.options.description,
+        license=shop.options.license or source.license,
+        lineage=shop.lineage(source, *_TOOLS),
+        inputs=source.inputs,
+        outputs=source.outputs,
+        preprocessing=meaning.preprocessing,
+        labels=meaning.labels,
+        label_output=meaning.label_output,
+        variants=shop.variants(
+            ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
+        ),
+    )
+
+
+def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
+    options = shop.options
+    labels: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+    magika = source.path.parent / _MAGIKA_CONFIG
+    if magika.is_file():
+        labels, preprocessing = _read_magika(magika)
+    if options.labels is not None:
+        labels = _read_labels(options.labels)
+    if options.preprocessing is not None:
+        preprocessing = _read_preprocessing(options.preprocessing, source, shop)
+    task = options.task or ("classification" if labels else "tensor")
+    if task not in ("classification", "tensor"):
+        raise ConversionError(
+            f"An ONNX file cannot be converted for the task {task!r}",
+            fix="Convert the model's Hugging Face folder, or use --task tensor",
+        )
+    if isinstance(preprocessing, HeadTailPreprocessing):
+        _check_head_tail(source, preprocessing)
+    if task == "tensor":
+        return Meaning(task=task, preprocessing=preprocessing)
+    output = source.outputs[0]
+    width = output.shape[-1] if output.shape else 1
+    if labels and width not in (-1, len(labels)):
+        raise ConversionError(
+            f"There are {len(labels)} labels, but output {output.name!r} has {width} scores",
+            fix="Give one label for each score, in the model's order",
+        )
+    return Meaning(task=task, labels=labels, label_output=output.name, preprocessing=preprocessing)
+
+
+def _read_magika(path: Path) -> tuple[tuple[str, ...], HeadTailPreprocessing]:
+    config = read_json(path)
+    if config.get("mid_size") or config.get("use_inputs_at_offsets"):
+        raise ConversionError(
+            f"{path} asks for more than the ends of a file (mid_size, use_inputs_at_offsets)",
+            fix="Use a model of magika's standard_v3 series",
+        )
+    try:
+        spec = HeadTailPreprocessing(
+            head_bytes=int(config["beg_size"]),
+            tail_bytes=int(config["end_size"]),
+            block_bytes=int(config["block_size"]),
+            padding_value=int(config["padding_token"]),
+            min_bytes=int(config.get("min_file_size_for_dl", 0)),
+        )
+        labels = tuple(str(label) for label in config["target_labels_space"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ConversionError(
+            f"{path} does not describe a magika model ({exc!r})",
+            fix="Remove the file, and give --labels and --preprocessing instead",
+        ) from exc
+    return labels, spec
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        stored = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as exc:
+        raise ConversionError(
+            f"Labels cannot be read from {path} ({exc})",
+            fix="Give a UTF-8 text file with one label a line, or a JSON list",
+        ) from exc
+    if not isinstance(stored, list) or not all(isinstance(label, str) for label in stored):
+        raise ConversionError(f"{path} is not a list of labels", fix="Give a JSON list of strings")
+    labels = tuple(label.strip() for label in stored if label.strip())
+    if not labels:
+        raise ConversionError(f"{path} holds no labels", fix="Give one label a line")
+    return labels
+
+
+def _read_preprocessing(stated: str, source: OnnxSource, shop: Workshop) -> Preprocessing:
+    text = stated
+    if not stated.lstrip().startswith("{"):
+        try:
+            text = Path(stated).read_text(encoding="utf-8")
+        except (OSError, ValueError) as exc:
+            raise ConversionError(
+                f"--preprocessing is neither JSON nor a readable file: {stated!r} ({exc})",
+                fix="See `nearfar convert --help` for an example",
+            ) from exc
+    try:
+        spec: Preprocessing = msgspec.json.decode(text, type=Preprocessing)  # type: ignore[arg-type]
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise ConversionError(
+            f"--preprocessing does not fit: {exc}", fix="See docs/reference/bundle.md"
+        ) from exc
+    if isinstance(spec, TextPreprocessing):
+        tokenizer = source.path.parent / spec.tokenizer
+        if not tokenizer.is_file():
+            raise ConversionError(
+                f"--preprocessing names {spec.tokenizer!r}, which is not beside the model",
+                fix="Copy tokenizer.json into the model's folder",
+            )
+        shop.writer.add(tokenizer, spec.tokenizer)
+    return spec
+
+
+def _check_head_tail(source: OnnxSource, spec: HeadTailPreprocessing) -> None:
+    width = spec.head_bytes + spec.tail_bytes
+    tensor = source.inputs[0]
+    fits = len(source.inputs) == 1 and len(tensor.shape) == 2 and tensor.shape[1] in (-1, width)
+    if not fits or tensor.datatype != "INT32":
+        raise ConversionError(
+            f"Head-tail preprocessing gives INT32 rows of {width}; the model takes "
+            f"{', '.join(f'{s.name} {s.datatype}{list(s.shape)}' for s in source.inputs)}",
+            fix="Correct head_bytes and tail_bytes, or use another preprocessing",
+        )
+
+
+def _samples(source: OnnxSource, meaning: Meaning, shop: Workshop) -> tuple[list[Feeds], str]:
+    if shop.options.samples is not None:
+        return stored_samples(shop.options.samples, source.inputs), "samples"
+    spec = meaning.preprocessing
+    if isinstance(spec, HeadTailPreprocessing):
+        batch = max(1, source.inputs[0].shape[0])
+        return file_samples(source.inputs[0].name, spec, batch=batch), "real files"
+    if isinstance(spec, TextPreprocessing):
+        return _text_samples(shop.writer.folder / spec.tokenizer, spec), "real passages"
+    return synthetic_samples(source.inputs), "synthetic inputs (real ones: --samples)"
+
+
+def _text_samples(tokenizer: Path, spec: TextPreprocessing) -> list[Feeds]:
+    from converters import texts
+    from nearfar.processing.text import TextEncoder
+
+    encode = TextEncoder(tokenizer, spec)
+    return [encode([passage]) for passage in texts.passages(64)]
+
+
+def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path | None:
+    """A smaller graph that computes the same, or `None` to take the source's own files."""
+    if source.external_files:
+        return None  # two gigabytes and more: nothing to gain from rewriting them
+    target = shop.work / "optimised.onnx"
+    with shop.reporter.step("optimise the graph") as step:
+        if not slim(source.path, target):
+            step.note("left as it is")
+            return None
+        try:
+            figures = verify_tensors(
+                source.path, {"optimised": target}, samples[:8],
+                source_name="source", label_output=None,
+            )["optimised"]  # fmt: skip
+        except ConversionError:
+            figures = ()
+        if not figures or figures[0].value > _MAX_OPTIMISE_ERROR or not _same_io(source, target):
+            step.note("left as it is: the optimised graph differs")
+            return None
+    return target
+
+
+def _same_io(source: OnnxSource, target: Path) -> bool:
+    from converters.sources.onnx_file import io_specs
+
+    def names(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str]]:
+        return [(spec.name, spec.datatype) for spec in specs]
+
+    inputs, outputs = io_specs(target)
+    return names(inputs) == names(source.inputs) and names(outputs) == names(source.outputs)
+
+
+def _copy(source: OnnxSource, target: Path) -> None:
+    shutil.copyfile(source.path, target)
+    folder = source.path.resolve().parent
+    for file in source.external_files:
+        place = target.parent / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)

@@ -1,0 +1,115 @@
+"""A language model becomes an onnxruntime-genai bundle: ``int4`` (edge) and ``fp32`` (cloud)."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from converters.recipes.base import Workshop, summary
+from converters.sources.base import Source
+from converters.sources.gguf import GgufSource, load_gguf
+from converters.sources.huggingface import (
+    HuggingFaceSource,
+    load_huggingface,
+    load_tokenizer,
+    read_json,
+)
+from converters.steps.genai_build import PRECISIONS, build_genai
+from converters.steps.verify_generation import (
+    SourceLogits,
+    source_logits,
+    verify_generation,
+    windows,
+)
+from nearfar.bundle.manifest import EngineName, LatencyFigure, Manifest
+from nearfar.errors import ConversionError
+from nearfar.units import format_bytes
+
+DEFAULT_VARIANTS = ("int4", "fp32")
+_ENGINE: EngineName = "onnxruntime-genai"
+_TOOLS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "gguf")
+#: A prompt of usual length for timing the first token.
+_TIMED_PROMPT_TOKENS = 64
+
+
+def build(source: Source, name: str, shop: Workshop) -> Manifest:
+    """Export, quantize, verify and measure a language model.
+
+    Raises:
+        ConversionError: A step refused or failed.
+    """
+    ids = shop.variant_ids(DEFAULT_VARIANTS, tuple(PRECISIONS))
+    with shop.reporter.step("load the source") as step:
+        model, tokenizer = _load(source)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        step.note(f"{type(model).__name__}, {parameters / 1e6:.0f} M parameters")
+    folder = shop.work / "hf"
+    with shop.reporter.step("write safetensors"):
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    with shop.reporter.step("run the source on real text"):
+        token_windows = windows(folder / "tokenizer.json", int(model.config.vocab_size))
+        truth = source_logits(model, token_windows, source.label)
+    # The builder's processes need the memory.
+    del model, tokenizer
+    gc.collect()
+
+    targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
+    with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
+        build_genai(folder, targets, shop.work)
+        step.note(", ".join(f"{key} {format_bytes(_size(path))}" for key, path in targets.items()))
+    quality = _verify(shop, targets, token_windows, truth)
+    latency: dict[str, tuple[LatencyFigure, int]] = {}
+    if shop.options.measure:
+        prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
+        for variant_id in ids:
+            latency[variant_id] = shop.measure(
+                variant_id, _ENGINE, variant_id, prompt_tokens=prompt
+            )
+    return Manifest(
+        name=name,
+        version=shop.options.version,
+        task="text-generation",
+        description=shop.options.description,
+        license=shop.options.license or source.license,
+        lineage=shop.lineage(source, *_TOOLS),
+        context_length_tokens=_context_length(targets[ids[0]]),
+        variants=shop.variants(
+            ids,
+            engine=_ENGINE,
+            entries={variant_id: variant_id for variant_id in ids},
+            quality=quality,
+            latency=latency,
+        ),
+    )
+
+
+def _load(source: Source) -> tuple[Any, Any]:
+    if isinstance(source, GgufSource):
+        return load_gguf(source)
+    assert isinstance(source, HuggingFaceSource)
+    return load_huggingface(source), load_tokenizer(source.path)
+
+
+def _verify(
+    shop: Workshop, targets: dict[str, Path], token_windows: Any, truth: SourceLogits
+) -> dict[str, Any]:
+    with shop.reporter.step(f"verify on {token_windows.size} tokens of English text") as step:
+        quality = verify_generation(targets, token_windows, truth)
+        step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
+    return quality
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _context_length(folder: Path) -> int:
+    length = read_json(folder / "genai_config.json").get("model", {}).get("context_length")
+    if not isinstance(length, int) or length < 1:
+        raise ConversionError(
+            "The model does not say how long its context is",
+            fix="Set max_position_embeddings in its config.json",
+        )
+    return length
