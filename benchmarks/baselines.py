@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,9 @@ class GenaiLoop:
                     json.dumps({"model": {"decoder": {"session_options": session_options}}})
                 )
             self._model = og.Model(config)
-            self._tokenizer = og.Tokenizer(self._model)
         except RuntimeError as exc:
             raise EngineError(f"onnxruntime-genai cannot open {folder}: {exc}") from exc
+        self._encode, self._new_stream = _tokenizer(og, self._model, folder)
         self._og = og
 
     def generate(self, prompt: str, *, tokens: int) -> TimedAnswer:
@@ -84,17 +84,17 @@ class GenaiLoop:
             tokens: Upper bound of the answer.
         """
         started_s = time.perf_counter()
-        prompt_ids = self._tokenizer.encode(prompt)
+        prompt_ids = self._encode(prompt)
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=len(prompt_ids) + tokens, do_sample=False)
         generator = self._og.Generator(self._model, params)
         generator.append_tokens(prompt_ids)
-        stream = self._tokenizer.create_stream()
+        decode = self._new_stream()
         pieces: list[str] = []
         first_s: float | None = None
         while not generator.is_done():
             generator.generate_next_token()
-            pieces.append(stream.decode(generator.get_next_tokens()[0]))
+            pieces.append(decode(int(generator.get_next_tokens()[0])) or "")
             if first_s is None:
                 first_s = time.perf_counter()
         ended_s = time.perf_counter()
@@ -105,6 +105,29 @@ class GenaiLoop:
             ttft_s=(first_s or ended_s) - started_s,
             total_s=ended_s - started_s,
         )
+
+
+def _tokenizer(
+    og: Any, model: Any, folder: Path
+) -> tuple[Callable[[str], Any], Callable[[], Callable[[int], str | None]]]:
+    """The library's own tokenizer; where it cannot read the file, `tokenizers`.
+
+    onnxruntime-genai 0.11, the last one for Python 3.10, refuses files of transformers 5.
+    """
+    try:
+        own = og.Tokenizer(model)
+    except RuntimeError:
+        from tokenizers import Tokenizer
+        from tokenizers.decoders import DecodeStream
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+        def new_stream() -> Callable[[int], str | None]:
+            stream = DecodeStream(skip_special_tokens=True)
+            return lambda token: stream.step(tokenizer, token)
+
+        return lambda text: tokenizer.encode(text).ids, new_stream
+    return own.encode, lambda: own.create_stream().decode
 
 
 class OnnxCall:

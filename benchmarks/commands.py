@@ -1,4 +1,4 @@
-"""`nearfar bench`: measure, and compare with the bars."""
+"""`nearfar bench`: measure the performance that is promised, on your own machine."""
 
 from __future__ import annotations
 
@@ -8,45 +8,68 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Measure nearfar on this machine, and check the bars it must hold.",
+    help="Measure nearfar against the obvious baseline, on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Models = Annotated[
+#: Options that every benchmark takes.
+JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--models",
-        help="Store of bundles, such as .nearfar/models of the quickstart. "
-        "Without it only importing is measured.",
+        "--json",
+        metavar="FILE",
+        help="Write bars, figures, versions and machine to a file.",
         show_default=False,
     ),
 ]
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", help="Write raw figures, versions and machine there.", show_default=False
-    ),
-]
 Check = Annotated[
-    bool, typer.Option("--check", help="Exit with status 1 when a bar falls short, naming it.")
+    bool,
+    typer.Option("--check", help="Say in one line which bar falls short; exit status 1 if any."),
 ]
+Seed = Annotated[int, typer.Option(help="The order of the sides is drawn from it.")]
 
 
 @app.callback()
-def _bench() -> None:
-    """Makes Typer keep the subcommand's name while there is only one."""
+def bench() -> None:
+    """Measure nearfar against the obvious baseline, on this machine."""
+    # A callback makes Typer keep the subcommand's name while there is only one.
 
 
 @app.command()
-def overhead(models: Models = None, json: Json = None, check: Check = False) -> None:
-    """What nearfar adds to bare onnxruntime, onnxruntime-genai and Python."""
-    from rich.console import Console
+def overhead(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    tokens: Annotated[int, typer.Option(min=8, max=512, help="Length of each LLM answer.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=2, max=1000, help="How often each side is measured.")
+    ] = 12,
+    threads: Annotated[
+        int,
+        typer.Option(min=0, max=256, help="Compute threads of both sides; 0: one per core."),
+    ] = 0,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """What nearfar adds to bare ONNX Runtime, and what `import sdk` costs.
 
-    from benchmarks.harness import finish
+    Three comparisons on the same files in the same run, interleaved: a streamed LLM answer with a
+    bare onnxruntime-genai loop; `infer`, `classify` and `embed` with a bare ONNX Runtime call; and
+    `import sdk` with a bare Python.
+    """
+    from benchmarks import harness
     from benchmarks.overhead import measure
+    from benchmarks.subjects import Settings
 
-    with Console(stderr=True).status("") as status:
-        report = measure(models, say=status.update)
-    finish(report, json_path=json, check=check)
+    harness.check_json_path(json_file)
+    settings = Settings(models=models, tokens=tokens, rounds=rounds, threads=threads, seed=seed)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
+__all__ = ["app"]

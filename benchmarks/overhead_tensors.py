@@ -28,7 +28,10 @@ from benchmarks.harness import (
     quantile,
 )
 from benchmarks.subjects import Begin, Part, Settings, Subject
+from edge_runtime import EdgeRuntime
+from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import HeadTailPreprocessing, TextPreprocessing
+from nearfar.engines.base import SessionOptions
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.tensors import NUMPY_OF
 from sdk import Client
@@ -93,7 +96,11 @@ def measure_tensors(
     """Both views, for `infer` and for what an app calls on this model."""
     name = subject.name
     feeds, whole = _input(client, subject)
-    with RunClock() as inside:
+    options = SessionOptions(threads=settings.threads)
+    with (
+        RunClock() as inside,
+        EdgeRuntime(BundleStore(settings.models), options=options) as runtime,
+    ):
         result = client.infer(name, feeds)
         bare, control = (
             OnnxCall(
@@ -109,6 +116,7 @@ def measure_tensors(
         sides = {
             "bare": Blocks(lambda: bare.run(feeds), calls=calls, inside=inside),
             "control": Blocks(lambda: control.run(feeds), calls=calls, inside=inside),
+            "runtime": Blocks(lambda: runtime.infer(name, feeds), calls=calls, inside=inside),
             "infer": Blocks(lambda: client.infer(name, feeds), calls=calls, inside=inside),
             method: Blocks(whole, calls=calls, inside=inside),
         }
@@ -129,6 +137,7 @@ def measure_tensors(
         (infer.bar(MAX_INFER_ADDED_US, "at_most"), surely_added(interleaved)),
         (
             infer,
+            inside_view("runtime", " (without the client)"),
             inside_view(method, " (with preprocessing)"),
             interleaved,
             Figure.of_rounds(f"{name}: control, bare − bare, interleaved", "µs", apart("control")),

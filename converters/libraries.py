@@ -13,13 +13,14 @@ from typing import Any
 
 from nearfar.errors import ConversionError
 
-#: What conversions must never do: fetch something, or run code that a model brings along.
+#: Conversions fetch nothing, and their progress is reported by themselves.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
 }
 
 

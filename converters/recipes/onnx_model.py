@@ -191,7 +191,7 @@ def _read_preprocessing(stated: str, source: OnnxSource, shop: Workshop) -> Prep
                 fix="See `nearfar convert --help` for an example",
             ) from exc
     try:
-        spec: Preprocessing = msgspec.json.decode(text, type=Preprocessing)  # type: ignore[arg-type]
+        spec: Preprocessing = msgspec.json.decode(text, type=Preprocessing)
     except (msgspec.DecodeError, RecursionError) as exc:
         raise ConversionError(
             f"--preprocessing does not fit: {exc}", fix="See docs/reference/bundle.md"

@@ -6,6 +6,7 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any
 from converters.libraries import load, quiet
 from converters.sources.base import Source, find_wheel, spdx
 from nearfar.errors import ConversionError
+
+#: How file names end by convention, such as ``.Q4_K_M`` or ``-F16``.
+_QUANTIZATION = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32|MXFP4)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +62,10 @@ def open_gguf(path: Path) -> GgufSource:
             fix="Give the GGUF file of the language model itself",
         )
     wheel = find_wheel(path)
-    title = " ".join(
-        part
-        for part in (_text(reader, "general.name"), _text(reader, "general.size_label"))
-        if part
-    )
     return GgufSource(
         path=path,
-        title=title if len(title) > len(path.stem) else path.stem.partition(".")[0],
+        # `general.name` is often a training run's; the file's name is what people call the model.
+        title=_QUANTIZATION.sub("", path.stem),
         license=spdx(_text(reader, "general.license")) or (wheel.license if wheel else ""),
         architecture=architecture,
         reader=reader,

@@ -35,14 +35,14 @@ def quantize_int8(source: Path, target: Path, work: Path) -> None:
                 weight_type=quantization.QuantType.QInt8,
             )
             model = onnx.load(str(tables))
-            before = len(model.graph.node)
-            quantizer = nbits.MatMulNBitsQuantizer(
-                model,
+            settings = nbits.DefaultWeightOnlyQuantConfig(
                 bits=8,
                 block_size=_BLOCK_SIZE,
                 is_symmetric=True,
                 accuracy_level=_ACCURACY_LEVEL_INT8,
+                op_types_to_quantize=("MatMul",),
             )
+            quantizer = nbits.MatMulNBitsQuantizer(model, algo_config=settings)
             quantizer.process()
             quantizer.model.save_model_to_file(str(target))
             kinds = {node.op_type for node in onnx.load(str(target)).graph.node}
@@ -53,7 +53,7 @@ def quantize_int8(source: Path, target: Path, work: Path) -> None:
         ) from exc
     finally:
         tables.unlink(missing_ok=True)
-    if before and not kinds & {"MatMulNBits", "DequantizeLinear"}:
+    if not kinds & {"MatMulNBits", "DequantizeLinear"}:
         raise ConversionError(
             "The model has no matrix product or table with constant weights to quantize",
             fix="Leave the int8 variant out: --variants fp32",

@@ -54,10 +54,12 @@ class Slot:
 
     __slots__ = ("_expected_s", "_gate", "_started_s", "queue_s")
 
-    def __init__(self, gate: SlotGate, expected_s: float | None, queue_s: float) -> None:
+    def __init__(
+        self, gate: SlotGate, expected_s: float | None, started_s: float, queue_s: float
+    ) -> None:
         self._gate = gate
         self._expected_s = expected_s
-        self._started_s = time.monotonic()
+        self._started_s = started_s
         self.queue_s = queue_s
 
     def release(self) -> None:
@@ -141,8 +143,12 @@ class SlotGate:
                     f"{self._subject} has been closed", fix="Open the runtime or client again"
                 )
             if len(self._running) < self._slots and not self._waiting:
-                deadline.check()
-                return self._grant(expected_s, 0.0)
+                started_s = time.monotonic()
+                if started_s >= deadline.at_s:
+                    deadline.check()
+                slot = Slot(self, expected_s, started_s, 0.0)
+                self._running[slot] = None
+                return slot
             if len(self._waiting) >= self._max_waiting:
                 raise Overloaded(
                     f"{self._subject} has {len(self._running)} calls running and "
@@ -170,14 +176,9 @@ class SlotGate:
             self._waiting.clear()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing runs; says whether that came in time."""
+        """After `close`: wait until nothing runs; says whether that came in time."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._running, timeout_s)
-
-    def _grant(self, expected_s: float | None, queue_s: float) -> Slot:
-        slot = Slot(self, expected_s, queue_s)
-        self._running[slot] = None
-        return slot
 
     def _wait(self, waiter: _Waiter, cancel: CancelToken | None) -> Slot:
         try:
@@ -223,9 +224,11 @@ class SlotGate:
                 waiter = self._waiting.popleft()
                 # Expired ones find out by themselves; giving them a slot would waste it.
                 if now_s < waiter.deadline.at_s:
-                    waiter.granted = self._grant(waiter.expected_s, now_s - waiter.since_s)
+                    slot = Slot(self, waiter.expected_s, now_s, now_s - waiter.since_s)
+                    self._running[slot] = None
+                    waiter.granted = slot
                     waiter.wake.set()
-            if not self._running:
+            if self._is_closed and not self._running:
                 self._idle.notify_all()
 
     def _expected_wait_s(self) -> float:
