@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from nearfar.bundle.manifest import Manifest
+from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
 from nearfar.errors import (
     Cancelled,
     CloudUnavailable,
@@ -211,16 +211,27 @@ class Knowledge:
         return offer
 
     def size(self, request: Request) -> RequestSize:
-        """The request's size with what would come back, which follows from the output shapes."""
+        """The request's size with what only a manifest knows: what comes back, and how many
+        elements a model makes of byte strings, however long they are."""
+        size = request.size
+        if request.method == "generate":
+            return size
         offer = self.offer(request)
-        if offer is None or request.method == "generate":
-            return request.size
-        manifest = offer.manifest
-        key = (manifest.name, manifest.version)
-        per_row = self._row_bytes.get(key)
-        if per_row is None:
-            per_row = self._row_bytes[key] = _bytes_per_row(manifest)
-        return msgspec.structs.replace(request.size, download_bytes=per_row * request.rows)
+        if offer is not None:
+            manifest = offer.manifest
+            key = (manifest.name, manifest.version)
+            per_row = self._row_bytes.get(key)
+            if per_row is None:
+                per_row = self._row_bytes[key] = _bytes_per_row(manifest)
+            size = msgspec.structs.replace(size, download_bytes=per_row * request.rows)
+        if not size.input_elements:
+            known = self.edge_model(request)
+            manifest_here = known.manifest if known is not None else offer and offer.manifest
+            features = manifest_here and manifest_here.preprocessing
+            if isinstance(features, HeadTailPreprocessing):
+                width = features.head_bytes + features.tail_bytes
+                size = msgspec.structs.replace(size, input_elements=width * request.rows)
+        return size
 
     def learn(self, request: Request, route: RouteName, answer: Answer) -> None:
         self.observe(

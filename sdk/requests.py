@@ -115,7 +115,7 @@ def tensor_size(feeds: Mapping[str, np.ndarray]) -> RequestSize:
     Raises:
         InvalidInput: Something among them is no array.
     """
-    size_bytes = 0
+    size_bytes = elements = 0
     for name, array in feeds.items():
         if not isinstance(array, np.ndarray):
             raise InvalidInput(
@@ -124,13 +124,21 @@ def tensor_size(feeds: Mapping[str, np.ndarray]) -> RequestSize:
                 fix="Give numpy arrays: numpy.asarray(…, dtype=…)",
             )
         size_bytes += array.nbytes
-    return RequestSize(upload_bytes=size_bytes)
+        elements = max(elements, array.size)
+    return RequestSize(upload_bytes=size_bytes, input_elements=elements)
 
 
 def items_size(items: Sequence[str | bytes]) -> RequestSize:
-    """Size of a request of texts or byte strings."""
-    size_bytes = sum(len(item) for item in items)
-    return RequestSize(input_tokens=size_bytes // _BYTES_PER_TOKEN, upload_bytes=size_bytes)
+    """Size of a request of texts or byte strings.
+
+    How many elements a model makes of byte strings only its manifest says.
+    """
+    lengths = [len(item) for item in items]
+    elements = 0
+    if items and isinstance(items[0], str):
+        # A batch is as wide as its longest text.
+        elements = len(lengths) * (1 + max(lengths) // _BYTES_PER_TOKEN)
+    return RequestSize(upload_bytes=sum(lengths), input_elements=elements)
 
 
 def prompt_size(prompt: Prompt, options: GenerationOptions) -> RequestSize:

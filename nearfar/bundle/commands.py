@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from nearfar.bundle import Bundle, Manifest, Variant
 
@@ -75,7 +76,6 @@ def verify(path: BundlePath) -> None:
 
 def _facts_table(bundle: Bundle) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     from nearfar.units import format_bytes
 
@@ -83,7 +83,7 @@ def _facts_table(bundle: Bundle) -> Table:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim")
     facts.add_column()
-    facts.add_row("model", Text(f"{manifest.name} {manifest.version}", style="bold"))
+    facts.add_row("model", _text(f"{manifest.name} {manifest.version}", style="bold"))
     facts.add_row("task", manifest.task)
     for label, value in (
         ("about", manifest.description),
@@ -99,8 +99,7 @@ def _facts_table(bundle: Bundle) -> Table:
         ),
     ):
         if value:
-            # `Text`, because a manifest is foreign text and may contain console markup.
-            facts.add_row(label, Text(value))
+            facts.add_row(label, _text(value))
     facts.add_row("size", format_bytes(bundle.size_bytes()))
     return facts
 
@@ -111,7 +110,6 @@ def _tensor(name: str, datatype: str, shape: tuple[int, ...]) -> str:
 
 def _variants_table(manifest: Manifest) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     from nearfar.units import format_bytes, format_ms
 
@@ -122,7 +120,7 @@ def _variants_table(manifest: Manifest) -> Table:
         )
     for variant in _best_first(manifest):
         row = (
-            Text(variant.id, style="bold"),
+            _text(variant.id, style="bold"),
             format_bytes(variant.size_bytes),
             " > ".join(variant.placement),
             variant.engine,
@@ -136,19 +134,18 @@ def _variants_table(manifest: Manifest) -> Table:
             )
         for figure in variant.latency[1:]:
             table.add_row(
-                "", "", "", Text(figure.execution_provider, style="dim"),
+                "", "", "", _text(figure.execution_provider, style="dim"),
                 format_ms(figure.p50_ms), format_ms(figure.p99_ms), format_ms(figure.ms_per_token),
             )  # fmt: skip
     machines = {figure.machine for variant in manifest.variants for figure in variant.latency}
     if machines:
-        table.caption = "speed measured on " + "; ".join(sorted(machines))
+        table.caption = _text("speed measured on " + "; ".join(sorted(machines)))
         table.caption_justify = "left"
     return table
 
 
 def _quality_table(manifest: Manifest) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(title="quality", title_justify="left", title_style="bold", box=None)
     for column in ("", "metric", "value", "better", "compared with", "samples"):
@@ -157,17 +154,24 @@ def _quality_table(manifest: Manifest) -> Table:
         name = variant.id
         for figure in variant.quality:
             table.add_row(
-                Text(name, style="bold"),
-                Text(figure.metric),
+                _text(name, style="bold"),
+                _text(figure.metric),
                 f"{figure.value:.5g}",
                 "higher" if figure.higher_is_better else "lower",
-                Text(figure.reference),
+                _text(figure.reference),
                 str(figure.samples),
             )
             name = ""
         if not variant.quality:
-            table.add_row(Text(name, style="bold"), "not measured")
+            table.add_row(_text(name, style="bold"), "not measured")
     return table
+
+
+def _text(foreign: str, style: str = "") -> Text:
+    """Text of a manifest, which may come from anyone: no markup, no terminal control codes."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in foreign), style=style)
 
 
 def _best_first(manifest: Manifest) -> list[Variant]:

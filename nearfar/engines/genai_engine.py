@@ -127,15 +127,19 @@ class GenaiEngine:
         generator = None
         try:
             generator = og.Generator(model, self._parameters(model, len(tokens), options))
-            _prefill(generator, tokens[:-1] if seam.can_heal else tokens, cancel)
-            if seam.can_heal and not cancel.is_cancelled:
-                token, rest = seam.heal(generator.get_logits())
+            _prefill(generator, seam.before, cancel)
+            chosen: list[int] = []
+            rest = ""
+            while len(chosen) < len(seam.tail) and not rest and not cancel.is_cancelled:
+                token, rest = seam.choose(len(chosen), generator.get_logits())
                 generator.append_tokens([token])
-                text = seam.stream(token)
-                if rest:
-                    piece, is_stopped = stops.feed(rest)
-                    yield GenerationChunk(index=0, text=piece)
-                    count = 1
+                chosen.append(token)
+            if chosen:
+                text = seam.stream(chosen)
+            if rest:
+                piece, is_stopped = stops.feed(rest)
+                yield GenerationChunk(index=0, text=piece)
+                count = 1
             while count < options.max_new_tokens and not is_stopped:
                 if cancel.is_cancelled:
                     finish_reason = "cancelled"

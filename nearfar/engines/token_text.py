@@ -10,6 +10,9 @@ from tokenizers.decoders import DecodeStream
 #: the space that some tokenizers put into the following token.
 _CONTEXT_TOKENS = 8
 
+#: Longest word end that is asked about: one forward pass of the model for each token.
+_MAX_TAIL_TOKENS = 4
+
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -45,11 +48,12 @@ class TextStream:
 
 
 class Seam:
-    """The last token of an answer that another engine began.
+    """The last word of an answer that another engine began.
 
-    An answer may have been cut inside what would be one token: "The cap" or "The capital of " (the
-    space belongs to the next word's token). After such a token models derail. So the engine first
-    asks the model what it would put there; if that begins with the same text, it takes the place.
+    An answer may have been cut inside what would be one token: "The capi", or "The capital of "
+    (the space belongs to the next word's token). After such an end models derail. So the engine
+    takes the last word's tokens one by one, and each time asks the model what it would put there;
+    if that is the rest of the answer and more, it takes the place of that rest.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -57,38 +61,44 @@ class Seam:
         answer: The answer so far, as text.
 
     Attributes:
-        token: The last token.
-        can_heal: Whether its text is whole and lies within the answer.
+        before: Tokens before the seam.
+        tail: The last word's tokens; empty when there is nothing to ask about.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[int], answer: str) -> None:
         self._tokenizer = tokenizer
-        self._before = tokens[:-1]
-        self.token = tokens[-1]
-        self._text = TextStream(tokenizer, self._before).step(self.token)
-        self.can_heal = (
-            bool(self._before)
-            and bool(self._text)
-            and _INCOMPLETE not in self._text
-            and answer.endswith(self._text)
-        )
+        self._pieces: list[str] = []
+        for count in range(1, min(_MAX_TAIL_TOKENS, len(tokens) - 1) + 1):
+            stream = TextStream(tokenizer, tokens[:-count])
+            pieces = [stream.step(token) for token in tokens[-count:]]
+            text = "".join(pieces)
+            # Whole characters only, and none of the prompt's.
+            if not all(pieces) or _INCOMPLETE in text or not answer.endswith(text):
+                break
+            self._pieces = pieces
+            if text[0].isspace():
+                break
+        cut = len(tokens) - len(self._pieces)
+        self.before, self.tail = tokens[:cut], tokens[cut:]
 
-    def heal(self, logits: np.ndarray) -> tuple[int, str]:
-        """Choose what stands in place of the last token.
+    def choose(self, position: int, logits: np.ndarray) -> tuple[int, str]:
+        """What stands at a position of the tail.
 
         Args:
-            logits: The model's, after everything before the last token; any shape that ends in the
-                vocabulary's axis.
+            position: Index into `tail`; everything before it stands as it was.
+            logits: The model's for this position; any shape that ends in the vocabulary's axis.
 
         Returns:
-            The token, and the text by which it is longer than what was there.
+            The token, and what it adds to the answer. When that is not empty, the token stands for
+            the whole rest of the tail.
         """
         token = int(np.argmax(logits.reshape(-1, logits.shape[-1])[-1]))
-        text = TextStream(self._tokenizer, self._before).step(token)
-        if token != self.token and text.startswith(self._text) and _INCOMPLETE not in text:
-            return token, text[len(self._text) :]
-        return self.token, ""
+        text = self.stream(self.tail[:position]).step(token)
+        rest = "".join(self._pieces[position:])
+        if len(text) > len(rest) and text.startswith(rest) and _INCOMPLETE not in text:
+            return token, text[len(rest) :]
+        return self.tail[position], ""
 
-    def stream(self, token: int) -> TextStream:
-        """Stream for what follows, given the chosen token."""
-        return TextStream(self._tokenizer, [*self._before, token])
+    def stream(self, chosen: list[int]) -> TextStream:
+        """Stream for what follows the chosen tokens."""
+        return TextStream(self._tokenizer, [*self.before[-_CONTEXT_TOKENS:], *chosen])

@@ -46,12 +46,14 @@ def quickstart(
     manifests = BundleStore(store).models()
     seconds = time.monotonic() - started
     write_html(report, observations, manifests, passages=passages, seconds=seconds)
-    config = workspace / "nearfar.toml"
-    console.print(f"\n[bold]Look at it:[/] {report.resolve()}   ({seconds:.0f} s)")
-    console.print(
-        f"[bold]Go on:[/]      nearfar chat assistant 'Tell me a story' --config {config}\n"
-        f"            nearfar cloud serve --models {store} --state {workspace / 'cloud'}"
-    )
+    console.print(f"[bold]Look at it:[/] {_shown(report.resolve())}   ({seconds:.0f} s)")
+    console.print("[bold]Go on:[/]")
+    config = _shown(workspace / "nearfar.toml")
+    for command in (
+        f'nearfar chat assistant "Name a planet." --sensitivity personal --config {config}',
+        f"nearfar cloud serve --models {_shown(store)} --state {_shown(workspace / 'cloud')}",
+    ):
+        console.print(f"  {command}", soft_wrap=True, markup=False)
     broken = [o for o in observations if not o.kept]
     for seen in broken:
         console.print(
@@ -60,6 +62,14 @@ def quickstart(
         )
     if broken:
         raise typer.Exit(1)
+
+
+def _shown(path: Path) -> Path:
+    """The path as a person would type it here."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
 
 
 def _bundles(workspace: Path, console: Console) -> Path:
@@ -107,7 +117,7 @@ def _requests(
     )
     cloud.provision()
     cloud.start()
-    console.print(f"    {cloud.url}\n    identity pinned: {cloud.pin}")
+    console.print(f"    {cloud.url}\n    identity pinned: {cloud.pin}", soft_wrap=True)
     config = _write_config(workspace, store, cloud.url, cloud.pin, POLICY)
     project = Path(__file__).resolve().parents[2]
     laboratory = laboratory_type(lambda: Client.from_config(config), cloud, project)

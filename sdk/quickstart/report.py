@@ -11,8 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nearfar.bundle.manifest import Manifest, Variant
 from nearfar.units import format_bytes, format_ms
@@ -29,27 +31,34 @@ _STYLES = {"edge": "green", "cloud": "blue", "both": "magenta", "denied": "yello
 
 
 def print_table(observations: Sequence[Observation], console: Console) -> None:
-    """One row per request and situation: route, reason, latency, bytes that left the device."""
-    table = Table(title="Where each request went, and why", title_justify="left", expand=True)
-    table.add_column("request", no_wrap=True)
-    table.add_column("situation")
+    """One row per request and situation: route and reason, latency, bytes that left the device.
+
+    The reason stands under the situation, so that the table is readable in 80 columns.
+    """
+    table = Table(
+        title="Where each request went, and why",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        expand=True,
+    )
+    table.add_column("request in situation\n[dim]reason[/]", ratio=1)
     table.add_column("route", no_wrap=True)
-    table.add_column("reason", ratio=1)
-    table.add_column("first token", justify="right", no_wrap=True)
-    table.add_column("latency", justify="right", no_wrap=True)
-    table.add_column("sent", justify="right", no_wrap=True)
+    table.add_column("latency\n[dim]first token[/]", justify="right", no_wrap=True)
+    table.add_column("bytes\nsent", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for seen in observations:
-        style = _STYLES[route_class(seen.route)]
+        what = Text(f"{seen.request} ({seen.situation.key}) {seen.situation.title}\n")
+        latency = Text(format_ms(seen.latency_ms))
+        if seen.ttft_ms is not None:
+            latency.append(f"\n{format_ms(seen.ttft_ms)}", style="dim")
         table.add_row(
-            seen.request,
-            f"({seen.situation.key}) {seen.situation.title}",
-            f"[{style}]{seen.route}[/]",
-            seen.reason,
-            format_ms(seen.ttft_ms) if seen.ttft_ms is not None else "",
-            format_ms(seen.latency_ms),
+            what.append(seen.reason, style="dim"),
+            Text(seen.route, style=_STYLES[route_class(seen.route)]),
+            latency,
             format_bytes(seen.bytes_sent),
-            "[green]✓[/]" if seen.kept else "[red]✗[/]",
+            Text("✓", style="green") if seen.kept else Text("✗", style="red"),
             end_section=seen.situation.key == SITUATIONS[-1].key,
         )
     console.print(table)

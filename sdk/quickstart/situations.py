@@ -41,6 +41,9 @@ effect = "edge_only"
 #: How many tokens of a streamed answer arrive before the cloud is killed in situation (d).
 _KILL_AFTER_CHUNKS = 6
 
+#: Passages that the search looks through: enough to find something, and a second of work on a CPU.
+_PASSAGES = 24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
@@ -336,10 +339,10 @@ def _passages(project: Path) -> list[str]:
             continue
         for block in page.read_text(encoding="utf-8").split("\n\n"):
             text = " ".join(block.split())
-            if 80 <= len(text) <= 900 and not text.startswith(("```", "|", "#", "<")):
+            if 80 <= len(text) <= 420 and not text.startswith(("```", "|", "#", "<")):
                 passages.append(text)
     if not passages:  # an installed package has no docs folder; Python's own documentation serves
         from pydoc_data.topics import topics
 
-        passages = [" ".join(text.split())[:600] for text in list(topics.values())[:64]]
-    return passages[:64]
+        passages = [" ".join(text.split())[:400] for text in topics.values()]
+    return passages[:_PASSAGES]

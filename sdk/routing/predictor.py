@@ -118,7 +118,7 @@ class Predictor:
                 answers = self._answers.setdefault(model, MeanDeviation())
                 answers.observe(seen.completion_tokens, now_s=now_s)
         elif seen.compute_ms is not None:
-            latency.compute.observe(size.upload_bytes, seen.compute_ms, now_s=now_s)
+            latency.compute.observe(size.work, seen.compute_ms, now_s=now_s)
             compute_ms = seen.compute_ms
         if route == "cloud":
             latency.reported_queue_ms = seen.queue_ms
@@ -180,7 +180,7 @@ class Predictor:
             first_ms, per_token_ms = prefill[0], per_token[0]
             measured = latency.prefill.is_measured
         else:
-            compute = latency.compute.quantiles(size.upload_bytes, now_s=now_s)
+            compute = latency.compute.quantiles(size.work, now_s=now_s)
             if compute is None:
                 return UNKNOWN
             p50, p95 = compute
@@ -241,7 +241,9 @@ class _ModelLatency:
             return
         deviation_ms = max(0.0, figure.p99_ms - figure.p50_ms) / P99_DEVIATIONS
         if figure.ms_per_token is None:
-            self.compute = SizeBuckets(figure.p50_ms, deviation_ms)
+            self.compute = SizeBuckets(
+                figure.p50_ms, deviation_ms, prior_size=figure.input_tokens or 0
+            )
         else:
             self.prefill = SizeBuckets(
                 figure.p50_ms, deviation_ms, prior_size=figure.input_tokens or 0

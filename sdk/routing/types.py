@@ -38,12 +38,20 @@ class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         max_new_tokens: Upper bound of the answer for text generation, else 0.
         upload_bytes: What would be sent to the cloud.
         download_bytes: What would come back, where it is known; else 0.
+        input_elements: Elements of the model's largest input (rows x tokens, rows x features):
+            what the compute time of a tensor call grows with. 0 when it is not known.
     """
 
     input_tokens: int = 0
     max_new_tokens: int = 0
     upload_bytes: int = 0
     download_bytes: int = 0
+    input_elements: int = 0
+
+    @property
+    def work(self) -> int:
+        """What compute time is learned against: elements, or bytes where they are unknown."""
+        return self.input_elements or self.upload_bytes
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

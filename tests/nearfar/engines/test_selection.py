@@ -1,0 +1,106 @@
+"""Which variant runs where: a table of machines and variants."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from nearfar.bundle.manifest import FileEntry, Manifest, Requirements, Variant
+from nearfar.engines.devices import Device
+from nearfar.engines.selection import candidates, runnable_variants
+
+DEVICE = Device(
+    machine="test",
+    execution_providers=("CPUExecutionProvider",),
+    physical_cores=4,
+    memory_bytes=8 << 30,
+    has_genai=True,
+)
+
+
+def variant(name, *, rank, size=100, placement=("edge", "cloud"), engine="onnxruntime", **needs):
+    return Variant(
+        id=name, engine=engine, precision=name, entry="f", placement=placement, quality_rank=rank,
+        files=(FileEntry(path="f", size_bytes=size, sha256="0" * 64),),
+        requirements=Requirements(**needs),
+    )  # fmt: skip
+
+
+def ids(*variants, placement, device=DEVICE):
+    manifest = Manifest(name="m", version="1.0.0", task="tensor", variants=variants)
+    return [item.id for item in runnable_variants(manifest, device, placement)]
+
+
+FP32 = variant("fp32", rank=0, size=400, placement=("cloud", "edge"))
+FP16 = variant("fp16", rank=1, size=200)
+INT8 = variant("int8", rank=2, size=100)
+
+
+def test_the_device_takes_the_smallest_of_those_meant_for_it():
+    assert ids(FP32, FP16, INT8, placement="edge") == ["int8", "fp16", "fp32"]
+
+
+def test_the_device_prefers_a_larger_one_meant_for_it_to_a_smaller_one_that_is_not():
+    assert ids(
+        variant("a", rank=1, size=50, placement=("cloud", "edge")),
+        variant("b", rank=0, size=400),
+        placement="edge",
+    ) == ["b", "a"]
+
+
+def test_the_cloud_takes_the_best():
+    assert ids(INT8, FP16, FP32, placement="cloud") == ["fp32", "fp16", "int8"]
+
+
+def test_the_order_in_the_manifest_makes_no_difference():
+    assert ids(FP32, INT8, FP16, placement="edge") == ids(INT8, FP16, FP32, placement="edge")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "reason"),
+    [
+        (variant("v", rank=0, placement=("cloud",)), {}, "meant for cloud only"),
+        (variant("v", rank=0, engine="tensorrt"), {}, "does not run the engine tensorrt"),
+        (
+            variant("v", rank=0, engine="onnxruntime-genai"),
+            {"has_genai": False},
+            "onnxruntime-genai is not installed",
+        ),
+        (variant("v", rank=0), {"execution_providers": ()}, "onnxruntime is not installed"),
+        (
+            variant("v", rank=0, execution_provider="CUDAExecutionProvider"),
+            {},
+            "needs CUDAExecutionProvider, which does not work here: not installed",
+        ),
+        (
+            variant("v", rank=0, execution_provider="CUDAExecutionProvider"),
+            {"missing_providers": {"CUDAExecutionProvider": "libcudnn.so.9 is missing"}},
+            "libcudnn.so.9 is missing",
+        ),
+        (variant("v", rank=0, sm_arch="87"), {}, "sm_87, this is a machine without GPU"),
+        (variant("v", rank=0, sm_arch="87"), {"sm_arch": "90"}, "sm_87, this is sm_90"),
+        (
+            variant("v", rank=0, memory_bytes=16 << 30),
+            {},
+            "needs 16.0 GiB of memory, here are 8.0 GiB",
+        ),
+    ],
+)
+def test_what_cannot_run_says_why(wanted, device, reason):
+    manifest = Manifest(name="m", version="1.0.0", task="tensor", variants=(wanted,))
+    machine = msgspec.structs.replace(DEVICE, **device)
+    assert runnable_variants(manifest, machine, "edge") == ()
+    (candidate,) = candidates(manifest, machine, "edge")
+    assert reason in candidate.excluded
+
+
+def test_those_that_cannot_run_come_last():
+    manifest = Manifest(
+        name="m",
+        version="1.0.0",
+        task="tensor",
+        variants=(variant("best", rank=0, size=1, engine="torch"), INT8),
+    )
+    for placement in ("edge", "cloud"):
+        found = candidates(manifest, DEVICE, placement)
+        assert [item.variant.id for item in found] == ["int8", "best"]
