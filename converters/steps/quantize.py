@@ -7,10 +7,10 @@ from pathlib import Path
 from converters.libraries import load, quiet
 from nearfar.errors import ConversionError
 
-#: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two AVX-512 VNNI cores: mean
-#: cosine to FP32, share of the ten nearest texts kept, median time for 64 tokens against FP32:
-#: blocks of 32 in MatMul 0.9995, 0.970, 83 %; blocks of 128 0.9991, 0.970, 64 %; one scale per
-#: channel (`quantize_dynamic`) 0.9937, 0.927, 36 %; one per tensor 0.954, 0.809, 35 %.
+#: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two AVX-512 VNNI cores:
+#: mean cosine to FP32, share of the ten nearest texts kept, median time for 64 tokens against FP32.
+#: Blocks of 32 in MatMul: 0.9995, 0.970, 83 %; blocks of 128: 0.9991, 0.970, 64 %; one scale per
+#: channel (`quantize_dynamic`): 0.9937, 0.927, 36 %; one per tensor: 0.954, 0.809, 35 %.
 _BLOCK_SIZE = 128
 #: Activations are rounded to 8 bits inside the kernel too, which is what makes it fast.
 _ACCURACY_LEVEL_INT8 = 4
