@@ -19,7 +19,7 @@ from nearfar.engines.base import CancelToken, SessionOptions
 from nearfar.engines.devices import Device, probe
 from nearfar.engines.model import LoadedModel
 from nearfar.engines.selection import candidates
-from nearfar.engines.slots import SlotGate, SlotState
+from nearfar.engines.slots import Slot, SlotGate, SlotState
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
@@ -152,24 +152,37 @@ class EdgeRuntime:
         """
         hosted = self._hosted.get((model, version)) or self._host(model, version)
         loaded = hosted.loaded or self._load(hosted, deadline)
-        with hosted.gate.acquire(deadline, expected_s) as slot:
-            started_s = time.monotonic()
-            if form == "tensors":
-                if feeds is None:
-                    raise InvalidInput(
-                        "There are no inputs", field="feeds", fix="Give a dict of name to array"
-                    )
-                outputs = loaded.infer(feeds)
-            else:
-                outputs = loaded.infer_raw(form, items or ())
-            compute_s = time.monotonic() - started_s
-        return EdgeResult(
-            outputs,
-            hosted.described.variant.id,
-            loaded.engine.execution_provider,
-            slot.queue_s,
-            compute_s,
-        )
+        slot = hosted.gate.acquire(deadline, expected_s)
+        return _compute(slot, loaded, feeds, form, items)
+
+    def infer_now(
+        self,
+        model: str,
+        feeds: Mapping[str, np.ndarray] | None = None,
+        *,
+        form: InputForm = "tensors",
+        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] | None = None,
+        version: str | None = None,
+        expected_s: float | None = None,
+    ) -> EdgeResult | None:
+        """Run one batch if it can begin at once: the model is loaded and a slot is free.
+
+        Args:
+            As `infer`.
+
+        Returns:
+            The outputs, or `None` when it would have to load or to wait, or was closed.
+
+        Raises:
+            EngineError: The engine failed.
+            InvalidInput: A tensor or item does not fit.
+        """
+        hosted = self._hosted.get((model, version))
+        loaded = None if hosted is None else hosted.loaded
+        if hosted is None or loaded is None:
+            return None
+        slot = hosted.gate.try_acquire(expected_s)
+        return None if slot is None else _compute(slot, loaded, feeds, form, items)
 
     def generate(
         self,
@@ -320,6 +333,32 @@ class EdgeRuntime:
             return hosted.loaded
         finally:
             hosted.load_lock.release()
+
+
+def _compute(
+    slot: Slot,
+    loaded: LoadedModel,
+    feeds: Mapping[str, np.ndarray] | None,
+    form: InputForm,
+    items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] | None,
+) -> EdgeResult:
+    """Use a slot for one batch, and give it back."""
+    started_s = time.monotonic()
+    try:
+        if form != "tensors":
+            outputs = loaded.infer_raw(form, items or ())
+        elif feeds is not None:
+            outputs = loaded.infer(feeds)
+        else:
+            raise InvalidInput(
+                "There are no inputs", field="feeds", fix="Give a dict of name to array"
+            )
+        compute_s = time.monotonic() - started_s
+    finally:
+        slot.release()
+    return EdgeResult(
+        outputs, loaded.variant.id, loaded.engine.execution_provider, slot.queue_s, compute_s
+    )
 
 
 def _closed() -> EngineError:

@@ -15,6 +15,7 @@ from sdk import requests
 from sdk.config import CloudConfig, Config, load_config
 from sdk.core import Completed, Core
 from sdk.knowledge import Knowledge
+from sdk.plans import Plans
 from sdk.policy import DEVICE_ONLY, Policy, load_policy
 from sdk.requests import Request
 from sdk.results import (
@@ -148,6 +149,7 @@ class Calls:
         if self._link is not None:
             self._link.on_round_trip = known.observe_round_trip
         self._known = known
+        self._plans = Plans(known)
         self._core = Core(policy=rules, default_sensitivity=default, known=known)
 
     @property

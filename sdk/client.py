@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from sdk.background import BackgroundLoop
+    from sdk.core import Completed
     from sdk.requests import Request
     from sdk.routing import RouteDecision
 
@@ -231,6 +232,7 @@ class Client(Calls):
     def close(self) -> None:
         """Close connections, stop the background thread, free models. Idempotent."""
         self._is_closed = True
+        self._plans.clear()
         with _LOOP_LOCK:
             loop, self._loop = self._loop, None
         if loop is not None:
@@ -253,8 +255,12 @@ class Client(Calls):
 
     # -- performing steps ------------------------------------------------------------------------
 
-    def _run(self, request: Request) -> Any:
-        return self._drive(self._core.run(request))
+    def _run(self, request: Request) -> Completed:
+        done = self._plans.follow(request)
+        if done is None:
+            done = self._drive(self._core.run(request))
+            self._plans.keep(done)
+        return done
 
     def _drive(self, life: Generator[Step, Any, T]) -> T:
         self._refuse_if_closed()

@@ -13,6 +13,7 @@ from nearfar.units import Deadline
 from sdk.requests import Request
 
 if TYPE_CHECKING:
+    from edge_runtime import EdgeResult
     from nearfar.wire.messages import ModelOffer
     from sdk.cloud.connection import TensorReply
     from sdk.cloud.egress import Permit
@@ -97,6 +98,11 @@ def run_here(edge: EdgeRoute, step: RunHere) -> Answer:
         expected_s=step.expected_s,
     )
     total_ms = (time.perf_counter() - started_s) * 1000.0
+    return answer_here(done, total_ms, was_loaded=was_loaded)
+
+
+def answer_here(done: EdgeResult, total_ms: float, *, was_loaded: bool) -> Answer:
+    """What the edge runtime's result says."""
     queue_ms, compute_ms = done.queue_s * 1000.0, done.compute_s * 1000.0
     return Answer(
         outputs=done.outputs,

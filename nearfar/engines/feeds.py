@@ -1,7 +1,6 @@
-"""Check what a caller feeds a model, before the engine sees it, in about a microsecond.
+"""Check what a caller feeds a model, and find the words when something is wrong.
 
 Everything that can be computed from the model is computed once; a call compares a few attributes.
-The slow path, which finds the words for an error, runs only when something is wrong.
 """
 
 from __future__ import annotations

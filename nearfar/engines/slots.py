@@ -50,9 +50,10 @@ class Slot:
 
     Attributes:
         queue_s: How long the holder waited for it.
+        held_s: How long it was held; 0 until it is given back.
     """
 
-    __slots__ = ("_expected_s", "_gate", "_started_s", "queue_s")
+    __slots__ = ("_expected_s", "_gate", "_started_s", "held_s", "queue_s")
 
     def __init__(
         self, gate: SlotGate, expected_s: float | None, started_s: float, queue_s: float
@@ -61,6 +62,7 @@ class Slot:
         self._expected_s = expected_s
         self._started_s = started_s
         self.queue_s = queue_s
+        self.held_s = 0.0
 
     def release(self) -> None:
         """Give the slot to the next in the queue; idempotent, from any thread."""
@@ -159,6 +161,15 @@ class SlotGate:
             self._waiting.append(waiter)
         return self._wait(waiter, cancel)
 
+    def try_acquire(self, expected_s: float | None = None) -> Slot | None:
+        """A slot that is free now, or `None`: all are taken, somebody waits, or it is closed."""
+        with self._lock:
+            if self._is_closed or self._waiting or len(self._running) >= self._slots:
+                return None
+            slot = Slot(self, expected_s, time.monotonic(), 0.0)
+            self._running[slot] = None
+            return slot
+
     def state(self) -> SlotState:
         """Current load; cheap enough for every routing decision."""
         with self._lock:
@@ -215,7 +226,7 @@ class SlotGate:
             if slot not in self._running:
                 return
             del self._running[slot]
-            held_s = now_s - slot._started_s
+            held_s = slot.held_s = now_s - slot._started_s
             average_s = self._average_s
             self._average_s = (
                 held_s if average_s is None else average_s + _SMOOTHING * (held_s - average_s)

@@ -16,6 +16,7 @@ from sdk.quickstart.situations import Observation
 _ROW = 26
 _LABEL = 250
 _PLOT = 560
+_VALUE = 64
 _WIDTH = _LABEL + _PLOT + 110
 
 
@@ -93,7 +94,9 @@ def latency_chart(observations: Sequence[Observation]) -> str:
                 f'<path class="deadline" d="M{at:.1f} {y - 3}v21m-4-21h8">'
                 f"<title>deadline {format_ms(seen.deadline_ms)}</title></path>"
             )
-        end = max(x(seen.latency_ms), x(seen.deadline_ms or 0) + 6)
+        end = x(seen.latency_ms)
+        if seen.deadline_ms is not None and end < x(seen.deadline_ms) < end + _VALUE:
+            end = x(seen.deadline_ms) + 6
         parts.append(
             f'<text class="value" x="{end + 8:.1f}" y="{y + 12}">'
             f"{format_ms(seen.latency_ms)}</text>"
@@ -148,6 +151,7 @@ def token_chart(observations: Sequence[Observation]) -> str:
         f'<text class="axis" x="{left}" y="{height + 48}">time since the request → '
         "pieces of the answer ↑</text>"
     )
+    taken: list[tuple[float, float]] = []
     for seen in streams:
         cut = seen.handover_at if seen.handover_at is not None else len(seen.chunk_times_ms)
         head, tail = seen.chunk_times_ms[:cut], seen.chunk_times_ms[cut:]
@@ -166,8 +170,12 @@ def token_chart(observations: Sequence[Observation]) -> str:
                 'text-anchor="end">cloud killed here</text>'
             )
         x, y = point(len(seen.chunk_times_ms), seen.chunk_times_ms[-1]).split()
+        label_x, label_y = float(x) + 7, float(y) + 4
+        while any(abs(label_x - at) < 120 and abs(label_y - up) < 14 for at, up in taken):
+            label_y += 15  # below the label that stands there already
+        taken.append((label_x, label_y))
         parts.append(
-            f'<text class="note" x="{float(x) + 7:.0f}" y="{float(y) + 4:.0f}">'
+            f'<text class="note" x="{label_x:.0f}" y="{label_y:.0f}">'
             f"({seen.situation.key}) {escape(seen.route)}</text>"
         )
     return "".join([*parts, "</svg>"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -135,17 +136,24 @@ def convert(
         "--name", model.bundle, *model.options,
     ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
-    last = ""
+    last = fix = ""
     with log.open("w", encoding="utf-8") as record:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "1000"},  # one line stays one line
         )
         try:
             for line in process.stdout or ():
                 record.write(line)
-                if line.strip():
-                    last = line.strip()
-                    progress(last)
+                text = line.strip()
+                if text.startswith("fix: "):
+                    fix = text.removeprefix("fix: ").rstrip(".") + ". "
+                elif text:
+                    last = text
+                    progress(text)
             status = process.wait()
         except BaseException:
             process.terminate()  # Ctrl-C: the converter removes its partial output
@@ -153,7 +161,8 @@ def convert(
             raise
     if status:
         raise ConversionError(
-            f"Converting {model.bundle} failed: {last}", fix=f"The whole story is in {log}"
+            f"Converting {model.bundle} failed: {last.removeprefix('error: ').rstrip('.')}",
+            fix=f"{fix}The whole story is in {log}",
         )
 
 
