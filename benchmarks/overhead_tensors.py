@@ -1,10 +1,9 @@
 """`infer`, `classify` and `embed` on the device, against a bare ONNX Runtime call.
 
-Two views of the same thing. *Inside*: of each call through the client, the part that was not spent
-in ``InferenceSession.run``. It is exact to a microsecond, also on a busy machine. *Interleaved*:
-a call through the client minus a bare call on the same file, in turns. It would also show a session
-that the client runs with worse settings, but it drowns in the noise of the model itself; how deep,
-a second bare session that takes part as a control shows.
+What nearfar adds is, of each call through the client, the part that was not spent in that call's
+own ``InferenceSession.run``: exact to a microsecond, also on a busy machine. Bare calls take turns
+with the client's, so the caches are as a real model leaves them. Their difference is shown as well,
+without a bar: on a busy machine it drowns in the noise of the model itself.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ import numpy as np
 
 from benchmarks.baselines import OnnxCall, RunClock
 from benchmarks.harness import (
-    Bar,
     Figure,
     Run,
     interleave,
-    median_interval,
     per_round,
     quantile,
 )
@@ -93,7 +90,7 @@ class Blocks:
 def measure_tensors(
     client: Client, subject: Subject, settings: Settings, run: Run, begin: Begin
 ) -> Part:
-    """Both views, for `infer` and for what an app calls on this model."""
+    """What `infer` adds, and what an app calls on this model."""
     name = subject.name
     feeds, whole = _input(client, subject)
     options = SessionOptions(threads=settings.threads)
@@ -102,20 +99,16 @@ def measure_tensors(
         EdgeRuntime(BundleStore(settings.models), options=options) as runtime,
     ):
         result = client.infer(name, feeds)
-        bare, control = (
-            OnnxCall(
-                subject.entry,
-                execution_provider=result.execution_provider,
-                threads=settings.threads,
-            )
-            for _ in range(2)
+        bare = OnnxCall(
+            subject.entry,
+            execution_provider=result.execution_provider,
+            threads=settings.threads,
         )
         same_outputs(subject, bare.run(feeds), result)
         calls = _calls_per_block(lambda: bare.run(feeds))
         method = "classify" if subject.bundle.manifest.task == "classification" else "embed"
         sides = {
             "bare": Blocks(lambda: bare.run(feeds), calls=calls, inside=inside),
-            "control": Blocks(lambda: control.run(feeds), calls=calls, inside=inside),
             "runtime": Blocks(lambda: runtime.infer(name, feeds), calls=calls, inside=inside),
             "infer": Blocks(lambda: client.infer(name, feeds), calls=calls, inside=inside),
             method: Blocks(whole, calls=calls, inside=inside),
@@ -124,47 +117,25 @@ def measure_tensors(
         step = begin(f"{name}: single calls", rounds)
         medians = interleave(sides, rounds=rounds, random=run.random, on_round=step)
 
-    def apart(side: str) -> list[float]:
-        return per_round(lambda ours, bare: ours - bare, medians[side], medians["bare"])
+    def added(what: str, side: str) -> Figure:
+        return Figure.of_rounds(f"{name}: {what} (p50)", "µs", sides[side].outside_us)
 
-    def inside_view(side: str, note: str = "") -> Figure:
-        what = f"{name}: {side}, added to the ONNX Runtime call{note}"
-        return Figure.of_rounds(what, "µs", sides[side].outside_us)
-
-    infer = inside_view("infer")
-    interleaved = Figure.of_rounds(f"{name}: infer − bare call, interleaved", "µs", apart("infer"))
-    control_view = Figure.of_rounds(
-        f"{name}: control, bare − bare, interleaved", "µs", apart("control")
-    )
+    infer = added("infer adds", "infer")
     return Part(
-        (infer.bar(MAX_INFER_ADDED_US, "at_most"), surely_added(interleaved, control_view)),
+        (infer.bar(MAX_INFER_ADDED_US, "at_most"),),
         (
             infer,
-            inside_view("runtime", " (without the client)"),
-            inside_view(method, " (with preprocessing)"),
-            interleaved,
-            control_view,
+            added("runtime adds, without the client", "runtime"),
+            added(f"{method} adds, with preprocessing", method),
+            Figure.of_rounds(
+                f"{name}: infer − bare call, interleaved",
+                "µs",
+                per_round(lambda ours, bare: ours - bare, medians["infer"], medians["bare"]),
+            ),
             Figure.of_calls(f"{name}: bare call", "µs", sides["bare"].calls_us),
             Figure.of_calls(f"{name}: infer", "µs", sides["infer"].calls_us),
             Figure.of_calls(f"{name}: {method}", "µs", sides[method].calls_us),
         ),
-    )
-
-
-def surely_added(interleaved: Figure, control: Figure) -> Bar:
-    """The bar on the interleaved view: on what neither noise nor luck explains.
-
-    Two sessions on one file can differ for minutes, by where their memory and threads came to lie.
-    So the interval of the difference must be above the limit by more than the control is off.
-    """
-    low, _ = median_interval(interleaved.rounds)
-    off = max(abs(end) for end in median_interval(control.rounds))
-    return Bar(
-        name=f"{interleaved.name}, beyond the control",
-        value=low - off,
-        limit=MAX_INFER_ADDED_US,
-        direction="at_most",
-        unit=interleaved.unit,
     )
 
 

@@ -343,7 +343,6 @@ def _compute(
     items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] | None,
 ) -> EdgeResult:
     """Use a slot for one batch, and give it back."""
-    started_s = time.monotonic()
     try:
         if form != "tensors":
             outputs = loaded.infer_raw(form, items or ())
@@ -353,11 +352,11 @@ def _compute(
             raise InvalidInput(
                 "There are no inputs", field="feeds", fix="Give a dict of name to array"
             )
-        compute_s = time.monotonic() - started_s
     finally:
         slot.release()
+    engine = loaded.engine
     return EdgeResult(
-        outputs, loaded.variant.id, loaded.engine.execution_provider, slot.queue_s, compute_s
+        outputs, engine.variant_id, engine.execution_provider, slot.queue_s, slot.held_s
     )
 
 

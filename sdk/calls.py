@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -150,6 +151,7 @@ class Calls:
             self._link.on_round_trip = known.observe_round_trip
         self._known = known
         self._plans = Plans(known)
+        self._usual = self._settings(deadline_ms=math.inf)
         self._core = Core(policy=rules, default_sensitivity=default, known=known)
 
     @property
@@ -165,7 +167,13 @@ class Calls:
 
     # -- arguments to requests -------------------------------------------------------------------
 
-    def _common(
+    def _common(self, options: Any) -> dict[str, Any]:
+        """The settings of a request; those of one that states none are made once."""
+        if options or self._deadline_ms is not None:
+            return self._settings(**options)
+        return self._usual
+
+    def _settings(
         self,
         *,
         sensitivity: str | None = None,
@@ -196,7 +204,7 @@ class Calls:
     def _infer_request(
         self, model: str, feeds: Mapping[str, np.ndarray], options: RequestOptions
     ) -> Request:
-        if not isinstance(feeds, Mapping):
+        if not isinstance(feeds, (dict, Mapping)):  # most are; asking an abstract class is slower
             raise InvalidInput(
                 f"feeds is a {type(feeds).__name__}",
                 field="feeds",
@@ -207,7 +215,7 @@ class Calls:
             model=model,
             feeds=feeds,
             size=requests.tensor_size(feeds),
-            **self._common(**options),
+            **self._common(options),
         )
 
     def _embed_request(self, model: str, texts: Sequence[str], options: RequestOptions) -> Request:
@@ -218,7 +226,7 @@ class Calls:
             form="text",
             items=items,
             size=requests.items_size(items),
-            **self._common(**options),
+            **self._common(options),
         )
 
     def _classify_request(
@@ -234,7 +242,7 @@ class Calls:
             items=(item,),
             top_k=top_k,
             size=requests.items_size((item,)),
-            **self._common(**options),
+            **self._common(options),
         )
 
     def _generate_request(self, model: str, prompt: Prompt, options: GenerateOptions) -> Request:
@@ -248,7 +256,7 @@ class Calls:
             prompt=prompt,
             options=sampling,
             size=requests.prompt_size(prompt, sampling),
-            **self._common(**common),  # type: ignore[arg-type]
+            **self._common(common),
         )
 
     def _explain_request(
@@ -371,6 +379,9 @@ def _facts(done: Completed) -> dict[str, Any]:
     network_ms = 0.0
     if done.route.name == "cloud":
         network_ms = max(0.0, answer.total_ms - answer.queue_ms - answer.compute_ms)
+    output_bytes = 0
+    for array in answer.outputs.values():
+        output_bytes += array.nbytes
     return {
         "route": done.route,
         "decision": done.decision,
@@ -380,10 +391,7 @@ def _facts(done: Completed) -> dict[str, Any]:
             compute_ms=answer.compute_ms,
             network_ms=network_ms,
         ),
-        "usage": BatchUsage(
-            items=done.request.rows,
-            output_bytes=sum(array.nbytes for array in answer.outputs.values()),
-        ),
+        "usage": BatchUsage(items=done.request.rows, output_bytes=output_bytes),
         "variant": answer.variant,
         "execution_provider": answer.execution_provider,
         "bytes_sent": done.bytes_sent,

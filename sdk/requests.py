@@ -82,8 +82,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         """Rows of the batch."""
         if self.items:
             return len(self.items)
-        for array in (self.feeds or {}).values():
-            return int(array.shape[0]) if array.ndim else 1
+        if self.feeds:
+            for array in self.feeds.values():
+                return len(array) if array.ndim else 1
         return 1
 
 
@@ -124,7 +125,8 @@ def tensor_size(feeds: Mapping[str, np.ndarray]) -> RequestSize:
                 fix="Give numpy arrays: numpy.asarray(…, dtype=…)",
             )
         size_bytes += array.nbytes
-        elements = max(elements, array.size)
+        if array.size > elements:
+            elements = array.size
     return RequestSize(upload_bytes=size_bytes, input_elements=elements)
 
 

@@ -59,7 +59,7 @@ def build_genai(model_folder: Path, targets: Mapping[str, Path], work: Path) -> 
 
 def _command(model_folder: Path, precision: str, target: Path, work: Path) -> list[str]:
     return [
-        sys.executable, "-m", "onnxruntime_genai.models.builder",
+        sys.executable, "-m", "converters.steps.genai_builder",
         "-i", str(model_folder), "-o", str(target), "-p", precision, "-e", "cpu",
         "-c", str(work / f"builder-{precision}"),
         # hf_remote=false: old versions run a model's own Python code unless told not to.

@@ -320,3 +320,22 @@ def test_every_exception_of_onnxruntime_is_translated():
     }  # fmt: skip
     assert len(raised) >= 10
     assert raised <= set(onnxruntime_engine.ORT_EXCEPTIONS)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [X.tolist(), None, X.astype(">f4"), X.astype(np.float64), X[0], X[:, :3], "text"],
+    ids=["list", "none", "swapped bytes", "float64", "rank", "size", "text"],
+)
+def test_whatever_is_wrong_with_an_input_names_it(bundle, array):
+    # ONNX Runtime itself takes lists, None and swapped bytes, and computes something.
+    with pytest.raises(InvalidInput) as caught:
+        load_engine(bundle, "fp32").infer({"x": array})
+    assert caught.value.field == "x"
+
+
+@pytest.mark.parametrize(("feeds", "name"), [({}, "x"), ({"x": X, "z": X}, "z"), ({"z": X}, "x")])
+def test_missing_and_extra_inputs_are_named(bundle, feeds, name):
+    with pytest.raises(InvalidInput) as caught:
+        load_engine(bundle, "fp32").infer(feeds)
+    assert caught.value.field == name

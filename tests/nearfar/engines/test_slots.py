@@ -242,3 +242,23 @@ def test_many_threads_never_hold_more_slots_than_there_are():
     assert errors == []
     assert 1 <= most <= 3
     assert (gate.state().running, gate.state().waiting) == (0, 0)
+
+
+def test_trying_gives_a_slot_only_when_nobody_has_to_wait():
+    gate = SlotGate(1, 8)
+    with gate.try_acquire():
+        assert gate.try_acquire() is None
+        caller = Caller(gate)
+    wait_until(lambda: caller.slot)
+    assert gate.try_acquire() is None
+    caller.finish()
+    gate.close()
+    assert gate.try_acquire() is None
+
+
+def test_a_slot_says_how_long_it_was_held():
+    gate = SlotGate(1, 8)
+    with gate.acquire() as slot:
+        assert slot.held_s == 0
+        time.sleep(0.02)
+    assert 0.02 <= slot.held_s < PATIENCE_S

@@ -204,7 +204,9 @@ def test_the_order_of_rules_changes_no_verdict(
     one = evaluate(policy, given_facts)
     other = evaluate(Policy(rules=tuple(shuffled)), given_facts)
     assert (one.edge, one.cloud) == (other.edge, other.cloud)
-    assert set(one.rule_ids) == set(other.rule_ids)
+    # The first id is the rule that decides: of several that could, the first in the file.
+    assert set(one.rule_ids[1:]) <= set(other.rule_ids)
+    assert set(other.rule_ids[1:]) <= set(one.rule_ids)
 
 
 @given(policies, facts)

@@ -8,7 +8,7 @@ from nearfar.bundle.manifest import LatencyFigure
 from sdk.routing import Observation, Predictor, RequestSize
 from sdk.routing.estimates import HALF_LIFE_S, MeanDeviation, SizeBuckets
 
-SMALL = RequestSize(upload_bytes=1_000)
+SMALL = RequestSize(upload_bytes=1_000, input_elements=64)
 CHAT = RequestSize(input_tokens=64, max_new_tokens=100, upload_bytes=400)
 
 
@@ -40,6 +40,22 @@ def test_a_seed_is_used_until_answers_come_and_named_as_such() -> None:
     measured = predictor.predict("edge", "minilm", SMALL, now_s=10)
     assert measured.basis == "measured"
     assert measured.p50_ms == pytest.approx(40, rel=0.1)
+
+
+def test_a_seed_scales_with_the_elements_of_the_input() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "minilm", [figure(10)])
+    wide = RequestSize(upload_bytes=1_000, input_elements=640)
+    assert predictor.predict("edge", "minilm", wide, now_s=0).p50_ms == 100
+
+
+def test_long_byte_strings_cost_no_more_than_short_ones_of_equal_features() -> None:
+    predictor = Predictor()
+    for second in range(5):
+        short = RequestSize(upload_bytes=24, input_elements=2048)
+        predictor.observe("edge", "file-type", short, compute(6), now_s=second)
+    long = RequestSize(upload_bytes=2_000_000, input_elements=2048)
+    assert predictor.predict("edge", "file-type", long, now_s=5).p50_ms == pytest.approx(6)
 
 
 def test_a_seed_without_figures_knows_nothing() -> None:
