@@ -1,9 +1,9 @@
 """`infer`, `classify` and `embed` on the device, against a bare ONNX Runtime call.
 
 What nearfar adds is, of each call through the client, the part that was not spent in that call's
-own ``InferenceSession.run``: exact to a microsecond, also on a busy machine. Bare calls take turns
-with the client's, so the caches are as a real model leaves them. Their difference is shown as well,
-without a bar: on a busy machine it drowns in the noise of the model itself.
+own ``InferenceSession.run``: exact to a microsecond, also on a busy machine, and with the caches as
+a real model leaves them. Blocks of bare calls take turns with the client's; the difference is shown
+as well, without a bar: on a busy machine it drowns in the noise of the model itself.
 """
 
 from __future__ import annotations

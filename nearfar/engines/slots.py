@@ -45,7 +45,7 @@ class SlotState(msgspec.Struct, frozen=True):
     expected_wait_s: float
 
 
-class Slot:
+class Slot(msgspec.Struct, eq=False):
     """A slot that is held; give it back with `release` or by leaving the ``with`` block.
 
     Attributes:
@@ -53,20 +53,29 @@ class Slot:
         held_s: How long it was held; 0 until it is given back.
     """
 
-    __slots__ = ("_expected_s", "_gate", "_started_s", "held_s", "queue_s")
-
-    def __init__(
-        self, gate: SlotGate, expected_s: float | None, started_s: float, queue_s: float
-    ) -> None:
-        self._gate = gate
-        self._expected_s = expected_s
-        self._started_s = started_s
-        self.queue_s = queue_s
-        self.held_s = 0.0
+    # A msgspec Struct because it is made once for each call, and is made in C.
+    _gate: SlotGate
+    _expected_s: float | None
+    _started_s: float
+    queue_s: float
+    held_s: float = 0.0
 
     def release(self) -> None:
         """Give the slot to the next in the queue; idempotent, from any thread."""
-        self._gate._release(self)
+        gate = self._gate
+        now_s = time.monotonic()
+        with gate._lock:
+            if gate._running.pop(self, self) is self:
+                return  # it was given back before
+            held_s = self.held_s = now_s - self._started_s
+            average_s = gate._average_s
+            gate._average_s = (
+                held_s if average_s is None else average_s + _SMOOTHING * (held_s - average_s)
+            )
+            if gate._waiting:
+                gate._pass_on(now_s)
+            if gate._is_closed and not gate._running:
+                gate._idle.notify_all()
 
     def __enter__(self) -> Slot:
         return self
@@ -77,7 +86,7 @@ class Slot:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._gate._release(self)
+        self.release()
 
 
 class _Waiter:
@@ -216,31 +225,20 @@ class SlotGate:
     def _leave(self, waiter: _Waiter) -> None:
         with self._lock:
             if waiter.granted is not None:
-                self._release(waiter.granted)
+                waiter.granted.release()
             elif waiter in self._waiting:
                 self._waiting.remove(waiter)
 
-    def _release(self, slot: Slot) -> None:
-        now_s = time.monotonic()
-        with self._lock:
-            if slot not in self._running:
-                return
-            del self._running[slot]
-            held_s = slot.held_s = now_s - slot._started_s
-            average_s = self._average_s
-            self._average_s = (
-                held_s if average_s is None else average_s + _SMOOTHING * (held_s - average_s)
-            )
-            while self._waiting and len(self._running) < self._slots:
-                waiter = self._waiting.popleft()
-                # Expired ones find out by themselves; giving them a slot would waste it.
-                if now_s < waiter.deadline.at_s:
-                    slot = Slot(self, waiter.expected_s, now_s, now_s - waiter.since_s)
-                    self._running[slot] = None
-                    waiter.granted = slot
-                    waiter.wake.set()
-            if self._is_closed and not self._running:
-                self._idle.notify_all()
+    def _pass_on(self, now_s: float) -> None:
+        """Give free slots to those who wait longest; the lock is held."""
+        while self._waiting and len(self._running) < self._slots:
+            waiter = self._waiting.popleft()
+            # Expired ones find out by themselves; giving them a slot would waste it.
+            if now_s < waiter.deadline.at_s:
+                slot = Slot(self, waiter.expected_s, now_s, now_s - waiter.since_s)
+                self._running[slot] = None
+                waiter.granted = slot
+                waiter.wake.set()
 
     def _expected_wait_s(self) -> float:
         """Play the queue through: each next one takes the slot that is free first."""

@@ -262,3 +262,16 @@ def test_a_slot_says_how_long_it_was_held():
         assert slot.held_s == 0
         time.sleep(0.02)
     assert 0.02 <= slot.held_s < PATIENCE_S
+
+
+def test_a_slot_is_had_at_once_or_not_at_all():
+    gate = SlotGate(1, 4)
+    slot = gate.try_acquire()
+    assert slot is not None
+    assert gate.try_acquire() is None
+    assert gate.state().waiting == 0
+    slot.release()
+    with gate.try_acquire() as again:
+        assert again.queue_s == 0.0
+    gate.close()
+    assert gate.try_acquire() is None
