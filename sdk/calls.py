@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
-
 from nearfar.errors import BundleError, ConfigError, InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
 from nearfar.units import Deadline
@@ -29,6 +27,8 @@ from sdk.results import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nearfar.engines.base import SessionOptions
     from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
@@ -306,7 +306,7 @@ class Calls:
                 f"for {rows} texts",
                 fix="Its manifest must name an `embedding_output` of shape [-1, dimensions]",
             )
-        return EmbedResult(vectors=vectors.astype(np.float32, copy=False), **_facts(done))
+        return EmbedResult(vectors=vectors.astype("float32", copy=False), **_facts(done))
 
     @staticmethod
     def _classify_result(done: Completed) -> ClassifyResult:

@@ -18,7 +18,6 @@ from nearfar.errors import (
     InvalidInput,
     NearfarError,
 )
-from nearfar.tensors import NUMPY_OF
 from sdk.requests import TASK_OF_METHOD, Request
 from sdk.results import ModelInfo, RouteName
 from sdk.routing import (
@@ -326,6 +325,8 @@ def _other_variant(model: str, here: str, wanted: str) -> str:
 
 
 def _bytes_per_row(manifest: Manifest) -> int:
+    from nearfar.tensors import NUMPY_OF
+
     total = 0
     for spec in manifest.outputs:
         dtype = NUMPY_OF.get(spec.datatype)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
-import numpy as np
 
 from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest, TensorSpec, TextPreprocessing
 from nearfar.errors import InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
-from nearfar.tensors import NUMPY_OF
 from nearfar.units import Deadline
 from sdk.routing.types import MODES, OBJECTIVES, Mode, Objective, RequestSize
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Method = Literal["infer", "embed", "classify", "generate"]
 Form = Literal["tensors", "text", "bytes"]
@@ -116,6 +117,9 @@ def tensor_size(feeds: Mapping[str, np.ndarray]) -> RequestSize:
     Raises:
         InvalidInput: Something among them is no array.
     """
+    # Here and not above: numpy is half of what `from sdk import Client` would take.
+    import numpy as np
+
     size_bytes = elements = 0
     for name, array in feeds.items():
         if not isinstance(array, np.ndarray):
@@ -324,6 +328,8 @@ def check_feeds(
     Raises:
         InvalidInput: Names the first input that does not fit, and what would.
     """
+    from nearfar.tensors import NUMPY_OF
+
     for spec in specs:
         array = feeds.get(spec.name)
         if array is None:

@@ -6,13 +6,14 @@ import time
 from typing import TYPE_CHECKING, Union
 
 import msgspec
-import numpy as np
 
 from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
 from nearfar.units import Deadline
 from sdk.requests import Request
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edge_runtime import EdgeResult
     from nearfar.wire.messages import ModelOffer
     from sdk.cloud.connection import TensorReply
@@ -147,6 +148,8 @@ def wire_tensors(request: Request, manifest: Manifest) -> dict[str, np.ndarray]:
     """The tensors of an `Infer` message."""
     if request.form == "tensors":
         return dict(request.feeds or {})
+    import numpy as np
+
     array = np.empty(len(request.items), dtype=object)
     for index, item in enumerate(request.items):
         small = minimised(item, manifest)
