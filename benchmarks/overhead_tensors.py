@@ -1,9 +1,11 @@
 """`infer`, `classify` and `embed` on the device, against a bare ONNX Runtime call.
 
-What nearfar adds is, of each call through the client, the part that was not spent in that call's
-own ``InferenceSession.run``: exact to a microsecond, also on a busy machine, and with the caches as
-a real model leaves them. Blocks of bare calls take turns with the client's; the difference is shown
-as well, without a bar: on a busy machine it drowns in the noise of the model itself.
+What a call costs around the model is the part that was not spent in its own
+``InferenceSession.run``: exact to a microsecond, also on a busy machine, and with the caches as a
+real model leaves them. Blocks of bare calls take turns with the client's, and what the client's
+calls cost more around the model than the bare calls of the same round is what nearfar adds. The
+difference of the whole calls is shown as well, without a bar: on a busy machine it drowns in the
+noise of the model itself.
 """
 
 from __future__ import annotations
@@ -118,7 +120,13 @@ def measure_tensors(
         medians = interleave(sides, rounds=rounds, random=run.random, on_round=step)
 
     def added(what: str, side: str) -> Figure:
-        return Figure.of_rounds(f"{name}: {what} (p50)", "µs", sides[side].outside_us)
+        return Figure.of_rounds(
+            f"{name}: {what} (p50)",
+            "µs",
+            per_round(
+                lambda ours, bare: ours - bare, sides[side].outside_us, sides["bare"].outside_us
+            ),
+        )
 
     infer = added("infer adds", "infer")
     return Part(
@@ -127,6 +135,9 @@ def measure_tensors(
             infer,
             added("runtime adds, without the client", "runtime"),
             added(f"{method} adds, with preprocessing", method),
+            Figure.of_rounds(
+                f"{name}: bare call around the model (p50)", "µs", sides["bare"].outside_us
+            ),
             Figure.of_rounds(
                 f"{name}: infer − bare call, interleaved",
                 "µs",

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from edge_runtime.generation import EdgeGeneration
-from edge_runtime.runtime import EdgeModel, EdgeResult, EdgeRuntime
+from edge_runtime.runtime import DirectCall, EdgeModel, EdgeResult, EdgeRuntime
 
-__all__ = ["EdgeGeneration", "EdgeModel", "EdgeResult", "EdgeRuntime"]
+__all__ = ["DirectCall", "EdgeGeneration", "EdgeModel", "EdgeResult", "EdgeRuntime"]

@@ -17,7 +17,7 @@ from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import Manifest, Variant
 from nearfar.engines.base import CancelToken, SessionOptions
 from nearfar.engines.devices import Device, probe
-from nearfar.engines.model import LoadedModel
+from nearfar.engines.model import LoadedModel, RawForm
 from nearfar.engines.selection import candidates
 from nearfar.engines.slots import Slot, SlotGate, SlotState
 from nearfar.errors import EngineError, InvalidInput
@@ -62,6 +62,70 @@ class EdgeResult(msgspec.Struct, frozen=True, eq=False):
     execution_provider: str
     queue_s: float
     compute_s: float
+
+
+class DirectCall:
+    """Runs batches of one loaded model that can begin at once, and no others. Thread-safe.
+
+    Made by `EdgeRuntime.direct`; good until the runtime is closed. Its methods return the outputs
+    and the seconds they took (preprocessing and engine), or `None` when the batch would have to
+    wait for a slot, or the runtime was closed.
+    """
+
+    __slots__ = ("_engine", "_gate", "_loaded")
+
+    def __init__(self, loaded: LoadedModel, gate: SlotGate) -> None:
+        self._loaded = loaded
+        self._engine = loaded.tensor_engine
+        self._gate = gate
+
+    def infer(
+        self, feeds: Mapping[str, np.ndarray], expected_s: float | None = None
+    ) -> tuple[dict[str, np.ndarray], float] | None:
+        """Run one batch of tensors now.
+
+        Args:
+            feeds: The model's inputs.
+            expected_s: As for `EdgeRuntime.infer`.
+
+        Raises:
+            EngineError: The engine failed.
+            InvalidInput: A tensor does not fit.
+        """
+        slot = self._gate.try_acquire(expected_s)
+        if slot is None:
+            return None
+        try:
+            outputs = self._engine.infer(feeds)
+        finally:
+            slot.release()
+        return outputs, slot.held_s
+
+    def infer_raw(
+        self,
+        form: RawForm,
+        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes],
+        expected_s: float | None = None,
+    ) -> tuple[dict[str, np.ndarray], float] | None:
+        """Preprocess one batch and run it now.
+
+        Args:
+            form: What the items are: ``text`` or ``bytes``.
+            items: One per row of the batch.
+            expected_s: As for `EdgeRuntime.infer`.
+
+        Raises:
+            EngineError: The engine failed.
+            InvalidInput: An item does not fit.
+        """
+        slot = self._gate.try_acquire(expected_s)
+        if slot is None:
+            return None
+        try:
+            outputs = self._loaded.infer_raw(form, items)
+        finally:
+            slot.release()
+        return outputs, slot.held_s
 
 
 class _Hosted:
@@ -155,34 +219,15 @@ class EdgeRuntime:
         slot = hosted.gate.acquire(deadline, expected_s)
         return _compute(slot, loaded, feeds, form, items)
 
-    def infer_now(
-        self,
-        model: str,
-        feeds: Mapping[str, np.ndarray] | None = None,
-        *,
-        form: InputForm = "tensors",
-        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] | None = None,
-        version: str | None = None,
-        expected_s: float | None = None,
-    ) -> EdgeResult | None:
-        """Run one batch if it can begin at once: the model is loaded and a slot is free.
+    def direct(self, model: str, version: str | None = None) -> DirectCall | None:
+        """A model that is loaded, without what leads to it; `None` when it is not.
 
-        Args:
-            As `infer`.
-
-        Returns:
-            The outputs, or `None` when it would have to load or to wait, or was closed.
-
-        Raises:
-            EngineError: The engine failed.
-            InvalidInput: A tensor or item does not fit.
+        For callers who ask one model again and again, and count microseconds.
         """
         hosted = self._hosted.get((model, version))
-        loaded = None if hosted is None else hosted.loaded
-        if hosted is None or loaded is None:
+        if hosted is None or hosted.loaded is None:
             return None
-        slot = hosted.gate.try_acquire(expected_s)
-        return None if slot is None else _compute(slot, loaded, feeds, form, items)
+        return DirectCall(hosted.loaded, hosted.gate)
 
     def generate(
         self,

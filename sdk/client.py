@@ -83,7 +83,12 @@ class Client(Calls):
             CloudUnavailable, Overloaded, EngineError: Every allowed route failed; the last error.
             SecurityError: The cloud is not who it should be; never worked around.
         """
-        return self._infer_result(self._run(self._infer_request(model, feeds, options)))
+        result = self._plans.infer(model, feeds, options)
+        if result is None:
+            done = self._drive(self._core.run(self._infer_request(model, feeds, options)))
+            self._plans.keep(done, options)
+            result = self._infer_result(done)
+        return result
 
     def embed(
         self, model: str, texts: Sequence[str], **options: Unpack[RequestOptions]

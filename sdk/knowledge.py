@@ -118,6 +118,10 @@ class Knowledge:
             return None  # one of them is wrong; rules that need a region then do not hold
         return stated or claimed
 
+    def claimed_region(self) -> str | None:
+        """Where the cloud itself says it stands; `None` before it was asked."""
+        return None if self.link is None else self.link.state.region
+
     # -- what is known about the routes ----------------------------------------------------------
 
     def edge_model(self, request: Request) -> EdgeModel | None:

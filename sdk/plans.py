@@ -13,19 +13,26 @@ that is not loaded, an input that does not fit) is `Core.run`'s business again.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping
+
+# By its name: looking it up in its module is measurable here. The same clock as the slots'.
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nearfar.errors import NearfarError
+from nearfar.errors import InvalidInput
 from sdk.core import Completed
 from sdk.requests import Request
+from sdk.results import BatchUsage, InferResult, Timings
+from sdk.routing import Observation
 from sdk.routing.types import exclusion
-from sdk.steps import answer_here
+from sdk.steps import Answer
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_runtime import DirectCall
     from nearfar.bundle.manifest import Manifest
     from sdk.knowledge import Knowledge
     from sdk.results import Route
@@ -37,6 +44,8 @@ _LIFETIME_S = 1.0
 _LEARN_EVERY_S = 0.1
 #: Sizes, purposes and tenants may be many.
 _MAX_PLANS = 256
+#: Shapes and options of one model that `infer` remembers; it compares them one after the other.
+_MAX_SHAPES = 8
 #: What keeps the cloud out for good, not just now.
 _FOR_GOOD = ("policy", "mode", "not_configured")
 
@@ -45,22 +54,51 @@ class Plan(msgspec.Struct, kw_only=True, eq=False):
     """What was decided for one kind of request; holds none of its content.
 
     Attributes:
+        call: The model, loaded.
         route: The device, and why.
         decision: The record.
         manifest: The model's manifest.
-        region: Where the cloud stood then; rules may depend on it.
+        variant: Id of the variant that runs.
+        execution_provider: What it runs on.
+        rows: Rows of the batch.
+        inputs: For `Plans.infer`: name, type, dtype and shape of each array.
+        options: For `Plans.infer`: the keyword options of the call.
+        region: Where the cloud said it stands; rules may depend on it.
         expected_s: How long it is expected to hold a slot.
-        expires_at_s: `time.perf_counter` from which it does not count any more.
+        expires_at_s: `time.monotonic` from which it does not count any more.
         learn_at_s: When the next answer is worth learning from.
     """
 
+    call: DirectCall
     route: Route
     decision: RouteDecision
     manifest: Manifest
+    variant: str
+    execution_provider: str
+    rows: int
+    inputs: tuple[tuple[str, Any, Any, tuple[int, ...]], ...]
+    options: Mapping[str, Any]
     region: str | None
     expected_s: float | None
     expires_at_s: float
     learn_at_s: float
+
+    def fits(
+        self, feeds: Mapping[str, np.ndarray], options: Mapping[str, Any], region: str | None
+    ) -> bool:
+        """Whether checks, policy, router and predictor would see the same as they did."""
+        if (
+            type(feeds) is not dict  # may be anything; `Core.run` looks closer
+            or len(feeds) != len(self.inputs)
+            or options != self.options
+            or region != self.region
+        ):
+            return False
+        for name, kind, dtype, shape in self.inputs:
+            array = feeds.get(name)
+            if type(array) is not kind or array.dtype is not dtype or array.shape != shape:
+                return False
+        return True
 
 
 class Plans:
@@ -72,14 +110,124 @@ class Plans:
 
     def __init__(self, known: Knowledge) -> None:
         self._known = known
-        self._plans: dict[Hashable, Plan] = {}
+        self._of_tensors: dict[str, tuple[Plan, ...]] = {}
+        self._of_items: dict[Hashable, Plan] = {}
 
-    def keep(self, done: Completed) -> None:
-        """Make a plan of what `Core.run` did, if it would do the same again."""
+    def infer(
+        self, model: str, feeds: Mapping[str, np.ndarray], options: Mapping[str, Any]
+    ) -> InferResult | None:
+        """Run a batch of tensors by its plan; `None` when `Core.run` has to.
+
+        Raises:
+            EngineError: The engine failed, and no other route is open to the request.
+        """
+        started_s = monotonic()
+        link = self._known.link
+        region = None if link is None else link.state.region
+        for plan in self._of_tensors.get(model, ()):
+            if started_s < plan.expires_at_s and plan.fits(feeds, options, region):
+                break
+        else:
+            return None
+        try:
+            ran = plan.call.infer(feeds, plan.expected_s)
+        except InvalidInput:
+            return None  # `Core.run` finds the words
+        if ran is None:
+            return None
+        outputs, compute_s = ran
+        output_bytes = 0
+        for array in outputs.values():
+            output_bytes += array.nbytes
+        ended_s = monotonic()
+        total_ms, compute_ms = (ended_s - started_s) * 1000.0, compute_s * 1000.0
+        if ended_s >= plan.learn_at_s:
+            self._learn(plan, compute_ms, total_ms, ended_s)
+        return InferResult(
+            outputs=outputs,
+            route=plan.route,
+            decision=plan.decision,
+            timings=Timings(total_ms=total_ms, compute_ms=compute_ms),
+            usage=BatchUsage(items=plan.rows, output_bytes=output_bytes),
+            variant=plan.variant,
+            execution_provider=plan.execution_provider,
+        )
+
+    def follow(self, request: Request) -> Completed | None:
+        """Run a batch of texts or byte strings by its plan; `None` when `Core.run` has to.
+
+        Raises:
+            EngineError: The engine failed, and no other route is open to the request.
+        """
+        started_s = monotonic()
+        plan = self._of_items.get(_kind(request))
+        if (
+            plan is None
+            or started_s >= plan.expires_at_s
+            or request.deadline.is_set
+            or plan.region != self._known.claimed_region()
+        ):
+            return None
+        assert request.form != "tensors"
+        try:
+            ran = plan.call.infer_raw(request.form, request.items, plan.expected_s)
+        except InvalidInput:
+            return None  # `Core.run` finds the words
+        if ran is None:
+            return None
+        outputs, compute_s = ran
+        decision = plan.decision
+        if request.size.upload_bytes != decision.inputs.size.upload_bytes:
+            decision = _of_size(decision, request.size.upload_bytes)
+        ended_s = monotonic()
+        answer = Answer(
+            outputs=outputs,
+            variant=plan.variant,
+            execution_provider=plan.execution_provider,
+            queue_ms=0.0,
+            compute_ms=compute_s * 1000.0,
+            total_ms=(ended_s - started_s) * 1000.0,
+        )
+        if ended_s >= plan.learn_at_s:
+            self._learn(plan, answer.compute_ms, answer.total_ms, ended_s)
+        return Completed(
+            request=request,
+            answer=answer,
+            route=plan.route,
+            decision=decision,
+            manifest=plan.manifest,
+            total_ms=answer.total_ms,
+            bytes_sent=0,
+        )
+
+    def keep(self, done: Completed, options: Mapping[str, Any] | None = None) -> None:
+        """Make a plan of what `Core.run` did, if it would do the same again.
+
+        Args:
+            done: What `Core.run` returned.
+            options: For `infer`: the keyword options of the call.
+        """
+        request = done.request
+        plan = self._plan(done, options or {})
+        if plan is None:
+            return
+        if request.form == "tensors":
+            others = self._of_tensors.get(request.model, ())
+            fresh = [
+                other for other in others if other.expires_at_s > plan.expires_at_s - _LIFETIME_S
+            ]
+            self._of_tensors[request.model] = (plan, *fresh[: _MAX_SHAPES - 1])
+            return
+        if len(self._of_items) >= _MAX_PLANS:
+            self._of_items.clear()
+        self._of_items[_kind(request)] = plan
+
+    def _plan(self, done: Completed, options: Mapping[str, Any]) -> Plan | None:
         known, request, inputs = self._known, done.request, done.decision.inputs
         prediction = inputs.edge.prediction
         if (
             done.route.path != "edge"
+            or known.edge is None
             or request.deadline.is_set
             or exclusion("cloud", inputs) not in _FOR_GOOD
             # The record must not tell of a queue or of loading that later calls do not meet.
@@ -87,70 +235,46 @@ class Plans:
             or prediction.load_ms
             or prediction.basis != "measured"
         ):
-            return
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.clear()
-        now_s = time.perf_counter()
+            return None
+        call = known.edge.runtime.direct(request.model, request.version)
+        if call is None:
+            return None
+        now_s = monotonic()
         service_ms = prediction.service_ms
-        self._plans[_kind(request)] = Plan(
+        return Plan(
+            call=call,
             route=done.route,
             decision=done.decision,
             manifest=done.manifest,
-            region=known.region(),
+            variant=done.answer.variant,
+            execution_provider=done.answer.execution_provider,
+            rows=request.rows,
+            inputs=tuple(
+                (name, type(array), array.dtype, array.shape)
+                for name, array in (request.feeds or {}).items()
+            ),
+            options=dict(options),
+            region=known.claimed_region(),
             expected_s=None if service_ms is None else service_ms / 1000.0,
             expires_at_s=now_s + _LIFETIME_S,
             learn_at_s=now_s + _LEARN_EVERY_S,
         )
 
-    def follow(self, request: Request) -> Completed | None:
-        """Answer a request by its plan; `None` when `Core.run` has to."""
-        started_s = time.perf_counter()
-        plan = self._plans.get(_kind(request))
-        known = self._known
-        edge = known.edge
-        if (
-            plan is None
-            or edge is None
-            or started_s >= plan.expires_at_s
-            or request.deadline.is_set
-            or (known.link is not None and known.region() != plan.region)
-        ):
-            return None
-        try:
-            ran = edge.runtime.infer_now(
-                request.model,
-                request.feeds,
-                form=request.form,
-                items=request.items,
-                version=request.version,
-                expected_s=plan.expected_s,
-            )
-        except NearfarError:
-            return None  # to meet it again where errors are explained and repaired
-        if ran is None:
-            return None
-        ended_s = time.perf_counter()
-        total_ms = (ended_s - started_s) * 1000.0
-        answer = answer_here(ran, total_ms, was_loaded=True)
-        if ended_s >= plan.learn_at_s:
-            plan.learn_at_s = ended_s + _LEARN_EVERY_S
-            known.learn(request, "edge", answer)
-        decision = plan.decision
-        if request.size.upload_bytes != decision.inputs.size.upload_bytes:
-            decision = _of_size(decision, request.size.upload_bytes)
-        return Completed(
-            request=request,
-            answer=answer,
-            route=plan.route,
-            decision=decision,
-            manifest=plan.manifest,
-            total_ms=total_ms,
-            bytes_sent=0,
-        )
-
     def clear(self) -> None:
         """Forget all plans."""
-        self._plans.clear()
+        self._of_tensors.clear()
+        self._of_items.clear()
+
+    def _learn(self, plan: Plan, compute_ms: float, total_ms: float, now_s: float) -> None:
+        plan.learn_at_s = now_s + _LEARN_EVERY_S
+        inputs = plan.decision.inputs
+        self._known.predictor.observe(
+            "edge",
+            inputs.model,
+            inputs.size,
+            Observation(total_ms=total_ms, compute_ms=compute_ms),
+            now_s=now_s,
+        )
 
 
 def _kind(request: Request) -> Hashable:

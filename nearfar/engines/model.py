@@ -65,9 +65,7 @@ class LoadedModel:
             InvalidInput: A tensor does not fit, or the model generates text.
             EngineError: The engine failed.
         """
-        if self._tensors is None:
-            raise self._wrong_call("generate()")
-        return self._tensors.infer(feeds)
+        return self.tensor_engine.infer(feeds)
 
     def infer_raw(
         self, form: RawForm, items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes]
@@ -116,6 +114,17 @@ class LoadedModel:
             EngineError: The engine failed.
         """
         return self.text_engine.generate(prompt, options, cancel=cancel)
+
+    @property
+    def tensor_engine(self) -> TensorEngine:
+        """The engine, when it takes tensors.
+
+        Raises:
+            InvalidInput: It does not.
+        """
+        if self._tensors is None:
+            raise self._wrong_call("generate()")
+        return self._tensors
 
     @property
     def text_engine(self) -> GenerationEngine:

@@ -1,15 +1,17 @@
 """How many calls of one model run at once, and in which order the others wait.
 
 First come, first served; whoever's deadline passes leaves the queue. The free path (a slot is
-free, nobody waits) costs one lock, because it lies on every call of the device route.
+free, nobody waits) lies on every call of the device route and takes no lock: free places are
+entries of a list, which one thread only can pop, and both ends look again after they changed
+something (`SlotGate._enqueue`, `Slot.release`), so that no place is free while somebody waits.
 """
 
 from __future__ import annotations
 
 import heapq
 import threading
-import time
 from collections import deque
+from time import monotonic
 from types import TracebackType
 
 import msgspec
@@ -63,19 +65,18 @@ class Slot(msgspec.Struct, eq=False):
     def release(self) -> None:
         """Give the slot to the next in the queue; idempotent, from any thread."""
         gate = self._gate
-        now_s = time.monotonic()
-        with gate._lock:
-            if gate._running.pop(self, self) is self:
-                return  # it was given back before
-            held_s = self.held_s = now_s - self._started_s
-            average_s = gate._average_s
-            gate._average_s = (
-                held_s if average_s is None else average_s + _SMOOTHING * (held_s - average_s)
-            )
-            if gate._waiting:
-                gate._pass_on(now_s)
-            if gate._is_closed and not gate._running:
-                gate._idle.notify_all()
+        try:
+            gate._running.remove(self)
+        except ValueError:
+            return  # it was given back before
+        held_s = self.held_s = monotonic() - self._started_s
+        average_s = gate._average_s
+        gate._average_s = (
+            held_s if average_s is None else average_s + _SMOOTHING * (held_s - average_s)
+        )
+        gate._free.append(None)
+        if gate._waiting or gate._is_closed:
+            gate._pass_on()
 
     def __enter__(self) -> Slot:
         return self
@@ -95,7 +96,7 @@ class _Waiter:
     def __init__(self, deadline: Deadline, expected_s: float | None) -> None:
         self.deadline = deadline
         self.expected_s = expected_s
-        self.since_s = time.monotonic()
+        self.since_s = monotonic()
         self.wake = threading.Event()
         self.granted: Slot | None = None
 
@@ -112,14 +113,14 @@ class SlotGate:
     def __init__(self, slots: int, max_waiting: int, *, name: str = "") -> None:
         if slots < 1 or max_waiting < 0:
             raise ValueError(f"slots={slots}, max_waiting={max_waiting}: need >= 1 and >= 0")
-        self._slots = slots
         self._max_waiting = max_waiting
         self._subject = f"Model {name!r}" if name else "The model"
         # An RLock: garbage collection may close an abandoned generation, and with it release its
         # slot, in a thread that holds this lock at that moment.
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
-        self._running: dict[Slot, None] = {}
+        self._free: list[None] = [None] * slots
+        self._running: list[Slot] = []
         self._waiting: deque[_Waiter] = deque()
         self._average_s: float | None = None
         self._is_closed = False
@@ -148,44 +149,23 @@ class SlotGate:
             Cancelled: `cancel` was set, or the gate was closed, while waiting.
             EngineError: The gate was closed before.
         """
-        with self._lock:
-            if self._is_closed:
-                raise EngineError(
-                    f"{self._subject} has been closed", fix="Open the runtime or client again"
-                )
-            if len(self._running) < self._slots and not self._waiting:
-                started_s = time.monotonic()
-                if started_s >= deadline.at_s:
-                    deadline.check()
-                slot = Slot(self, expected_s, started_s, 0.0)
-                self._running[slot] = None
-                return slot
-            if len(self._waiting) >= self._max_waiting:
-                raise Overloaded(
-                    f"{self._subject} has {len(self._running)} calls running and "
-                    f"{len(self._waiting)} waiting, as many as it takes",
-                    fix="Try again later, or raise the number that may wait",
-                )
-            waiter = _Waiter(deadline, expected_s)
-            self._waiting.append(waiter)
-        return self._wait(waiter, cancel)
+        if monotonic() >= deadline.at_s:
+            deadline.check()
+        slot = self.try_acquire(expected_s)
+        if slot is not None:
+            return slot
+        return self._wait(self._enqueue(deadline, expected_s), cancel)
 
     def try_acquire(self, expected_s: float | None = None) -> Slot | None:
         """A slot that is free now, or `None`: all are taken, somebody waits, or it is closed."""
-        with self._lock:
-            if self._is_closed or self._waiting or len(self._running) >= self._slots:
-                return None
-            slot = Slot(self, expected_s, time.monotonic(), 0.0)
-            self._running[slot] = None
-            return slot
+        return None if self._waiting else self._take(expected_s)
 
     def state(self) -> SlotState:
         """Current load; cheap enough for every routing decision."""
         with self._lock:
             running, waiting = len(self._running), len(self._waiting)
-            if running < self._slots and not waiting:
-                return SlotState(running, waiting, 0.0)
-            return SlotState(running, waiting, self._expected_wait_s())
+            wait_s = 0.0 if self._free and not waiting else self._expected_wait_s()
+            return SlotState(running, waiting, wait_s)
 
     def close(self) -> None:
         """Admit nobody any more and send those who wait away; running work is not touched."""
@@ -199,6 +179,38 @@ class SlotGate:
         """After `close`: wait until nothing runs; says whether that came in time."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._running, timeout_s)
+
+    def _take(self, expected_s: float | None, queue_s: float = 0.0) -> Slot | None:
+        """Take a free place, if there is one."""
+        try:
+            self._free.pop()
+        except IndexError:
+            return None
+        slot = Slot(self, expected_s, monotonic(), queue_s)
+        self._running.append(slot)
+        if self._is_closed:  # looked at last: `join` saw this slot, or this sees that it is closed
+            slot.release()
+            return None
+        return slot
+
+    def _enqueue(self, deadline: Deadline, expected_s: float | None) -> _Waiter:
+        with self._lock:
+            if self._is_closed:
+                raise EngineError(
+                    f"{self._subject} has been closed", fix="Open the runtime or client again"
+                )
+            waiter = _Waiter(deadline, expected_s)
+            self._waiting.append(waiter)
+            # A place that became free a moment ago would otherwise wake nobody.
+            self._pass_on()
+            if waiter.granted is None and len(self._waiting) > self._max_waiting:
+                self._waiting.remove(waiter)
+                raise Overloaded(
+                    f"{self._subject} has {len(self._running)} calls running and "
+                    f"{len(self._waiting)} waiting, as many as it takes",
+                    fix="Try again later, or raise the number that may wait",
+                )
+            return waiter
 
     def _wait(self, waiter: _Waiter, cancel: CancelToken | None) -> Slot:
         try:
@@ -229,23 +241,28 @@ class SlotGate:
             elif waiter in self._waiting:
                 self._waiting.remove(waiter)
 
-    def _pass_on(self, now_s: float) -> None:
-        """Give free slots to those who wait longest; the lock is held."""
-        while self._waiting and len(self._running) < self._slots:
-            waiter = self._waiting.popleft()
-            # Expired ones find out by themselves; giving them a slot would waste it.
-            if now_s < waiter.deadline.at_s:
-                slot = Slot(self, waiter.expected_s, now_s, now_s - waiter.since_s)
-                self._running[slot] = None
-                waiter.granted = slot
-                waiter.wake.set()
+    def _pass_on(self) -> None:
+        """Give free places to those who wait longest, and tell `join` when nothing runs."""
+        with self._lock:
+            while self._waiting:
+                waiter = self._waiting[0]
+                now_s = monotonic()
+                # Expired ones find out by themselves; giving them a slot would waste it.
+                if now_s < waiter.deadline.at_s:
+                    waiter.granted = self._take(waiter.expected_s, now_s - waiter.since_s)
+                    if waiter.granted is None:
+                        break
+                    waiter.wake.set()
+                self._waiting.popleft()
+            if self._is_closed and not self._running:
+                self._idle.notify_all()
 
     def _expected_wait_s(self) -> float:
         """Play the queue through: each next one takes the slot that is free first."""
-        now_s = time.monotonic()
+        now_s = monotonic()
         usual_s = self._average_s or 0.0
         free_at = []
-        for slot in self._running:
+        for slot in self._running.copy():  # others come and go meanwhile
             age_s = now_s - slot._started_s
             expected_s = usual_s if slot._expected_s is None else slot._expected_s
             free_at.append(max(expected_s - age_s, _OVERRUN_SHARE * age_s))

@@ -280,14 +280,17 @@ def test_a_closed_runtime_refuses_and_may_be_closed_again(runtime):
             runtime.infer(model, X)
 
 
-def test_only_a_loaded_model_with_a_free_slot_runs_now(runtime):
-    assert runtime.infer_now("tiny", X) is None
+def test_only_a_loaded_model_with_a_free_slot_runs_directly(runtime):
+    assert runtime.direct("tiny") is None
     runtime.warm_up("tiny")
-    result = runtime.infer_now("tiny", X)
-    np.testing.assert_array_equal(result.outputs["y"], runtime.infer("tiny", X).outputs["y"])
+    call = runtime.direct("tiny")
+    outputs, seconds = call.infer(X)
+    np.testing.assert_array_equal(outputs["y"], runtime.infer("tiny", X).outputs["y"])
+    assert seconds > 0
     busy = Call(lambda: runtime.infer("tiny", SLOW))
     wait_until(lambda: runtime.state("tiny").running == 1)
-    assert runtime.infer_now("tiny", X) is None
+    assert call.infer(X) is None
     busy.join(PATIENCE_S)
     runtime.close()
-    assert runtime.infer_now("tiny", X) is None
+    assert call.infer(X) is None
+    assert runtime.direct("tiny") is None

@@ -3,12 +3,12 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
-from nearfar.errors import InvalidInput
+from nearfar.errors import EngineError, InvalidInput
 from sdk import Client, plans
-from sdk.plans import Plans
 from sdk.policy import parse_policy
 from sdk.routing import replay
 from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
@@ -27,18 +27,22 @@ class Counter:
 
     def __init__(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         self.planned = self.decided = 0
-        follow, run = client._plans.follow, client._core.run
+        run = client._core.run
 
-        def counted_follow(request):
-            done = follow(request)
-            self.planned += done is not None
-            return done
+        def counted(planned):
+            def call(*arguments):
+                done = planned(*arguments)
+                self.planned += done is not None
+                return done
+
+            return call
 
         def counted_run(request):
             self.decided += 1
             return run(request)
 
-        monkeypatch.setattr(client._plans, "follow", counted_follow)
+        for name in ("infer", "follow"):
+            monkeypatch.setattr(client._plans, name, counted(getattr(client._plans, name)))
         monkeypatch.setattr(client._core, "run", counted_run)
 
 
@@ -105,7 +109,8 @@ def test_a_request_with_a_deadline_is_decided_and_makes_no_plan(client, counter)
     client.infer("tiny", FEEDS)
     client.infer("tiny", FEEDS, deadline_ms=60_000)
     assert (counter.planned, counter.decided) == (0, 4)
-    client.infer("tiny", FEEDS, deadline_ms=math.inf)
+    for _ in range(2):
+        client.infer("tiny", FEEDS, deadline_ms=math.inf)
     assert counter.planned == 1
 
 
@@ -113,15 +118,13 @@ def test_no_plan_is_followed_while_the_slot_is_taken(client, counter):
     gate = client._edge.runtime._hosted["tiny", None].gate
     with gate.acquire():
         assert gate.try_acquire() is None
-        request = client._infer_request("tiny", FEEDS, {})
-        assert client._plans.follow(request) is None
-    assert client._plans.follow(request) is not None
+        assert client._plans.infer("tiny", FEEDS, {}) is None
+    assert client._plans.infer("tiny", FEEDS, {}) is not None
 
 
 def test_a_plan_expires(client, counter, monkeypatch):
-    now_s = plans.time.perf_counter()
-    clock = SimpleNamespace(perf_counter=lambda: now_s)
-    monkeypatch.setattr(plans, "time", clock)
+    now_s = plans.monotonic()
+    monkeypatch.setattr(plans, "monotonic", lambda: now_s)
     monkeypatch.setattr(plans, "_LIFETIME_S", 1.0)
     client._plans.clear()
     client.infer("tiny", FEEDS)
@@ -135,10 +138,11 @@ def test_a_plan_expires(client, counter, monkeypatch):
 
 def test_answers_by_plan_are_learned_from_now_and_then(client, counter, monkeypatch):
     learned = []
-    now_s = plans.time.perf_counter()
-    monkeypatch.setattr(client._known, "learn", lambda *seen: learned.append(seen))
-    clock = SimpleNamespace(perf_counter=lambda: now_s)
-    monkeypatch.setattr(plans, "time", clock)
+    now_s = plans.monotonic()
+    monkeypatch.setattr(
+        client._known.predictor, "observe", lambda *seen, **more: learned.append(seen)
+    )
+    monkeypatch.setattr(plans, "monotonic", lambda: now_s)
     for _ in range(50):
         now_s += 0.01
         client.infer("tiny", FEEDS)
@@ -154,9 +158,8 @@ def test_a_closed_client_has_no_plans(client, counter):
 
 
 def test_a_closed_runtime_follows_no_plan(client, counter):
-    request = client._infer_request("tiny", FEEDS, {})
     client._edge.runtime.close()
-    assert client._plans.follow(request) is None
+    assert client._plans.infer("tiny", FEEDS, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -167,8 +170,13 @@ def test_a_closed_runtime_follows_no_plan(client, counter):
         {"x": FEEDS["x"][0]},
         {"y": FEEDS["x"]},
         {"x": FEEDS["x"], "y": FEEDS["x"]},
+        {"x": FEEDS["x"].tolist()},
+        {"x": None},
+        {},
+        [FEEDS["x"]],
+        None,
     ],
-    ids=["dtype", "shape", "rank", "name", "too many"],
+    ids=["dtype", "shape", "rank", "name", "many", "list", "none", "empty", "no dict", "nothing"],
 )
 def test_what_does_not_fit_is_refused_in_the_same_words(client, counter, feeds):
     with pytest.raises(InvalidInput) as planned:
@@ -181,36 +189,69 @@ def test_what_does_not_fit_is_refused_in_the_same_words(client, counter, feeds):
     assert counter.planned == 0
 
 
-def test_no_plan_is_kept_where_policy_and_a_link_leave_the_choice_open(client, tmp_path):
+def test_no_plan_is_kept_where_policy_and_a_link_leave_the_choice_open(
+    client, tmp_path, monkeypatch
+):
     with Client(models=tmp_path, policy=MAY_LEAVE) as open_client:
         for _ in range(2):
             open_client.infer("tiny", FEEDS)
-        request = open_client._infer_request("tiny", FEEDS, {})
-        assert open_client._plans.follow(request) is not None  # no link: nowhere else to go
-        done = open_client._plans.follow(request)
-        import msgspec
-
+        assert open_client._plans.infer("tiny", FEEDS, {}) is not None  # nowhere else to go
+        kept = []
+        monkeypatch.setattr(open_client._plans, "keep", lambda *seen: kept.append(seen))
+        open_client._plans.clear()
+        open_client.infer("tiny", FEEDS)
+        monkeypatch.undo()
+        (done, _), *_ = kept
         replace, inputs = msgspec.structs.replace, done.decision.inputs
         for obstacle in ("", "unreachable", "no_model"):
             open_client._plans.clear()
             cloud = replace(inputs.cloud, obstacle=obstacle)
             decision = replace(done.decision, inputs=replace(inputs, cloud=cloud))
-            open_client._plans.keep(replace(done, decision=decision))
-            assert open_client._plans.follow(request) is None
+            open_client._plans.keep(replace(done, decision=decision), {})
+            assert open_client._plans.infer("tiny", FEEDS, {}) is None
+        open_client._plans.keep(done, {})
+        assert open_client._plans.infer("tiny", FEEDS, {}) is not None
 
 
 def test_a_plan_does_not_outlive_a_change_of_the_clouds_region(client, counter, monkeypatch):
-    request = client._infer_request("tiny", FEEDS, {})
-    monkeypatch.setattr(client._known, "link", object())
-    monkeypatch.setattr(client._known, "region", lambda: "elsewhere")
+    link = SimpleNamespace(state=SimpleNamespace(region="elsewhere"))
+    monkeypatch.setattr(client._known, "link", link)
+    request = client._classify_request("tiny-classifier", b"hello", 1, {})
+    assert client._plans.infer("tiny", FEEDS, {}) is None
     assert client._plans.follow(request) is None
-    monkeypatch.setattr(client._known, "region", lambda: None)
+    link.state.region = None
+    assert client._plans.infer("tiny", FEEDS, {}) is not None
     assert client._plans.follow(request) is not None
 
 
 def test_plans_are_few(client, counter, monkeypatch):
     monkeypatch.setattr(plans, "_MAX_PLANS", 3)
-    for number in range(10):
+    for number in range(20):
         client.infer("tiny", FEEDS, tenant=str(number))
-    assert isinstance(client._plans, Plans)
-    assert 1 <= len(client._plans._plans) <= 3
+        client.classify("tiny-classifier", b"hello", tenant=str(number))
+    assert 1 <= len(client._plans._of_tensors["tiny"]) <= plans._MAX_SHAPES
+    assert 1 <= len(client._plans._of_items) <= 3
+
+
+def test_several_shapes_have_plans_side_by_side(client, counter):
+    batches = [{"x": np.zeros((rows, 4), np.float32)} for rows in (1, 2, 3)]
+    for _ in range(3):
+        for feeds in batches:
+            client.infer("tiny", feeds)
+    counted = counter.planned, counter.decided
+    for feeds in batches:
+        assert client.infer("tiny", feeds).usage.items == len(feeds["x"])
+    assert (counter.planned - counted[0], counter.decided - counted[1]) == (3, 0)
+
+
+def test_a_failing_engine_is_not_asked_twice(client, counter, monkeypatch):
+    engine, calls = client._edge.runtime._hosted["tiny", None].loaded.engine, []
+
+    def fail(feeds):
+        calls.append(feeds)
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(engine, "infer", fail)
+    with pytest.raises(EngineError, match="out of memory"):
+        client.infer("tiny", FEEDS)
+    assert len(calls) == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
 import pytest
 
+from nearfar.engines import slots
 from nearfar.engines.base import CancelToken
 from nearfar.engines.slots import SlotGate
 from nearfar.errors import Cancelled, DeadlineExceeded, EngineError, Overloaded
@@ -67,6 +69,37 @@ def test_as_many_run_as_there_are_slots():
         caller.finish()
 
 
+@pytest.mark.parametrize("places", [1, 3])
+def test_under_contention_no_place_is_lost_or_given_twice(places, monkeypatch):
+    gate = SlotGate(places, 64)
+    held, most, done = [], [], []
+    switch_s = sys.getswitchinterval()
+    monkeypatch.setattr(slots, "monotonic", lambda: time.sleep(0) or time.monotonic())
+
+    def work():
+        for _ in range(300):
+            slot = gate.acquire(Deadline.after_ms(PATIENCE_S * 1000))
+            held.append(slot)
+            most.append(len(held))
+            held.remove(slot)
+            slot.release()
+        done.append(True)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    try:
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+    finally:
+        sys.setswitchinterval(switch_s)
+    assert len(done) == len(threads)
+    assert max(most) <= places
+    assert (gate.state().running, gate.state().waiting) == (0, 0)
+    assert [gate.try_acquire() is not None for _ in range(places + 1)] == [True] * places + [False]
+
+
 def test_more_than_may_wait_are_refused_at_once():
     gate = SlotGate(1, 1, name="assistant")
     running, waiting = Caller(gate), Caller(gate)
@@ -102,7 +135,7 @@ def test_a_freed_slot_skips_those_whose_deadline_has_passed(monkeypatch):
     patient = Caller(gate)
     now_s = time.monotonic
     with monkeypatch.context() as patch:
-        patch.setattr(time, "monotonic", lambda: now_s() + 60)
+        patch.setattr(slots, "monotonic", lambda: now_s() + 60)
         slot.release()
         wait_until(lambda: patient.slot)
     assert late.slot is None
@@ -199,7 +232,7 @@ def test_work_without_estimate_is_expected_to_take_as_long_as_earlier_work(monke
     gate = SlotGate(1, 8)
     now_s = time.monotonic
     shift_s = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now_s() + shift_s)
+    monkeypatch.setattr(slots, "monotonic", lambda: now_s() + shift_s)
     with gate.acquire():
         shift_s = 8.0
     with gate.acquire():
@@ -210,7 +243,7 @@ def test_overdue_work_is_expected_to_take_longer_the_longer_it_overran(monkeypat
     gate = SlotGate(1, 8)
     now_s = time.monotonic
     shift_s = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now_s() + shift_s)
+    monkeypatch.setattr(slots, "monotonic", lambda: now_s() + shift_s)
     with gate.acquire(expected_s=1.0):
         shift_s = 40.0
         assert gate.state().expected_wait_s == pytest.approx(10, abs=1)
