@@ -95,7 +95,7 @@ class Plan(msgspec.Struct, kw_only=True, eq=False):
         ):
             return False
         for name, kind, dtype, shape in self.inputs:
-            array = feeds.get(name)
+            array: Any = feeds.get(name)
             if type(array) is not kind or array.dtype is not dtype or array.shape != shape:
                 return False
         return True
