@@ -46,6 +46,8 @@ SENTENCE = "The nearest place that policy allows and the deadline needs."
 #: disturbances that interleaving is to spread over all sides.
 _BLOCK_S = 0.1
 _MIN_CALLS, _MAX_CALLS = 8, 500
+#: A deadline that no call meets the end of.
+_AMPLE_MS = 60_000.0
 #: At the start of a block, the other session's threads still spin and its weights fill the cache.
 _SETTLING_CALLS = 3
 #: Blocks for each of `Settings.rounds`: they are far shorter than an LLM answer.
@@ -113,11 +115,16 @@ def measure_tensors(
             "bare": Blocks(lambda: bare.run(feeds), calls=calls, inside=inside),
             "runtime": Blocks(lambda: runtime.infer(name, feeds), calls=calls, inside=inside),
             "infer": Blocks(lambda: client.infer(name, feeds), calls=calls, inside=inside),
+            # A deadline makes the decision depend on the moment, so it is made for every call.
+            "decided": Blocks(
+                lambda: client.infer(name, feeds, deadline_ms=_AMPLE_MS), calls=calls, inside=inside
+            ),
             method: Blocks(whole, calls=calls, inside=inside),
         }
         rounds = settings.rounds * _BLOCKS_PER_ROUND
         step = begin(f"{name}: single calls", rounds)
         medians = interleave(sides, rounds=rounds, random=run.random, on_round=step)
+        decisions_us = [_timed_us(lambda: client.explain(name, feeds=feeds)) for _ in range(2000)]
 
     def added(what: str, side: str) -> Figure:
         return Figure.of_rounds(
@@ -133,6 +140,7 @@ def measure_tensors(
         (infer.bar(MAX_INFER_ADDED_US, "at_most"),),
         (
             infer,
+            added("infer with a deadline adds", "decided"),
             added("runtime adds, without the client", "runtime"),
             added(f"{method} adds, with preprocessing", method),
             Figure.of_rounds(
@@ -143,6 +151,7 @@ def measure_tensors(
                 "µs",
                 per_round(lambda ours, bare: ours - bare, medians["infer"], medians["bare"]),
             ),
+            Figure.of_calls(f"{name}: a decision, one after the other", "µs", decisions_us),
             Figure.of_calls(f"{name}: bare call", "µs", sides["bare"].calls_us),
             Figure.of_calls(f"{name}: infer", "µs", sides["infer"].calls_us),
             Figure.of_calls(f"{name}: {method}", "µs", sides[method].calls_us),
@@ -192,6 +201,12 @@ def _input(client: Client, subject: Subject) -> tuple[Mapping[str, np.ndarray], 
         field="--models",
         fix="Use the models of `nearfar quickstart`",
     )
+
+
+def _timed_us(call: Callable[[], object]) -> float:
+    started_ns = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - started_ns) / 1e3
 
 
 def _calls_per_block(call: Callable[[], object]) -> int:
