@@ -70,7 +70,8 @@ $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.10 to 3.13, or say which one: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "error: $$($(PYTHON) --version) is not supported. Use Python 3.10 to 3.13: make PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
-	  || { echo "error: this Python cannot make virtual environments. On Debian/Ubuntu: apt install python3-venv"; exit 2; }
 	@echo "environment: $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
+	@# Debian and Ubuntu split `ensurepip` off into python3-venv; without it pip is fetched.
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	else $(PYTHON) -m venv --without-pip $(VENV) && $(VENV)/bin/python scripts/bootstrap_pip.py \
+	  || { rm -rf $(VENV); exit 1; }; fi
