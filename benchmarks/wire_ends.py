@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,12 +114,12 @@ class Server:
         return json.loads(line)
 
 
-class Side(Protocol):
-    """One connection that gives back what it was sent."""
+class Echo(Protocol):
+    """One connection to something that gives back what it is sent."""
 
-    @property
-    def in_flight(self) -> int:
-        """How many echoes it may have open at once."""
+    @classmethod
+    async def open(cls, config: CloudConfig, tls: ssl.SSLContext) -> Echo:
+        """Connect; done when the first echo may be sent."""
         ...
 
     async def echo(self, payload: np.ndarray) -> int:
@@ -133,6 +132,10 @@ class Side(Protocol):
 
     async def close(self) -> None:
         """End the connection."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection without a word."""
         ...
 
 
@@ -160,6 +163,9 @@ class Raw:
 
     async def close(self) -> None:
         await self._websocket.close()
+
+    def abort(self) -> None:
+        self._websocket.transport.abort()
 
 
 class Session:
@@ -195,6 +201,9 @@ class Session:
         self._session.close()
         await self._websocket.close()
 
+    def abort(self) -> None:
+        self._websocket.transport.abort()
+
     async def _send(self, payload: np.ndarray) -> None:
         session = self._session
         session.send(
@@ -229,7 +238,6 @@ class Runtime:
         self._connection = connection
         verdict = Verdict(edge=False, cloud=True, rule_ids=(), reason="benchmark", policy_hash="")
         self._permit = Permit(verdict, MODEL)
-        self._deadline = Deadline.after_ms(_TIMEOUT_S * 1000.0)
 
     @classmethod
     async def open(cls, config: CloudConfig, tls: ssl.SSLContext) -> Runtime:
@@ -256,6 +264,9 @@ class Runtime:
     async def close(self) -> None:
         await self._connection.close()
 
+    def abort(self) -> None:
+        raise NotImplementedError
+
 
 async def _connect(config: CloudConfig, tls: ssl.SSLContext) -> ClientConnection:
     return await connect(
@@ -266,3 +277,7 @@ async def _connect(config: CloudConfig, tls: ssl.SSLContext) -> ClientConnection
         open_timeout=_TIMEOUT_S,
         proxy=None,
     )
+
+
+#: By the name of the server's port.
+SIDES: dict[str, type[Echo]] = {"raw": Raw, "session": Session, "runtime": Runtime}
