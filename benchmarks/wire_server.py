@@ -75,9 +75,16 @@ class EchoModel:
         self, work: InferWork, *, deadline: Deadline, ticket: Ticket
     ) -> asyncio.Future[InferOutcome]:
         """As `ServedModel.infer`."""
-        future: asyncio.Future[InferOutcome] = asyncio.get_running_loop().create_future()
-        future.set_result(InferOutcome(outputs=dict(work.feeds), queue_ms=0.0, compute_ms=0.0))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[InferOutcome] = loop.create_future()
+        outcome = InferOutcome(outputs=dict(work.feeds), queue_ms=0.0, compute_ms=0.0)
+        loop.call_soon(_settle, future, outcome)  # later, as a model's thread does
         return future
+
+
+def _settle(future: asyncio.Future[InferOutcome], outcome: InferOutcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
 
 
 async def echo_raw(websocket: ServerConnection) -> None:
