@@ -19,9 +19,10 @@ import numpy as np
 
 from benchmarks.harness import Figure, Report, Run, interleave, per_round
 from benchmarks.subjects import Begin, Part
-from benchmarks.wire_ends import SIDES, Echo, Server, client_tls
+from benchmarks.wire_ends import SIDES, Echo, Server
 from benchmarks.wire_server import allow_files
 from nearfar.eventloop import LoopName, has_uvloop, new_event_loop
+from sdk.cloud.connection import tls_context as client_tls
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
                 if loop == "asyncio":
                     measured.append(bench.handshakes())
                 parts += measured
-        parts.append(_idle(Path(folder), settings, begin))
+            parts.append(_idle(Path(folder), loop, settings, begin))
     return run.report(
         bars=[bar for part in parts for bar in part.bars],
         figures=[figure for part in parts for figure in part.figures],
@@ -197,9 +198,7 @@ class _Bench:
             Figure.of_rounds(f"{self._prefix}{side_name}, {title}", "/s", samples)
             for side_name, samples in speeds.items()
         ]
-        bars = (
-            (ratios["session"].bar(MIN_PIPELINED_RATIO, "at_least"),) if self._has_bars else ()
-        )
+        bars = (ratios["session"].bar(MIN_PIPELINED_RATIO, "at_least"),) if self._has_bars else ()
         return Part(bars, tuple(figures))
 
     def handshakes(self) -> Part:
@@ -256,22 +255,25 @@ class _Bench:
         return self._loop.run_until_complete(coroutine)
 
 
-def _idle(folder: Path, settings: Settings, begin: Begin) -> Part:
+def _idle(folder: Path, loop: LoopName, settings: Settings, begin: Begin) -> Part:
     """Memory of a server for each connection that only waits."""
-    step = begin(f"{settings.connections} idle connections", len(SIDES))
+    has_bars = loop == "asyncio"
+    prefix = "" if has_bars else f"{loop}: "
+    step = begin(f"{prefix}{settings.connections} idle connections", len(SIDES))
     kb = {}
     for name in SIDES:
         # A process for each, so that none inherits memory that another one gave back.
-        with Server(folder, loop="asyncio", max_connections=settings.connections + 64) as server:
+        with Server(folder, loop=loop, max_connections=settings.connections + 64) as server:
             kb[name] = asyncio.run(_idle_kb(server, name, settings.connections))
         step()
     figures = {
-        name: Figure.of_rounds(f"{name}: memory of an idle connection", "kB", [value])
+        name: Figure.of_rounds(f"{prefix}{name}: memory of an idle connection", "kB", [value])
         for name, value in kb.items()
     }
-    return Part(
-        (figures["runtime"].bar(MAX_IDLE_KB, "at_most"),), (figures["raw"], figures["session"])
-    )
+    if not has_bars:
+        return Part((), tuple(figures.values()))
+    bar = figures["runtime"].bar(MAX_IDLE_KB, "at_most")
+    return Part((bar,), tuple(figures.values()))
 
 
 async def _idle_kb(server: Server, name: str, count: int) -> float:
@@ -293,6 +295,5 @@ async def _idle_kb(server: Server, name: str, count: int) -> float:
     before = await asyncio.to_thread(server.memory_bytes)
     await open_all(count)
     after = await asyncio.to_thread(server.memory_bytes)
-    for echo in opened:
-        echo.abort()
+    await asyncio.gather(*(echo.close() for echo in opened))
     return (after - before) / count / 1e3

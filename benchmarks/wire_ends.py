@@ -19,12 +19,11 @@ from benchmarks.wire_server import MODEL
 from cloud_runtime.provision import provision, url_of
 from cloud_runtime.state import StateDir
 from nearfar.errors import EngineError
-from nearfar.session import ClientSession, Limits, max_sealed_bytes
+from nearfar.session import ClientSession, Limits, Received, max_sealed_bytes
 from nearfar.units import Deadline
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import Infer
 from sdk.cloud.connection import Connection
-from sdk.cloud.connection import tls_context as client_tls
 from sdk.cloud.egress import Permit
 from sdk.config import CloudConfig
 from sdk.policy import Verdict
@@ -107,8 +106,9 @@ class Server:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             raise EngineError(
-                f"The benchmark's server ended with status {self._process.wait()}",
+                f"The benchmark's server ended with status {self._process.returncode}",
                 fix="Its last words stand above, on standard error",
             )
         return json.loads(line)
@@ -134,10 +134,6 @@ class Echo(Protocol):
         """End the connection."""
         ...
 
-    def abort(self) -> None:
-        """Cut the connection without a word."""
-        ...
-
 
 class Raw:
     """The baseline: bare websockets over TLS 1.3."""
@@ -151,7 +147,9 @@ class Raw:
 
     async def echo(self, payload: np.ndarray) -> int:
         await self._websocket.send(payload.data)
-        return len(await self._websocket.recv())
+        answer = await self._websocket.recv()
+        _check_came_back(payload, len(answer))
+        return len(answer)
 
     async def pipeline(self, payload: np.ndarray, count: int, depth: int) -> None:
         for _ in range(min(depth, count)):
@@ -163,9 +161,6 @@ class Raw:
 
     async def close(self) -> None:
         await self._websocket.close()
-
-    def abort(self) -> None:
-        self._websocket.transport.abort()
 
 
 class Session:
@@ -181,13 +176,14 @@ class Session:
             pin=config.identity, token=config.token(), limits=Limits(), now_s=time.time()
         )
         side = cls(await _connect(config, tls), session)
-        while not session.is_ready:
-            await side._receive()
+        await side._receive()  # `Ready`
         return side
 
     async def echo(self, payload: np.ndarray) -> int:
         await self._send(payload)
-        return await self._receive()
+        received = await self._receive()
+        _check_came_back(payload, received.tensors[0].nbytes if received.tensors else 0)
+        return received.size_bytes
 
     async def pipeline(self, payload: np.ndarray, count: int, depth: int) -> None:
         for _ in range(min(depth, count)):
@@ -200,9 +196,6 @@ class Session:
     async def close(self) -> None:
         self._session.close()
         await self._websocket.close()
-
-    def abort(self) -> None:
-        self._websocket.transport.abort()
 
     async def _send(self, payload: np.ndarray) -> None:
         session = self._session
@@ -217,14 +210,14 @@ class Session:
         )
         await self._flush()
 
-    async def _receive(self) -> int:
+    async def _receive(self) -> Received:
         while True:
             data = await self._websocket.recv()
             assert isinstance(data, bytes)
             received = self._session.receive(data, now_s=time.time())
             await self._flush()
-            if received or not self._session.is_ready:
-                return sum(one.size_bytes for one in received)
+            if received:
+                return received[0]
 
     async def _flush(self) -> None:
         for data in self._session.data_to_send():
@@ -251,7 +244,9 @@ class Runtime:
             (payload,),
             permit=self._permit,
         )
-        return (await stream.reply(Deadline.after_ms(_TIMEOUT_S * 1000.0))).size_bytes
+        received = await stream.reply(Deadline.after_ms(_TIMEOUT_S * 1000.0))
+        _check_came_back(payload, received.tensors[0].nbytes if received.tensors else 0)
+        return received.size_bytes
 
     async def pipeline(self, payload: np.ndarray, count: int, depth: int) -> None:
         async def some(share: int) -> None:
@@ -264,8 +259,14 @@ class Runtime:
     async def close(self) -> None:
         await self._connection.close()
 
-    def abort(self) -> None:
-        raise NotImplementedError
+
+def _check_came_back(payload: np.ndarray, size_bytes: int) -> None:
+    """Speeds of different work are not compared."""
+    if size_bytes != payload.nbytes:
+        raise EngineError(
+            f"{payload.nbytes} bytes were sent but did not come back: {size_bytes} bytes did",
+            fix="This is a defect in the benchmark; please report it",
+        )
 
 
 async def _connect(config: CloudConfig, tls: ssl.SSLContext) -> ClientConnection:

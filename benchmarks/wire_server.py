@@ -35,7 +35,7 @@ from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
 from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
 from nearfar.errors import EngineError
-from nearfar.eventloop import LoopName, run
+from nearfar.eventloop import LoopName, limit_tls_buffers, run
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Limits, ServerSession, max_sealed_bytes
@@ -160,9 +160,11 @@ async def main(state: StateDir, *, max_connections: int) -> None:
         tls=tls,
         settings=ServerSettings(limits=limits, max_connections=max_connections),
     )
-    async with runtime, serve(echo_raw, "127.0.0.1", 0, **options) as raw, serve(
-        SessionEcho(keys, limits).serve, "127.0.0.1", 0, **options
-    ) as session:
+    async with (
+        runtime,
+        serve(echo_raw, "127.0.0.1", 0, **options) as raw,
+        serve(SessionEcho(keys, limits).serve, "127.0.0.1", 0, **options) as session,
+    ):
         ports = {
             "raw": next(iter(raw.sockets)).getsockname()[1],
             "session": next(iter(session.sockets)).getsockname()[1],
@@ -197,12 +199,12 @@ def allow_files(count: int) -> None:
 
 
 def _say(answer: object) -> None:
-    print(json.dumps(answer), flush=True)
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
     folder, connections, loop = sys.argv[1:]
     allow_files(int(connections) + _SPARE_FILES)
-    run(
-        main(StateDir(Path(folder)), max_connections=int(connections)), cast("LoopName", loop)
-    )
+    limit_tls_buffers()  # as `nearfar cloud serve` does
+    run(main(StateDir(Path(folder)), max_connections=int(connections)), cast("LoopName", loop))
