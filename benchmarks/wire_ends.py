@@ -1,4 +1,4 @@
-"""The near end of `nearfar bench wire`: the server's process, and a client for each of its ports."""
+"""The near end of `nearfar bench wire`: the server process, and a client for each of its ports."""
 
 from __future__ import annotations
 
