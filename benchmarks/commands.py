@@ -72,4 +72,38 @@ def overhead(
     harness.conclude(report, json_path=json_file, check=check)
 
 
+@app.command()
+def wire(
+    rounds: Annotated[
+        int, typer.Option(min=2, max=1000, help="How often each side is measured.")
+    ] = 12,
+    echoes: Annotated[
+        int,
+        typer.Option(
+            min=1, max=100_000, help="Echoes of 1 KiB in each round; larger ones take fewer."
+        ),
+    ] = 200,
+    connections: Annotated[
+        int, typer.Option(min=1, max=20_000, help="Idle connections for the memory figure.")
+    ] = 1000,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """What the secure channel and the protocol add to a bare TLS 1.3 websocket.
+
+    The same payloads through a bare `websockets` echo, the secure session, and the whole cloud
+    runtime, interleaved between two processes: processor time, messages in a second, handshake,
+    memory of idle connections.
+    """
+    from benchmarks import harness
+    from benchmarks.wire import Settings, measure
+
+    harness.check_json_path(json_file)
+    settings = Settings(rounds=rounds, echoes=echoes, connections=connections, seed=seed)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
 __all__ = ["app"]

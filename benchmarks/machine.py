@@ -18,7 +18,7 @@ _TELLING_FLAGS = (
 #: Packages whose version can change a figure.
 PACKAGES = (
     "nearfar", "numpy", "msgspec", "websockets", "cryptography", "onnxruntime", "onnxruntime-gpu",
-    "onnxruntime-genai", "onnxruntime-genai-cuda", "tokenizers",
+    "onnxruntime-genai", "onnxruntime-genai-cuda", "tokenizers", "uvloop",
 )  # fmt: skip
 
 
@@ -69,6 +69,14 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except OSError:
         return None
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not say."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ from cloud_runtime.models import ServedModels
 from cloud_runtime.recent import RecentRuns
 from cloud_runtime.relay import Completion
 from cloud_runtime.settings import ServerSettings
+from cloud_runtime.watchdog import Watchdog
 from nearfar import __version__
 from nearfar.errors import (
     Cancelled,
@@ -157,6 +158,12 @@ class Connection:
         )
         self._loop = asyncio.get_running_loop()
         self._write_lock = asyncio.Lock()
+        self._read_watchdog = Watchdog(
+            self._settings.message_timeout_s, lambda: self.drop("message took too long")
+        )
+        self._write_watchdog = Watchdog(
+            self._settings.write_timeout_s, lambda: self.drop("the client reads too slowly")
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: dict[int, _Stream] = {}
         self._last_stream = 0
@@ -184,8 +191,10 @@ class Connection:
         finally:
             handshake_timer.cancel()
             await self._end_streams()
+            self._read_watchdog.close()
         with contextlib.suppress(ConnectionClosed):
             await self._websocket.close(code)
+        self._write_watchdog.close()
         access_log.info(
             "conn=%d closed code=%s key=%s%s",
             self.number,
@@ -250,20 +259,18 @@ class Connection:
         """
         parts: list[bytes] = []
         is_text = False
-        timer: asyncio.TimerHandle | None = None
+        is_first = True
         try:
             async for fragment in self._websocket.recv_streaming():
                 if isinstance(fragment, str):
                     is_text = True
                 elif fragment or not parts:
                     parts.append(fragment)
-                if timer is None:
-                    timer = self._loop.call_later(
-                        self._settings.message_timeout_s, self.drop, "message took too long"
-                    )
+                if is_first:
+                    is_first = False
+                    self._read_watchdog.begin()
         finally:
-            if timer is not None:
-                timer.cancel()
+            self._read_watchdog.end()
         if is_text:
             return None
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -371,18 +378,11 @@ class Connection:
             (request.model, request.version, request.variant, request.form, request.tensors),
             lambda ticket: served.infer(work, deadline=deadline, ticket=ticket),
         )
-        ended: asyncio.Future[None] = self._loop.create_future()
-        stream.on_abort = lambda _: None if ended.done() else ended.set_result(None)
         try:
             # The client gets its answer or its error in time, even while the engine, which cannot
             # be interrupted, still computes what nobody waits for any more.
             if stream.aborted is None:
-                waited: set[asyncio.Future[Any]] = {run.future, ended}
-                await asyncio.wait(
-                    waited,
-                    timeout=deadline.timeout_s(),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+                await self._until_settled(run.future, stream, deadline.timeout_s())
         finally:
             self._services.recent.leave(key, run)
         if stream.aborted is not None:
@@ -407,6 +407,26 @@ class Connection:
                 field="inputs",
                 fix="Send a smaller batch",
             ) from error
+
+    async def _until_settled(
+        self, future: asyncio.Future[Any], stream: _Stream, timeout_s: float | None
+    ) -> None:
+        """Wait for a shared future, the end of this stream, or the time, whichever is first."""
+        settled: asyncio.Future[None] = self._loop.create_future()
+
+        def settle(_: object = None) -> None:
+            if not settled.done():
+                settled.set_result(None)
+
+        stream.on_abort = settle
+        future.add_done_callback(settle)
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, settle)
+        try:
+            await settled
+        finally:
+            future.remove_done_callback(settle)
+            if timer is not None:
+                timer.cancel()
 
     async def _generate(self, request: Generate, stream: _Stream) -> None:
         number = request.stream
@@ -484,15 +504,13 @@ class Connection:
         if not data:
             return
         # Records are numbered: they leave in the order in which they were sealed, hence the lock,
-        # and a client that stops reading must not hold the lock for ever, hence the timer.
-        timer = self._loop.call_later(
-            self._settings.write_timeout_s, self.drop, "the client reads too slowly"
-        )
+        # and a client that stops reading must not hold the lock for ever, hence the watchdog.
+        self._write_watchdog.begin()
         try:
             for message in data:
                 await self._websocket.send(message)
         finally:
-            timer.cancel()
+            self._write_watchdog.end()
 
     # Ending.
 

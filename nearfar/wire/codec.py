@@ -5,7 +5,6 @@ Encoding copies no tensor that is C-contiguous already; decoding copies none but
 
 from __future__ import annotations
 
-import math
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ ALIGNMENT_BYTES = 8
 MAX_DIMENSIONS = 32
 
 _LENGTH = struct.Struct("<I")
+_PADDINGS = tuple(b"\x00" * size for size in range(ALIGNMENT_BYTES))
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
@@ -36,10 +36,13 @@ def describe(arrays: Mapping[str, np.ndarray]) -> tuple[TensorHeader, ...]:
     Raises:
         InvalidInput: A dtype has no name on the wire, or a BYTES element is neither bytes nor str.
     """
-    return tuple(
-        TensorHeader(name, datatype_of(array), array.shape, _size_bytes(name, array))
-        for name, array in arrays.items()
-    )
+    headers = []
+    for name, array in arrays.items():
+        datatype = datatype_of(array)
+        headers.append(
+            TensorHeader(name, datatype, array.shape, _size_bytes(name, datatype, array))
+        )
+    return tuple(headers)
 
 
 def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes | memoryview]:
@@ -68,15 +71,21 @@ def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes |
             f"{type(message).__name__} cannot be encoded ({type(exc).__name__})",
             fix="Text must be valid Unicode without lone surrogates; integers must fit 64 bits",
         ) from None
-    lead = _LENGTH.pack(len(packed)) + packed
-    parts: list[bytes | memoryview] = [lead + _padding(len(lead))]
+    lead = _LENGTH.pack(len(packed)) + packed + _padding(_LENGTH.size + len(packed))
+    parts: list[bytes | memoryview] = [lead]
+    if not headers:
+        return parts
     for header, array in zip(headers, tensors, strict=True):
-        data = _data_of(header.name, array)
+        datatype = datatype_of(array)
+        data = _data_of(header.name, datatype, array)
         size_bytes = len(data)
-        actual = TensorHeader(header.name, datatype_of(array), array.shape, size_bytes)
-        if actual != header:
+        if (
+            header.datatype != datatype
+            or header.shape != array.shape
+            or header.size_bytes != size_bytes
+        ):
             raise LocalProtocolError(
-                f"Tensor {header.name} is {actual.datatype} {actual.shape}, {size_bytes} bytes, "
+                f"Tensor {header.name} is {datatype} {array.shape}, {size_bytes} bytes, "
                 f"but its header says {header.datatype} {header.shape}, {header.size_bytes} bytes",
                 field=header.name,
                 fix="Build the headers with nearfar.wire.codec.describe",
@@ -138,13 +147,16 @@ def tensor_headers(message: Message) -> tuple[TensorHeader, ...]:
 
 
 def _padding(size_bytes: int) -> bytes:
-    return b"\x00" * (-size_bytes % ALIGNMENT_BYTES)
+    return _PADDINGS[-size_bytes % ALIGNMENT_BYTES]
 
 
 def _skip_padding(view: memoryview, position: int) -> int:
-    end = position + -position % ALIGNMENT_BYTES
+    missing = -position % ALIGNMENT_BYTES
+    if not missing:
+        return position
+    end = position + missing
     # Zeros are demanded so that a message has one form and hides nothing.
-    if end > len(view) or any(view[position:end]):
+    if view[position:end] != _PADDINGS[missing]:
         raise _bad("its padding is missing or not zero")
     return end
 
@@ -171,14 +183,14 @@ def _not_bytes(name: str, what: str) -> InvalidInput:
     )
 
 
-def _size_bytes(name: str, array: np.ndarray) -> int:
-    if datatype_of(array) != "BYTES":
+def _size_bytes(name: str, datatype: str, array: np.ndarray) -> int:
+    if datatype != "BYTES":
         return array.nbytes
     return sum(_LENGTH.size + len(element) for element in _elements(name, array))
 
 
-def _data_of(name: str, array: np.ndarray) -> bytes | memoryview:
-    if datatype_of(array) == "BYTES":
+def _data_of(name: str, datatype: str, array: np.ndarray) -> bytes | memoryview:
+    if datatype == "BYTES":
         return b"".join(
             piece
             for element in _elements(name, array)
@@ -196,11 +208,12 @@ def _check(header: TensorHeader, limits: Limits) -> int:
     if len(header.shape) > MAX_DIMENSIONS:
         raise _bad(f"a tensor has {len(header.shape)} dimensions")
     # A size of zero must not excuse absurd other sizes, which numpy could not represent.
-    if any(size < 0 for size in header.shape) or (
-        math.prod(size or 1 for size in header.shape) > limits.max_message_bytes
-    ):
-        raise _bad("a tensor's shape is out of bounds")
-    count = math.prod(header.shape)
+    count = product = 1
+    for size in header.shape:
+        count *= size
+        product *= size or 1
+        if size < 0 or product > limits.max_message_bytes:
+            raise _bad("a tensor's shape is out of bounds")
     if header.datatype == "BYTES":
         fits = count * _LENGTH.size <= header.size_bytes <= limits.max_message_bytes
         fits = fits and (count > 0 or header.size_bytes == 0)
@@ -234,8 +247,10 @@ def _array(header: TensorHeader, count: int, data: memoryview) -> np.ndarray:
         array = np.frombuffer(data, dtype)
     else:
         array = np.empty(0, dtype)
-    array = array.reshape(header.shape)
-    array.flags.writeable = False
+    if array.shape != header.shape:
+        array = array.reshape(header.shape)
+    if array.flags.writeable:
+        array.flags.writeable = False
     return array
 
 

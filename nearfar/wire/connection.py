@@ -41,12 +41,17 @@ from nearfar.wire.messages import (
 class Role(enum.Enum):
     """Which end of the connection."""
 
+    # Members are singletons. Enum's own hash is a Python function; every message looks them up.
+    __hash__ = object.__hash__
+
     CLIENT = "client"
     SERVER = "server"
 
 
 class ConnectionState(enum.Enum):
     """What the connection has seen."""
+
+    __hash__ = object.__hash__  # as in `Role`
 
     NEW = "new"
     AUTHENTICATING = "authenticating"
@@ -57,6 +62,8 @@ class ConnectionState(enum.Enum):
 
 class StreamState(enum.Enum):
     """What one request has seen; a cancelled one still awaits its end."""
+
+    __hash__ = object.__hash__  # as in `Role`
 
     IDLE = "idle"
     LISTING = "listing"
@@ -151,16 +158,27 @@ class _Stream:
     Attributes:
         credit: Tokens the server may still send.
         count: Tokens so far; the next index.
-        digest: SHA-256 of their texts.
+        digest: SHA-256 of their texts; made with the first one, as most streams have none.
     """
 
-    __slots__ = ("count", "credit", "digest", "state")
+    __slots__ = ("_sha256", "count", "credit", "state")
 
     def __init__(self, state: State, credit: int) -> None:
         self.state = state
         self.credit = credit
         self.count = 0
-        self.digest = hashlib.sha256()
+        self._sha256: hashlib._Hash | None = None
+
+    @property
+    def digest(self) -> bytes:
+        return (self._sha256 or hashlib.sha256()).digest()
+
+    def add(self, text: str) -> None:
+        if self._sha256 is None:
+            self._sha256 = hashlib.sha256()
+        self._sha256.update(text.encode())
+        self.credit -= 1
+        self.count += 1
 
 
 class Connection:
@@ -216,7 +234,7 @@ class Connection:
 
     def digest(self, stream: int) -> bytes:
         """SHA-256 of all texts so far."""
-        return self._generation(stream).digest.digest()
+        return self._generation(stream).digest
 
     def _generation(self, stream: int) -> _Stream:
         entry = self._streams.get(stream)
@@ -249,7 +267,7 @@ class Connection:
                 violation.problem, field=type(message).__name__, fix=violation.fix
             ) from None
         parts = encode(message, tensors)
-        size_bytes = sum(len(part) for part in parts)
+        size_bytes = sum(map(len, parts))
         if size_bytes > self._max_message_bytes:
             raise LocalProtocolError(
                 f"{type(message).__name__} has {size_bytes} bytes, but this connection takes "
@@ -316,19 +334,20 @@ class Connection:
             return None
         next_state = self._judge(self._peer, message)
         self._advance(message, next_state)
-        if isinstance(message, Ping):
+        if isinstance(next_state, StreamState):
+            if isinstance(message, Token) and next_state in _CANCELLED_STATES:
+                return None
+        elif isinstance(message, Ping):
             self._send(Pong(id=message.id))
             return None
-        if isinstance(message, Pong):
+        elif isinstance(message, Pong):
             self._pings_sent.remove(message.id)
-        if isinstance(message, Token) and next_state in _CANCELLED_STATES:
-            return None
         return message, tensors
 
     def _is_crossing(self, message: Message) -> bool:
         stream = getattr(message, "stream", 0)
-        if not 0 < stream <= MAX_STREAM:
-            return False
+        if stream in self._streams or not 0 < stream <= MAX_STREAM:
+            return False  # the usual case: an open stream is not over
         if self.role is Role.SERVER and stream > self._last_stream:
             # The client had not read our GoAway; it learns from there that nothing came of this.
             return isinstance(message, (*_OPENERS, Cancel, Credit))
@@ -422,7 +441,7 @@ class Connection:
                 raise _Violation(
                     f"stream {stream} ends after {entry.count} tokens, Fin says {message.count}"
                 )
-            if message.digest != entry.digest.digest():
+            if message.digest != entry.digest:
                 raise _Violation(f"the texts of stream {stream} do not match the digest of Fin")
 
     # Following
@@ -451,8 +470,6 @@ class Connection:
             entry = self._streams[stream]
             entry.state = next_state
             if isinstance(message, Token):
-                entry.credit -= 1
-                entry.count += 1
-                entry.digest.update(message.text.encode())
+                entry.add(message.text)
             elif isinstance(message, Credit):
                 entry.credit += message.tokens

@@ -1,0 +1,210 @@
+"""The far end of `nearfar bench wire`: one process that answers with what it was sent.
+
+It is a process of its own, so that both ends use a core each, as a client and a cloud do, and so
+that its memory is the server's alone. It listens three times, always with TLS 1.3:
+
+- ``raw``: a bare `websockets` echo, the baseline;
+- ``session``: `ServerSession` in the least shell that serves it, what the protocol itself costs;
+- ``runtime``: the whole `CloudServer` with a model that gives its input back.
+
+Started by `benchmarks.wire_ends.Server`, which asks for its processor time and memory, one JSON
+line each, over standard input and output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import resource
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from benchmarks.machine import resident_bytes
+from cloud_runtime.auth import Authenticator
+from cloud_runtime.executor import InferOutcome, InferWork, Ticket
+from cloud_runtime.models import ServedModels
+from cloud_runtime.server import CloudServer, tls_context
+from cloud_runtime.settings import ServerSettings
+from cloud_runtime.state import StateDir
+from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
+from nearfar.errors import EngineError
+from nearfar.eventloop import LoopName, limit_tls_buffers, run
+from nearfar.secure.identity import ServerIdentity
+from nearfar.secure.keys import KeyRing
+from nearfar.session import Limits, ServerSession, max_sealed_bytes
+from nearfar.units import Deadline
+from nearfar.wire.codec import describe
+from nearfar.wire.messages import PROTOCOL_VERSION, Auth, Infer, Ready, Result
+
+if TYPE_CHECKING:
+    from cloud_runtime.models import ServedModel
+
+#: The model that the runtime serves here.
+MODEL = "echo"
+VARIANT = "none"
+PROVIDER = "CPUExecutionProvider"
+
+#: Descriptors beside those of the connections.
+_SPARE_FILES = 256
+
+
+class EchoModel:
+    """Stands where a `ServedModel` stands; its outputs are its inputs, at once."""
+
+    def __init__(self) -> None:
+        self.variant = Variant(
+            id=VARIANT, engine="onnxruntime", precision="fp32", entry="none", files=()
+        )
+        self.manifest = Manifest(
+            name=MODEL,
+            version="1.0.0",
+            task="tensor",
+            variants=(self.variant,),
+            inputs=(TensorSpec(name="x", datatype="UINT8", shape=(-1,)),),
+        )
+        self.execution_provider = PROVIDER
+
+    def infer(
+        self, work: InferWork, *, deadline: Deadline, ticket: Ticket
+    ) -> asyncio.Future[InferOutcome]:
+        """As `ServedModel.infer`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[InferOutcome] = loop.create_future()
+        outcome = InferOutcome(outputs=dict(work.feeds), queue_ms=0.0, compute_ms=0.0)
+        loop.call_soon(_settle, future, outcome)  # later, as a model's thread does
+        return future
+
+
+def _settle(future: asyncio.Future[InferOutcome], outcome: InferOutcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
+
+
+async def echo_raw(websocket: ServerConnection) -> None:
+    """The baseline: give every message back."""
+    with suppress(ConnectionClosed):
+        async for data in websocket:
+            await websocket.send(data)
+
+
+class SessionEcho:
+    """`ServerSession` in the least shell: one task for each connection, no requests beside it."""
+
+    def __init__(self, keys: KeyRing, limits: Limits) -> None:
+        self._keys = keys
+        self._limits = limits
+
+    async def serve(self, websocket: ServerConnection) -> None:
+        """Serve one websocket until it closes."""
+        session = ServerSession(keys=self._keys, limits=self._limits, now_s=time.time())
+        with suppress(ConnectionClosed):
+            await _flush(session, websocket)
+            while not session.is_closed:
+                data = cast("bytes", await websocket.recv())
+                for received in session.receive(data, now_s=time.time()):
+                    message = received.message
+                    if isinstance(message, Auth):
+                        session.send(self._ready())
+                    elif isinstance(message, Infer):
+                        names = [header.name for header in message.tensors]
+                        arrays = dict(zip(names, received.tensors, strict=True))
+                        session.send(
+                            Result(
+                                stream=message.stream,
+                                tensors=describe(arrays),
+                                variant=VARIANT,
+                                execution_provider=PROVIDER,
+                                queue_ms=0.0,
+                                compute_ms=0.0,
+                            ),
+                            received.tensors,
+                        )
+                await _flush(session, websocket)
+
+    def _ready(self) -> Ready:
+        return Ready(
+            protocol_version=PROTOCOL_VERSION,
+            server="bench",
+            max_streams=self._limits.max_streams,
+            max_message_bytes=self._limits.max_message_bytes,
+        )
+
+
+async def _flush(session: ServerSession, websocket: ServerConnection) -> None:
+    for data in session.data_to_send():
+        await websocket.send(data)
+
+
+async def main(state: StateDir, *, max_connections: int) -> None:
+    """Listen, tell where, and answer questions until standard input ends."""
+    limits = Limits()
+    tls = tls_context(state.server_chain, state.server_key)
+    keys = KeyRing(ServerIdentity.load(state.identity), now_s=time.time())
+    options: dict[str, Any] = {
+        "ssl": tls,
+        "compression": None,
+        "max_size": max_sealed_bytes(limits),
+        "server_header": None,
+    }
+    runtime = CloudServer(
+        models=ServedModels([cast("ServedModel", EchoModel())]),
+        keys=keys,
+        authenticator=Authenticator(state.api_keys),
+        tls=tls,
+        settings=ServerSettings(limits=limits, max_connections=max_connections),
+    )
+    async with (
+        runtime,
+        serve(echo_raw, "127.0.0.1", 0, **options) as raw,
+        serve(SessionEcho(keys, limits).serve, "127.0.0.1", 0, **options) as session,
+    ):
+        ports = {
+            "raw": next(iter(raw.sockets)).getsockname()[1],
+            "session": next(iter(session.sockets)).getsockname()[1],
+            "runtime": await runtime.start("127.0.0.1", 0),
+        }
+        _say(ports)
+        while True:
+            question = await asyncio.to_thread(sys.stdin.readline)
+            if not question:
+                return
+            if question.strip() == "memory":
+                gc.collect()
+                _say(resident_bytes())
+            else:
+                _say(time.process_time())
+
+
+def allow_files(count: int) -> None:
+    """Raise this process's limit of open files, as far as the system lets it.
+
+    Raises:
+        EngineError: It does not let it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise EngineError(
+                f"{count} open files are needed and the system allows {hard}",
+                fix="Raise the limit (ulimit -Hn), or ask for fewer connections",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def _say(answer: object) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    folder, connections, loop = sys.argv[1:]
+    allow_files(int(connections) + _SPARE_FILES)
+    limit_tls_buffers()  # as `nearfar cloud serve` does
+    run(main(StateDir(Path(folder)), max_connections=int(connections)), cast("LoopName", loop))
