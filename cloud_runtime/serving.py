@@ -24,6 +24,7 @@ from cloud_runtime.provision import url_of
 from cloud_runtime.server import CloudServer, tls_context
 from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
+from cloud_runtime.tokens import TokenVerifier
 from nearfar import __version__
 from nearfar.bundle import BundleStore
 from nearfar.errors import ConfigError
@@ -85,7 +86,9 @@ def run(plan: ServePlan) -> None:
     identity = ServerIdentity.load(state.identity)
     has_keys = state.api_keys.exists() or not plan.allow_anonymous
     authenticator = Authenticator(
-        state.api_keys if has_keys else None, allow_anonymous=plan.allow_anonymous
+        state.api_keys if has_keys else None,
+        allow_anonymous=plan.allow_anonymous,
+        tokens=TokenVerifier(state.token_issuers, audience=str(identity.pin)),
     )
     tls = tls_context(chain, key)
     certificate = x509.load_pem_x509_certificate(chain.read_bytes())

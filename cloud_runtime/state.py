@@ -22,7 +22,7 @@ PUBLIC_MODE = 0o644
 
 @dataclass(frozen=True, slots=True)
 class StateDir:
-    """Names of everything that ``nearfar cloud init`` writes.
+    """Names of everything that ``nearfar cloud`` keeps.
 
     Attributes:
         path: The directory.
@@ -59,6 +59,16 @@ class StateDir:
     def api_keys(self) -> Path:
         """Hashes of the accepted API keys."""
         return self.path / "api-keys.json"
+
+    @property
+    def token_key(self) -> Path:
+        """Private key that signs tokens, PEM; secret. May live on another machine."""
+        return self.path / "token-signing.key"
+
+    @property
+    def token_issuers(self) -> Path:
+        """Public keys of those who may issue tokens."""
+        return self.path / "token-issuers.json"
 
     @property
     def client_key(self) -> Path:

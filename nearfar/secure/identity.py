@@ -1,204 +1,186 @@
-"""The server's long-term Ed25519 identity, and the pin by which clients know it.
+"""The server's long-term Ed25519 identity, the pin by which clients know it, and its rotation.
 
-The private key file is text, three lines, mode 0600::
-
-    nearfar-identity 1
-    seed 5f3c… (64 hexadecimal digits, the Ed25519 seed of RFC 8032)
-    pin nf1:… (what clients pin; a check on the seed)
+Formats: docs/reference/secure-channel.md, "Identity and pin" and "Rotation of the identity".
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import os
-import stat
 from dataclasses import dataclass
-from pathlib import Path
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from nearfar.errors import ConfigError, SecurityError
+from nearfar.secure.ed25519 import (
+    PUBLIC_KEY_BYTES,
+    SIGNATURE_BYTES,
+    PrivateKeyFile,
+    PublicKeyText,
+)
 
-PUBLIC_KEY_BYTES = 32
-SIGNATURE_BYTES = 64
+__all__ = ["PUBLIC_KEY_BYTES", "SIGNATURE_BYTES", "Pin", "RotationStatement", "ServerIdentity"]
 
-_PREFIX = "nf1:"
-_CHECKSUM_BYTES = 4
-_BASE32_CHARACTERS = 58  # ceil((32 + 4) bytes * 8 / 5)
-_FILE_HEADER = "nearfar-identity 1"
-_FILE_LIMIT_BYTES = 4096
-_COPY_THE_PIN = "Copy the pin again from the server: `nearfar cloud identity show`"
+#: How long clients go on trusting the old identity after a rotation, unless told otherwise.
+DEFAULT_OVERLAP_S = 30 * 24 * 3600
+MAX_OVERLAP_S = 366 * 24 * 3600
 
-
-def _checksum(public_key: bytes) -> bytes:
-    return hashlib.sha256(public_key).digest()[:_CHECKSUM_BYTES]
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """A server's public key as people copy it: ``nf1:`` and 58 characters of base32.
-
-    Attributes:
-        public_key: Raw Ed25519 public key, 32 bytes.
-    """
-
-    public_key: bytes
-
-    def __post_init__(self) -> None:
-        if len(self.public_key) != PUBLIC_KEY_BYTES:
-            raise ConfigError(
-                f"An identity is {PUBLIC_KEY_BYTES} bytes long, not {len(self.public_key)}",
-                field="identity",
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Pin:
-        """Read a pin; white space around it and upper case do not matter.
-
-        Raises:
-            ConfigError: Prefix, length, alphabet or checksum is wrong; says which.
-        """
-        compact = text.strip().lower()
-        if not compact.startswith(_PREFIX):
-            raise _not_a_pin(f"it does not start with {_PREFIX}")
-        body = compact[len(_PREFIX) :]
-        if len(body) != _BASE32_CHARACTERS:
-            raise _not_a_pin(
-                f"it has {len(body)} characters after {_PREFIX} instead of {_BASE32_CHARACTERS}"
-            )
-        try:
-            raw = base64.b32decode(body.upper() + "=" * (-len(body) % 8))
-        except (binascii.Error, ValueError) as exc:
-            raise _not_a_pin("it holds characters other than a-z and 2-7") from exc
-        public_key, checksum = raw[:PUBLIC_KEY_BYTES], raw[PUBLIC_KEY_BYTES:]
-        # Comparing the text as well refuses a second spelling of the same key in the spare bits.
-        if checksum != _checksum(public_key) or str(cls(public_key)) != compact:
-            raise _not_a_pin("its checksum does not match, so a character is mistyped")
-        return cls(public_key)
-
-    def __str__(self) -> str:
-        raw = self.public_key + _checksum(self.public_key)
-        return _PREFIX + base64.b32encode(raw).decode("ascii").rstrip("=").lower()
-
-    def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Whether this identity signed the message (Ed25519, RFC 8032)."""
-        try:
-            Ed25519PublicKey.from_public_bytes(self.public_key).verify(signature, message)
-        except (InvalidSignature, ValueError):
-            return False
-        return True
+_ROTATION_HEADER = "nearfar-rotation 1"
+_ROTATION_PURPOSE = b"nearfar/1 identity rotation\x00"
 
 
-def _not_a_pin(reason: str) -> ConfigError:
-    return ConfigError(
-        f"The server identity is not a pin: {reason}", field="identity", fix=_COPY_THE_PIN
-    )
+class Pin(PublicKeyText):
+    """A server's public key as people copy it: ``nf1:`` and 58 characters of base32."""
+
+    __slots__ = ()
+
+    PREFIX = "nf1:"
+    SUBJECT = "The server identity"
+    NOUN = "a pin"
+    FIELD = "identity"
+    COPY_AGAIN = "Copy the pin again from the server: `nearfar cloud identity show`"
 
 
-class ServerIdentity:
-    """The private half; kept by the server only.
+class ServerIdentity(PrivateKeyFile):
+    """The private half; kept by the server only."""
 
-    Args:
-        seed: 32 random bytes (RFC 8032 private key).
-    """
+    __slots__ = ("pin",)
 
-    __slots__ = ("_key", "_seed", "pin")
+    HEADER = "nearfar-identity 1"
+    LINE = "pin"
+    NOUN = "identity"
+    FIELD = "identity"
+    HOW_TO_MAKE = "Make one with `nearfar cloud init` or `nearfar cloud identity new`"
+    POINT_TO = "Point to the identity.key that `nearfar cloud init` wrote"
+    AFTER_LOSS = "Restore it from a backup, or make a new identity and send clients its pin"
+    BEFORE_REPLACING = "Move it away first; clients that pinned it stop trusting this server"
 
     #: What clients pin.
     pin: Pin
 
     def __init__(self, seed: bytes) -> None:
-        self._seed = seed
-        self._key = Ed25519PrivateKey.from_private_bytes(seed)
-        self.pin = Pin(self._key.public_key().public_bytes_raw())
+        super().__init__(seed)
+        self.pin = Pin(self._public_bytes())
 
-    def __repr__(self) -> str:
-        return f"ServerIdentity({self.pin})"
+    def _public_text(self) -> str:
+        return str(self.pin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotationStatement:
+    """An identity's word that another one follows it, with which clients move their trust.
+
+    Both identities sign: the old one hands over, the new one shows that it exists.
+
+    Attributes:
+        old: The identity that clients trust until now.
+        new: The one that follows.
+        issued_s: Unix time of the statement.
+        until_s: Unix time from which `old` is no longer to be trusted.
+        old_signature: By `old`.
+        new_signature: By `new`.
+    """
+
+    old: Pin
+    new: Pin
+    issued_s: int
+    until_s: int
+    old_signature: bytes
+    new_signature: bytes
 
     @classmethod
-    def generate(cls) -> ServerIdentity:
-        """A fresh identity from the operating system's random source."""
-        return cls(os.urandom(32))
-
-    @classmethod
-    def load(cls, path: Path | str) -> ServerIdentity:
-        """Read an identity file.
+    def issue(
+        cls,
+        old: ServerIdentity,
+        new: ServerIdentity,
+        *,
+        now_s: float,
+        overlap_s: int = DEFAULT_OVERLAP_S,
+    ) -> RotationStatement:
+        """State that `new` follows `old`.
 
         Raises:
-            ConfigError: The file is missing, unreadable or not an identity file.
-            SecurityError: Other users can read it, or seed and pin do not belong together.
+            ConfigError: The overlap is out of range.
         """
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                data = file.read(_FILE_LIMIT_BYTES + 1)
-        except OSError as exc:
+        if not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise ConfigError(
-                f"Identity file {path} cannot be read: {exc.strerror}",
-                field="identity",
-                fix="Make one with `nearfar cloud init` or `nearfar cloud identity new`",
-            ) from exc
-        if mode & 0o077:
-            raise SecurityError(
-                f"Identity file {path} is open to other users (mode {mode:04o})",
-                fix=f"Run `chmod 600 {path}`; if others may have read it, make a new identity",
+                f"An overlap of {overlap_s} s is out of range",
+                field="overlap",
+                fix=f"Choose up to {MAX_OVERLAP_S // 86400} days",
             )
-        identity, pin_text = cls._parse(data, path)
-        if str(identity.pin) != pin_text:
-            raise SecurityError(
-                f"Identity file {path} is damaged: its seed belongs to {identity.pin}, "
-                f"but it names {pin_text}",
-                fix="Restore it from a backup, or make a new identity and send clients its pin",
-            )
-        return identity
+        issued_s = int(now_s)
+        signed = _rotation_bytes(old.pin, new.pin, issued_s, issued_s + overlap_s)
+        return cls(
+            old=old.pin,
+            new=new.pin,
+            issued_s=issued_s,
+            until_s=issued_s + overlap_s,
+            old_signature=old.sign(signed),
+            new_signature=new.sign(signed),
+        )
+
+    def text(self) -> str:
+        """The statement as a file."""
+        return (
+            f"{_ROTATION_HEADER}\nold {self.old}\nnew {self.new}\n"
+            f"issued {self.issued_s}\nuntil {self.until_s}\n"
+            f"old-signature {self.old_signature.hex()}\nnew-signature {self.new_signature.hex()}\n"
+        )
 
     @classmethod
-    def _parse(cls, data: bytes, path: Path) -> tuple[ServerIdentity, str]:
+    def parse(cls, text: str) -> RotationStatement:
+        """Read a statement and check both signatures.
+
+        Raises:
+            ConfigError: The text is not a rotation statement.
+            SecurityError: A signature does not hold, or it claims an endless overlap.
+        """
+        names = ("old", "new", "issued", "until", "old-signature", "new-signature")
         try:
-            header, seed_line, pin_line = data.decode("ascii").splitlines()
-            seed_name, seed_hex = seed_line.split(" ")
-            pin_name, pin_text = pin_line.split(" ")
-            seed = bytes.fromhex(seed_hex)
-            if (header, seed_name, pin_name, len(seed)) != (_FILE_HEADER, "seed", "pin", 32):
+            header, *lines = text.splitlines()
+            pairs = [line.split(" ") for line in lines]
+            if header != _ROTATION_HEADER or tuple(name for name, _ in pairs) != names:
                 raise ValueError
-        except ValueError as exc:
-            # The cause may quote the seed, so only its type goes on.
+            old, new, issued, until, old_signature, new_signature = (value for _, value in pairs)
+            if not all(part.isascii() and part.isdigit() for part in (issued, until)):
+                raise ValueError
+            statement = cls(
+                old=Pin.parse(old),
+                new=Pin.parse(new),
+                issued_s=int(issued),
+                until_s=int(until),
+                old_signature=bytes.fromhex(old_signature),
+                new_signature=bytes.fromhex(new_signature),
+            )
+        except (ValueError, ConfigError) as exc:
             raise ConfigError(
-                f"{path} is not a nearfar identity file of version 1 ({type(exc).__name__})",
-                field="identity",
-                fix="Point to the identity.key that `nearfar cloud init` wrote",
+                f"This is not a nearfar rotation statement of version 1 ({type(exc).__name__})",
+                field="statement",
+                fix="Give the rotation.txt that `nearfar cloud identity rotate` wrote",
             ) from None
-        return cls(seed), pin_text
+        overlap_s = statement.until_s - statement.issued_s
+        if not 0 <= overlap_s <= MAX_OVERLAP_S or statement.issued_s >= 2**40:
+            raise SecurityError(
+                f"The rotation statement keeps the old identity for {overlap_s} s",
+                fix=f"Ask the operator for one of at most {MAX_OVERLAP_S // 86400} days",
+            )
+        signed = _rotation_bytes(old=statement.old, new=statement.new,
+                                 issued_s=statement.issued_s, until_s=statement.until_s)  # fmt: skip
+        if not (
+            statement.old_signature != statement.new_signature
+            and statement.old.verifies(statement.old_signature, signed)
+            and statement.new.verifies(statement.new_signature, signed)
+        ):
+            raise SecurityError(
+                "The rotation statement is not signed by both identities that it names",
+                fix="Get it again from the operator; something altered it on the way",
+            )
+        return statement
 
-    def save(self, path: Path | str) -> None:
-        """Write a new identity file, mode 0600; never replaces one.
 
-        Raises:
-            ConfigError: The file exists already, or cannot be written.
-        """
-        path = Path(path)
-        text = f"{_FILE_HEADER}\nseed {self._seed.hex()}\npin {self.pin}\n"
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError as exc:
-            raise ConfigError(
-                f"Identity file {path} exists already",
-                field="identity",
-                fix="Move it away first; clients that pinned it stop trusting this server",
-            ) from exc
-        except OSError as exc:
-            raise ConfigError(
-                f"Identity file {path} cannot be written: {exc.strerror}", field="identity"
-            ) from exc
-
-    def sign(self, message: bytes) -> bytes:
-        """Ed25519 signature; callers put a purpose in front of what they sign."""
-        return self._key.sign(message)
+def _rotation_bytes(old: Pin, new: Pin, issued_s: int, until_s: int) -> bytes:
+    return b"".join(
+        (
+            _ROTATION_PURPOSE,
+            old.public_key,
+            new.public_key,
+            issued_s.to_bytes(8, "big"),
+            until_s.to_bytes(8, "big"),
+        )
+    )
