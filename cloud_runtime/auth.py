@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted, stamp_of
+from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted, refusal, stamp_of
 from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
 from nearfar.errors import ConfigError
 
@@ -208,9 +208,15 @@ class Authenticator:
             exporter: The channel's exporter secret.
 
         Raises:
-            NotAdmitted: The key is missing, unknown or withdrawn, or anything is wrong with the
-                token or its proof. All of them read alike.
+            SecurityError: The key is missing, unknown or withdrawn, or anything is wrong with the
+                token or its proof. All of them read alike; the cause (`NotAdmitted`) tells which.
         """
+        try:
+            return self._admit(token, proof, exporter)
+        except NotAdmitted as exc:
+            raise refusal() from exc
+
+    def _admit(self, token: str, proof: bytes, exporter: bytes) -> Caller:
         self.reload_if_changed()
         if not token and self._allow_anonymous:
             return ANONYMOUS

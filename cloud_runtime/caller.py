@@ -15,21 +15,17 @@ if TYPE_CHECKING:
     from cloud_runtime.tokens import Issuer
 
 
-class NotAdmitted(SecurityError):
-    """A client is refused; it is told the same in every case.
+class NotAdmitted(Exception):
+    """Why a client is refused, without anything that it sent; for the server's log only."""
 
-    Args:
-        reason: Why, without anything the client sent; for the server's log.
-    """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            "The API key or token is missing or not accepted here",
-            fix="Set `credentials` of this cloud to a key made with `nearfar cloud key add`, or "
-            "`token_file` and `key_file` to a token that has not expired and the key it was "
-            "issued for",
-        )
-        self.reason = reason
+def refusal() -> SecurityError:
+    """What a client is told, whatever was wrong."""
+    return SecurityError(
+        "The API key or token is missing or not accepted here",
+        fix="Set `credentials` of this cloud to a key made with `nearfar cloud key add`, or "
+        "`token_file` and `key_file` to a token that has not expired and the key it was issued for",
+    )
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):

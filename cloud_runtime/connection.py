@@ -305,7 +305,7 @@ class Connection:
                 message.token, proof=message.proof, exporter=self._session.exporter
             )
         except NearfarError as error:
-            reason = error.reason if isinstance(error, NotAdmitted) else error.code
+            reason = error.__cause__ if isinstance(error.__cause__, NotAdmitted) else error.code
             access_log.info("conn=%d refused: %s", self.number, reason)
             self._session.close(error)
             return

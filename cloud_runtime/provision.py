@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cloud_runtime import auth
 from cloud_runtime.state import PRIVATE_MODE, PUBLIC_MODE, StateDir, write_atomically
 from nearfar.errors import ConfigError
-from nearfar.secure.identity import ServerIdentity
+from nearfar.secure.identity import RotationStatement, ServerIdentity
 
 DEFAULT_HOSTS = ("localhost", "127.0.0.1", "::1")
 DEFAULT_PORT = 8443
@@ -216,16 +217,66 @@ def replace_identity(state: StateDir) -> ServerIdentity:
     """
     identity = ServerIdentity.generate()
     with state.locked():
-        save_identity(state, identity)
-        if state.client_config.exists():
-            lines = state.client_config.read_text().splitlines()
-            pinned = [
-                f'identity = "{identity.pin}"' if line.startswith("identity = ") else line
-                for line in lines
-            ]
-            data = "\n".join((*pinned, "")).encode()
-            write_atomically(state.client_config, data, mode=PUBLIC_MODE)
+        _put_in_place(state, identity)
     return identity
+
+
+def prepare_rotation(state: StateDir, *, overlap: datetime.timedelta) -> RotationStatement:
+    """Make the next identity, and a statement by the present one that it will follow.
+
+    Nothing changes for clients yet; see `activate_rotation`.
+
+    Raises:
+        ConfigError: A rotation is under way already, or there is no such state directory.
+    """
+    with state.locked():
+        if state.next_identity.exists():
+            raise ConfigError(
+                f"{state.next_identity} exists already: a rotation is under way",
+                field="state",
+                fix="Finish it with --activate, or give it up by removing the file",
+            )
+        new = ServerIdentity.generate()
+        statement = RotationStatement.issue(
+            ServerIdentity.load(state.identity),
+            new,
+            now_s=time.time(),
+            overlap_s=int(overlap.total_seconds()),
+        )
+        new.save(state.next_identity)
+        write_atomically(state.rotation, statement.text().encode(), mode=PUBLIC_MODE)
+    return statement
+
+
+def activate_rotation(state: StateDir) -> ServerIdentity:
+    """Put the next identity into the place of the present one, whose private key is deleted.
+
+    Raises:
+        ConfigError: No rotation is under way.
+    """
+    with state.locked():
+        if not state.next_identity.exists():
+            raise ConfigError(
+                f"There is no next identity in {state.path}",
+                field="state",
+                fix="Begin with `nearfar cloud identity rotate`, without --activate",
+            )
+        identity = ServerIdentity.load(state.next_identity)
+        _put_in_place(state, identity)
+        state.next_identity.unlink()
+    return identity
+
+
+def _put_in_place(state: StateDir, identity: ServerIdentity) -> None:
+    save_identity(state, identity)
+    if state.client_config.exists():
+        lines = state.client_config.read_text().splitlines()
+        pinned = [
+            f'identity = "{identity.pin}"' if line.startswith("identity = ") else line
+            for line in lines
+        ]
+        data = "\n".join((*pinned, "")).encode()
+        write_atomically(state.client_config, data, mode=PUBLIC_MODE)
 
 
 def save_identity(state: StateDir, identity: ServerIdentity) -> None:

@@ -51,6 +51,16 @@ class StateDir:
         return self.path / "identity.key"
 
     @property
+    def next_identity(self) -> Path:
+        """The identity that will follow, while clients learn of it; secret."""
+        return self.path / "identity-next.key"
+
+    @property
+    def rotation(self) -> Path:
+        """Statement with which clients move their trust to the next identity."""
+        return self.path / "rotation.txt"
+
+    @property
     def pin(self) -> Path:
         """What clients put into ``identity = …``."""
         return self.path / "pin.txt"

@@ -242,7 +242,7 @@ class TokenVerifier:
             exporter: The channel's exporter secret, with which the proof must have been made.
 
         Raises:
-            NotAdmitted: They let nobody in. `NotAdmitted.reason` is for the log only.
+            NotAdmitted: They let nobody in.
         """
         self.reload_if_changed()
         if len(token) > MAX_TOKEN_BYTES:

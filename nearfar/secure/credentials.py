@@ -43,7 +43,9 @@ class ClientKey(PrivateKeyFile):
     FIELD = "key_file"
     HOW_TO_MAKE = "Make one with `nearfar client-key new FILE`"
     POINT_TO = "Point to the file that `nearfar client-key new` wrote"
-    AFTER_LOSS = "Make a new one with `nearfar client-key new`, and send the operator its public key"
+    AFTER_LOSS = (
+        "Make a new one with `nearfar client-key new`, and send the operator its public key"
+    )
     BEFORE_REPLACING = "Choose another file; tokens issued for the old key need the old key"
 
     #: What the operator issues tokens for.

@@ -19,6 +19,8 @@ __all__ = ["PUBLIC_KEY_BYTES", "SIGNATURE_BYTES", "Pin", "RotationStatement", "S
 
 #: How long clients go on trusting the old identity after a rotation, unless told otherwise.
 DEFAULT_OVERLAP_S = 30 * 24 * 3600
+#: Shorter leaves no time to hand a statement out.
+MIN_OVERLAP_S = 24 * 3600
 MAX_OVERLAP_S = 366 * 24 * 3600
 
 _ROTATION_HEADER = "nearfar-rotation 1"
@@ -98,11 +100,11 @@ class RotationStatement:
         Raises:
             ConfigError: The overlap is out of range.
         """
-        if not 0 <= overlap_s <= MAX_OVERLAP_S:
+        if not MIN_OVERLAP_S <= overlap_s <= MAX_OVERLAP_S:
             raise ConfigError(
                 f"An overlap of {overlap_s} s is out of range",
                 field="overlap",
-                fix=f"Choose up to {MAX_OVERLAP_S // 86400} days",
+                fix=f"Choose 1 to {MAX_OVERLAP_S // 86400} days",
             )
         issued_s = int(now_s)
         signed = _rotation_bytes(old.pin, new.pin, issued_s, issued_s + overlap_s)
@@ -129,7 +131,7 @@ class RotationStatement:
 
         Raises:
             ConfigError: The text is not a rotation statement.
-            SecurityError: A signature does not hold, or it claims an endless overlap.
+            SecurityError: A signature does not hold, or the overlap is out of range.
         """
         names = ("old", "new", "issued", "until", "old-signature", "new-signature")
         try:
@@ -155,13 +157,14 @@ class RotationStatement:
                 fix="Give the rotation.txt that `nearfar cloud identity rotate` wrote",
             ) from None
         overlap_s = statement.until_s - statement.issued_s
-        if not 0 <= overlap_s <= MAX_OVERLAP_S or statement.issued_s >= 2**40:
+        if not MIN_OVERLAP_S <= overlap_s <= MAX_OVERLAP_S or statement.issued_s >= 2**40:
             raise SecurityError(
                 f"The rotation statement keeps the old identity for {overlap_s} s",
-                fix=f"Ask the operator for one of at most {MAX_OVERLAP_S // 86400} days",
+                fix=f"Ask the operator for one of 1 to {MAX_OVERLAP_S // 86400} days",
             )
-        signed = _rotation_bytes(old=statement.old, new=statement.new,
-                                 issued_s=statement.issued_s, until_s=statement.until_s)  # fmt: skip
+        signed = _rotation_bytes(
+            statement.old, statement.new, statement.issued_s, statement.until_s
+        )
         if not (
             statement.old_signature != statement.new_signature
             and statement.old.verifies(statement.old_signature, signed)

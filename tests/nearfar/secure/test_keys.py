@@ -29,11 +29,14 @@ def test_configuration_says_the_same_after_parsing_and_holds() -> None:
     assert len(issued.message) == 1 + 2 + 8 + 8 + 8 + 3 + 2 + 1216 + 32 + 32 + 64
 
 
-@pytest.mark.parametrize("region", ["type", "versions", "key id", "times", "suites", "key", "attestation", "end"])
+@pytest.mark.parametrize(
+    "region", ["type", "versions", "key id", "times", "suites", "key", "attestation", "end"]
+)
 def test_no_bit_can_be_changed(region: str) -> None:
     message = bytearray(issue().message)
     position = {
-        "type": 0, "versions": 2, "key id": 5, "times": 20, "suites": 29, "key": 700, "attestation": -100, "end": -1,
+        "type": 0, "versions": 2, "key id": 5, "times": 20, "suites": 29, "key": 700,
+        "attestation": -100, "end": -1,
     }[region]  # fmt: skip
     message[position] ^= 1
     with pytest.raises(SecurityError):
