@@ -157,6 +157,7 @@ def provision(
             _refuse_to_overwrite(state)
         certificates.write(state)
         save_identity(state, identity)
+        _end_rotation(state)
         auth.write_keys(state.api_keys, (entry,))
         write_atomically(state.client_key, f"{api_key}\n".encode(), mode=PRIVATE_MODE)
         write_atomically(
@@ -218,6 +219,7 @@ def replace_identity(state: StateDir) -> ServerIdentity:
     identity = ServerIdentity.generate()
     with state.locked():
         _put_in_place(state, identity)
+        _end_rotation(state)
     return identity
 
 
@@ -265,6 +267,12 @@ def activate_rotation(state: StateDir) -> ServerIdentity:
         _put_in_place(state, identity)
         state.next_identity.unlink()
     return identity
+
+
+def _end_rotation(state: StateDir) -> None:
+    """What the old identity announced is void."""
+    state.next_identity.unlink(missing_ok=True)
+    state.rotation.unlink(missing_ok=True)
 
 
 def _put_in_place(state: StateDir, identity: ServerIdentity) -> None:
