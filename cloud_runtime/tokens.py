@@ -47,12 +47,19 @@ _REQUIRED = ("iss", "aud", "sub", "iat", "exp", "cnf")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
-class _Jwk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A public Ed25519 key as RFC 8037 writes it."""
+class _Jwk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A public Ed25519 key as RFC 8037 writes it; `d` is read only to refuse a private one."""
 
     kty: str
     crv: str
     x: str
+    d: str | None = None
+
+
+class _Confirmation(msgspec.Struct, frozen=True, kw_only=True):
+    """The claim ``cnf`` (RFC 7800, section 3.2)."""
+
+    jwk: _Jwk
 
 
 class Issuer(msgspec.Struct, frozen=True, kw_only=True):
@@ -316,9 +323,9 @@ class TokenVerifier:
 def _confirmation_key(confirmation: object) -> ClientPublicKey:
     """The key that ``cnf`` names."""
     try:
-        jwk = msgspec.convert(confirmation, dict[str, _Jwk])["jwk"]
+        jwk = msgspec.convert(confirmation, _Confirmation).jwk
         return ClientPublicKey(_public_key_of(jwk).public_bytes_raw())
-    except (ValueError, KeyError):
+    except ValueError:  # msgspec's errors are ValueErrors
         raise NotAdmitted("the token's cnf does not hold a public Ed25519 key") from None
 
 

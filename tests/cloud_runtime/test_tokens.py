@@ -170,6 +170,11 @@ def test_claims_that_do_not_hold_are_refused_though_signed(state, name):
     assert reason in refused(state, forge(state, **changes))
 
 
+def test_other_members_of_the_keys_jwk_do_not_matter(state):
+    jwk = {**jwk_of(CLIENT), "kid": "1", "key_ops": ["verify"], "ext": True}
+    assert admit(state, forge(state, cnf={"jwk": jwk, "kid": "1"})).name == "token:clinic-2"
+
+
 def test_clocks_may_differ_by_a_minute(state):
     now_s = int(time.time())
     admit(state, forge(state, iat=now_s + 50, nbf=now_s + 50, exp=now_s + 200))
