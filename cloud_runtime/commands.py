@@ -43,6 +43,14 @@ StateOption = Annotated[
 ]
 
 
+CosignOption = Annotated[
+    bool,
+    typer.Option(
+        "--co-sign", help="Sign with ML-DSA-65 as well (pin nf2:…), against a quantum computer."
+    ),
+]
+
+
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the files.")],
@@ -225,6 +233,7 @@ def identity_new(
     force: Annotated[
         bool, typer.Option("--force", help="Confirm: clients refuse the server until they re-pin.")
     ] = False,
+    cosign: CosignOption = False,
 ) -> None:
     """Replace the identity, for example because identity.key may have leaked.
 
@@ -240,7 +249,7 @@ def identity_new(
             field="state",
             fix="Give --force to replace it; every client must then pin the new identity",
         )
-    typer.echo(str(provision.replace_identity(directory).pin))
+    typer.echo(str(provision.replace_identity(directory, cosigns=cosign).pin))
     _say("Restart the server, and put this pin into every client's nearfar.toml.")
 
 
@@ -253,6 +262,7 @@ def identity_rotate(
             min=1, max=366, help="How long clients that adopt the next identity trust the old one."
         ),
     ] = 30,
+    cosign: CosignOption = False,
     activate: Annotated[
         bool,
         typer.Option("--activate", help="Serve as the next identity from the next start on."),
@@ -275,7 +285,9 @@ def identity_rotate(
         typer.echo(str(provision.activate_rotation(directory).pin))
         _say("Restart the server. Tokens must now be issued for this pin.")
         return
-    statement = provision.prepare_rotation(directory, overlap=timedelta(days=overlap_days))
+    statement = provision.prepare_rotation(
+        directory, overlap=timedelta(days=overlap_days), cosigns=cosign
+    )
     typer.echo(str(statement.new))
     _say(f"Give {directory.rotation} to every client: nearfar trust add NAME --statement FILE")
     _say(f"Then: nearfar cloud identity rotate --state {state} --activate")

@@ -210,23 +210,32 @@ def _make_certificates(
     return _Certificates(ca.certificate, certificate, key)
 
 
-def replace_identity(state: StateDir) -> ServerIdentity:
+def replace_identity(state: StateDir, *, cosigns: bool = False) -> ServerIdentity:
     """Make a new identity; clients refuse the server until they pin it.
+
+    Args:
+        cosigns: Whether it signs with ML-DSA-65 beside Ed25519.
 
     Raises:
         ConfigError: There is no such state directory.
     """
-    identity = ServerIdentity.generate()
+    identity = ServerIdentity.generate(cosigns=cosigns)
     with state.locked():
         _put_in_place(state, identity)
         _end_rotation(state)
     return identity
 
 
-def prepare_rotation(state: StateDir, *, overlap: datetime.timedelta) -> RotationStatement:
+def prepare_rotation(
+    state: StateDir, *, overlap: datetime.timedelta, cosigns: bool = False
+) -> RotationStatement:
     """Make the next identity, and a statement by the present one that it will follow.
 
     Nothing changes for clients yet; see `activate_rotation`.
+
+    Args:
+        overlap: How long clients that adopt it trust the present one.
+        cosigns: Whether the next identity signs with ML-DSA-65 beside Ed25519.
 
     Raises:
         ConfigError: A rotation is under way already, or there is no such state directory.
@@ -238,7 +247,7 @@ def prepare_rotation(state: StateDir, *, overlap: datetime.timedelta) -> Rotatio
                 field="state",
                 fix="Finish it with --activate, or give it up by removing the file",
             )
-        new = ServerIdentity.generate()
+        new = ServerIdentity.generate(cosigns=cosigns)
         statement = RotationStatement.issue(
             ServerIdentity.load(state.identity),
             new,

@@ -34,6 +34,8 @@ _TOP_KEYS = ("models", "cloud", "routing", "policy")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
 )  # fmt: skip
+#: `nearfar.secure.identity.Pin.PREFIXES`, without importing cryptography.
+_PIN_PREFIXES = ("nf1:", "nf2:")
 _TRUST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _CREDENTIALS_FIX = 'Write credentials = "file:PATH" or "env:NAME"; never the key itself'
 
@@ -120,7 +122,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
                 fix='Write it as in "wss://inference.example.com/v1/nearfar"',
             )
         # The checksum is verified where the pin is used; this catches a swapped or empty value.
-        is_pin = self.identity.startswith("nf1:") and len(self.identity) >= 8
+        is_pin = self.identity.startswith(_PIN_PREFIXES) and len(self.identity) >= 8
         if not is_pin and not _TRUST_NAME.fullmatch(self.identity):
             raise ConfigError(
                 f"{where}: 'identity' is not a pinned identity",
@@ -366,7 +368,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
         )
-        if not config.identity.startswith("nf1:"):
+        if not config.identity.startswith(_PIN_PREFIXES):
             config.pins(0.0)  # a name that is not known should be noticed now
     except ConfigError as exc:
         raise _in_table(exc, table) from exc

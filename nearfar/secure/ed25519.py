@@ -28,15 +28,20 @@ PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 _CHECKSUM_BYTES = 4
-_BASE32_CHARACTERS = 58  # ceil((32 + 4) bytes * 8 / 5)
 _FILE_LIMIT_BYTES = 4096
 
 _Public = TypeVar("_Public", bound="PublicKeyText")
 _Private = TypeVar("_Private", bound="PrivateKeyFile")
 
 
-def _checksum(public_key: bytes) -> bytes:
-    return hashlib.sha256(public_key).digest()[:_CHECKSUM_BYTES]
+def _checksum(raw: bytes) -> bytes:
+    return hashlib.sha256(raw).digest()[:_CHECKSUM_BYTES]
+
+
+def encode_text(prefix: str, raw: bytes) -> str:
+    """Prefix, then base32 of the bytes and their checksum."""
+    text = base64.b32encode(raw + _checksum(raw)).decode("ascii").rstrip("=").lower()
+    return prefix + text
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +76,28 @@ class PublicKeyText:
         Raises:
             ConfigError: Prefix, length, alphabet or checksum is wrong; says which.
         """
-        compact = text.strip().lower()
-        if not compact.startswith(cls.PREFIX):
-            raise cls._malformed(f"it does not start with {cls.PREFIX}")
-        body = compact[len(cls.PREFIX) :]
-        if len(body) != _BASE32_CHARACTERS:
+        return cls(cls._decode(text.strip().lower(), cls.PREFIX, PUBLIC_KEY_BYTES))
+
+    @classmethod
+    def _decode(cls, compact: str, prefix: str, size_bytes: int) -> bytes:
+        """The bytes behind a text, which must be `size_bytes`."""
+        if not compact.startswith(prefix):
+            raise cls._malformed(f"it does not start with {prefix}")
+        body = compact[len(prefix) :]
+        characters = -(-(size_bytes + _CHECKSUM_BYTES) * 8 // 5)
+        if len(body) != characters:
             raise cls._malformed(
-                f"it has {len(body)} characters after {cls.PREFIX} instead of {_BASE32_CHARACTERS}"
+                f"it has {len(body)} characters after {prefix} instead of {characters}"
             )
         try:
-            raw = base64.b32decode(body.upper() + "=" * (-len(body) % 8))
+            decoded = base64.b32decode(body.upper() + "=" * (-len(body) % 8))
         except (binascii.Error, ValueError) as exc:
             raise cls._malformed("it holds characters other than a-z and 2-7") from exc
-        public_key, checksum = raw[:PUBLIC_KEY_BYTES], raw[PUBLIC_KEY_BYTES:]
+        raw, checksum = decoded[:size_bytes], decoded[size_bytes:]
         # Comparing the text as well refuses a second spelling of the same key in the spare bits.
-        if checksum != _checksum(public_key) or str(cls(public_key)) != compact:
+        if checksum != _checksum(raw) or encode_text(prefix, raw) != compact:
             raise cls._malformed("its checksum does not match, so a character is mistyped")
-        return cls(public_key)
+        return raw
 
     @classmethod
     def _malformed(cls, reason: str) -> ConfigError:
@@ -96,8 +106,7 @@ class PublicKeyText:
         )
 
     def __str__(self) -> str:
-        raw = self.public_key + _checksum(self.public_key)
-        return self.PREFIX + base64.b32encode(raw).decode("ascii").rstrip("=").lower()
+        return encode_text(self.PREFIX, self.public_key)
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
         """Whether the private half of this key signed the message."""
@@ -196,7 +205,12 @@ class PrivateKeyFile:
                 field=cls.FIELD,
                 fix=cls.POINT_TO,
             ) from None
-        return cls(seed), public_text
+        return cls._of(seed, public_text), public_text
+
+    @classmethod
+    def _of(cls: type[_Private], seed: bytes, public_text: str) -> _Private:
+        """The key of a file."""
+        return cls(seed)
 
     def save(self, path: Path | str) -> None:
         """Write a new file, mode 0600; never replaces one.

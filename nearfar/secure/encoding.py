@@ -61,6 +61,10 @@ class Reader:
             raise MalformedError
         return items
 
+    def rest(self) -> bytes:
+        """All that is left."""
+        return self.take(len(self._data) - self.position)
+
     def finish(self) -> None:
         """Nothing may be left."""
         if self.position != len(self._data):

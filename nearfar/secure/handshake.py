@@ -167,7 +167,8 @@ class ClientHandshake:
         """
         configuration = KeyConfiguration.parse(message)
         named = configuration.identity
-        configuration.verify(named if named in self._pins else self._pins[0], now_s=now_s)
+        pin = next((pin for pin in self._pins if pin.accepts(named)), self._pins[0])
+        configuration.verify(pin, now_s=now_s)
         attests = configuration.attestation_hash != attestation.NO_ATTESTATION
         if self._verifier is not None and not attests:
             raise SecurityError(

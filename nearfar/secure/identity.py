@@ -5,7 +5,14 @@ Formats: docs/reference/secure-channel.md, "Identity and pin" and "Rotation of t
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from nearfar.errors import ConfigError, SecurityError
 from nearfar.secure.ed25519 import (
@@ -13,9 +20,28 @@ from nearfar.secure.ed25519 import (
     SIGNATURE_BYTES,
     PrivateKeyFile,
     PublicKeyText,
+    encode_text,
 )
+from nearfar.secure.encoding import sized
 
-__all__ = ["PUBLIC_KEY_BYTES", "SIGNATURE_BYTES", "Pin", "RotationStatement", "ServerIdentity"]
+__all__ = [
+    "COSIGNED_SIGNATURE_BYTES",
+    "PUBLIC_KEY_BYTES",
+    "SIGNATURE_BYTES",
+    "Pin",
+    "RotationStatement",
+    "ServerIdentity",
+    "cosigning_key",
+]
+
+#: FIPS 204, table 2.
+_MLDSA_KEY_BYTES = 1952
+_MLDSA_SIGNATURE_BYTES = 3309
+#: Ed25519 signature, ML-DSA-65 public key, ML-DSA-65 signature.
+COSIGNED_SIGNATURE_BYTES = SIGNATURE_BYTES + _MLDSA_KEY_BYTES + _MLDSA_SIGNATURE_BYTES
+
+_HASH_BYTES = 32
+_COSIGNER_INFO = b"nearfar/1 co-signing key"
 
 #: How long clients go on trusting the old identity after a rotation, unless told otherwise.
 DEFAULT_OVERLAP_S = 30 * 24 * 3600
@@ -27,22 +53,118 @@ _ROTATION_HEADER = "nearfar-rotation 1"
 _ROTATION_PURPOSE = b"nearfar/1 identity rotation\x00"
 
 
+@dataclass(frozen=True, slots=True)
 class Pin(PublicKeyText):
-    """A server's public key as people copy it: ``nf1:`` and 58 characters of base32."""
+    """A server's public key as people copy it: ``nf1:`` and 58 characters of base32.
 
-    __slots__ = ()
+    An identity that co-signs with ML-DSA-65 has ``nf2:`` and 109 characters.
+
+    Attributes:
+        cosigner_hash: SHA-256 of the ML-DSA-65 public key that must have signed, too; empty when
+            Ed25519 is enough.
+    """
 
     PREFIX = "nf1:"
+    COSIGNED_PREFIX = "nf2:"
+    PREFIXES = (PREFIX, COSIGNED_PREFIX)
     SUBJECT = "The server identity"
     NOUN = "a pin"
     FIELD = "identity"
     COPY_AGAIN = "Copy the pin again from the server: `nearfar cloud identity show`"
 
+    cosigner_hash: bytes = b""
+
+    # `super()` does not work in a dataclass with slots, which is made anew from this one.
+    def __post_init__(self) -> None:
+        PublicKeyText.__post_init__(self)
+        if len(self.cosigner_hash) not in (0, _HASH_BYTES):
+            raise ConfigError(
+                f"The hash of a co-signing key is {_HASH_BYTES} bytes long, "
+                f"not {len(self.cosigner_hash)}",
+                field="identity",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Pin:
+        compact = text.strip().lower()
+        if compact.startswith(cls.COSIGNED_PREFIX):
+            raw = cls._decode(compact, cls.COSIGNED_PREFIX, PUBLIC_KEY_BYTES + _HASH_BYTES)
+            return cls(raw[:PUBLIC_KEY_BYTES], raw[PUBLIC_KEY_BYTES:])
+        return cls(cls._decode(compact, cls.PREFIX, PUBLIC_KEY_BYTES))
+
+    def __str__(self) -> str:
+        return encode_text(self.COSIGNED_PREFIX if self.cosigner_hash else self.PREFIX, self.raw)
+
+    @property
+    def raw(self) -> bytes:
+        """What the text encodes: 32 bytes, or 64 with a co-signer."""
+        return self.public_key + self.cosigner_hash
+
+    def accepts(self, presented: Pin) -> bool:
+        """Whether a server that presents itself so is the pinned one, if its signatures hold."""
+        return self.public_key == presented.public_key and self.cosigner_hash in (
+            b"",
+            presented.cosigner_hash,
+        )
+
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        """Whether this identity signed the message; a co-signature that is not pinned is ignored.
+
+        Raises:
+            SecurityError: The installed ``cryptography`` has no ML-DSA, and the pin demands it.
+        """
+        if len(signature) not in (SIGNATURE_BYTES, COSIGNED_SIGNATURE_BYTES):
+            return False
+        if not PublicKeyText.verifies(self, signature[:SIGNATURE_BYTES], message):
+            return False
+        if not self.cosigner_hash:
+            return True
+        key_bytes = cosigning_key(signature)
+        if hashlib.sha256(key_bytes).digest() != self.cosigner_hash:
+            return False
+        try:
+            key = _mldsa().MLDSA65PublicKey.from_public_bytes(key_bytes)
+            key.verify(signature[SIGNATURE_BYTES + _MLDSA_KEY_BYTES :], message)
+        except UnsupportedAlgorithm as exc:
+            raise _no_mldsa() from exc
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+
+def cosigning_key(signature: bytes) -> bytes:
+    """The ML-DSA-65 public key inside an identity's signature; empty when it is not co-signed."""
+    return signature[SIGNATURE_BYTES : SIGNATURE_BYTES + _MLDSA_KEY_BYTES]
+
+
+def _mldsa() -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import mldsa
+    except ImportError as exc:
+        raise _no_mldsa() from exc
+    return mldsa
+
+
+def _no_mldsa() -> SecurityError:
+    return SecurityError(
+        "The installed cryptography package has no ML-DSA-65, which this identity demands",
+        fix="Update it: pip install -U cryptography",
+    )
+
 
 class ServerIdentity(PrivateKeyFile):
-    """The private half; kept by the server only."""
+    """The private half; kept by the server only.
 
-    __slots__ = ("pin",)
+    Args:
+        seed: 32 random bytes (RFC 8032 private key).
+        cosigns: Whether to sign with ML-DSA-65 as well. Its key comes from the same seed, by HKDF:
+            who breaks Ed25519 learns the key that the seed was hashed to, and not the seed.
+
+    Raises:
+        SecurityError: The installed ``cryptography`` has no ML-DSA.
+    """
+
+    __slots__ = ("_cosigner", "pin")
 
     HEADER = "nearfar-identity 1"
     LINE = "pin"
@@ -56,9 +178,38 @@ class ServerIdentity(PrivateKeyFile):
     #: What clients pin.
     pin: Pin
 
-    def __init__(self, seed: bytes) -> None:
+    def __init__(self, seed: bytes, *, cosigns: bool = False) -> None:
         super().__init__(seed)
-        self.pin = Pin(self._public_bytes())
+        self._cosigner: Any = None
+        if not cosigns:
+            self.pin = Pin(self._public_bytes())
+            return
+        derived = HKDF(hashes.SHA256(), 32, None, _COSIGNER_INFO).derive(seed)
+        try:
+            self._cosigner = _mldsa().MLDSA65PrivateKey.from_seed_bytes(derived)
+        except UnsupportedAlgorithm as exc:
+            raise _no_mldsa() from exc
+        key_hash = hashlib.sha256(self._cosigner.public_key().public_bytes_raw()).digest()
+        self.pin = Pin(self._public_bytes(), key_hash)
+
+    @classmethod
+    def generate(cls, *, cosigns: bool = False) -> ServerIdentity:
+        return cls(os.urandom(32), cosigns=cosigns)
+
+    @classmethod
+    def _of(cls, seed: bytes, public_text: str) -> ServerIdentity:
+        return cls(seed, cosigns=public_text.startswith(Pin.COSIGNED_PREFIX))
+
+    def sign(self, message: bytes) -> bytes:
+        """Signature of 64 bytes, or of 5325 when this identity co-signs.
+
+        Callers put a purpose in front of what they sign.
+        """
+        signature = super().sign(message)
+        if self._cosigner is None:
+            return signature
+        key: bytes = self._cosigner.public_key().public_bytes_raw()
+        return signature + key + bytes(self._cosigner.sign(message))
 
     def _public_text(self) -> str:
         return str(self.pin)
@@ -166,7 +317,7 @@ class RotationStatement:
             statement.old, statement.new, statement.issued_s, statement.until_s
         )
         if not (
-            statement.old_signature != statement.new_signature
+            statement.old != statement.new
             and statement.old.verifies(statement.old_signature, signed)
             and statement.new.verifies(statement.new_signature, signed)
         ):
@@ -181,8 +332,8 @@ def _rotation_bytes(old: Pin, new: Pin, issued_s: int, until_s: int) -> bytes:
     return b"".join(
         (
             _ROTATION_PURPOSE,
-            old.public_key,
-            new.public_key,
+            sized(old.raw),
+            sized(new.raw),
             issued_s.to_bytes(8, "big"),
             until_s.to_bytes(8, "big"),
         )

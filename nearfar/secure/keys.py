@@ -6,13 +6,20 @@ Layout: docs/reference/secure-channel.md, "Key configuration".
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from nearfar.errors import ConfigError, SecurityError
 from nearfar.secure import attestation, kem
 from nearfar.secure.encoding import MalformedError, Reader, list_of, sized
-from nearfar.secure.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Pin, ServerIdentity
+from nearfar.secure.identity import (
+    COSIGNED_SIGNATURE_BYTES,
+    PUBLIC_KEY_BYTES,
+    SIGNATURE_BYTES,
+    Pin,
+    ServerIdentity,
+    cosigning_key,
+)
 
 #: First byte of every websocket message.
 TYPE_KEY_CONFIGURATION = 1
@@ -120,8 +127,13 @@ class KeyConfiguration:
                 identity=Pin(reader.take(PUBLIC_KEY_BYTES)),
                 message=message,
             )
-            reader.take(SIGNATURE_BYTES)
-            reader.finish()
+            signature = reader.rest()
+            if len(signature) == COSIGNED_SIGNATURE_BYTES:
+                key_hash = hashlib.sha256(cosigning_key(signature)).digest()
+                named = Pin(configuration.identity.public_key, key_hash)
+                configuration = replace(configuration, identity=named)
+            elif len(signature) != SIGNATURE_BYTES:
+                raise MalformedError
         except MalformedError:
             raise SecurityError(
                 "The server's first message is not a nearfar key configuration",
@@ -135,7 +147,7 @@ class KeyConfiguration:
         Raises:
             SecurityError: Says which of identity, signature, lifetime or clock is wrong.
         """
-        if self.identity != pin:
+        if not pin.accepts(self.identity):
             raise SecurityError(
                 f"The server's identity is not the pinned one: expected {pin}, "
                 f"but the server presented {self.identity}",
@@ -143,7 +155,9 @@ class KeyConfiguration:
                 "the new pin into `identity` of this cloud, or give `nearfar trust add` the "
                 "operator's rotation statement; otherwise someone is in between",
             )
-        body, signature = self.message[:-SIGNATURE_BYTES], self.message[-SIGNATURE_BYTES:]
+        is_cosigned = bool(self.identity.cosigner_hash)
+        signature_bytes = COSIGNED_SIGNATURE_BYTES if is_cosigned else SIGNATURE_BYTES
+        body, signature = self.message[:-signature_bytes], self.message[-signature_bytes:]
         if not pin.verifies(signature, _SIGNATURE_PURPOSE + body):
             raise SecurityError(
                 f"The server's key configuration is not signed by the pinned identity {pin}",

@@ -119,7 +119,7 @@ def pins_of(identity: str, path: Path | None, *, now_s: float) -> tuple[Pin, ...
         ConfigError: It is neither.
         SecurityError: Others can write the trust file.
     """
-    if identity.startswith(Pin.PREFIX):
+    if identity.startswith(Pin.PREFIXES):
         return (Pin.parse(identity),)
     path = path or default_path()
     return _entry(read_trust(path), identity, path).pins(now_s)

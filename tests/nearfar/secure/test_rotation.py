@@ -30,7 +30,9 @@ def test_a_statement_says_the_same_after_parsing() -> None:
 def test_the_signed_bytes_are_as_documented() -> None:
     signed = (
         b"nearfar/1 identity rotation\x00"
+        + b"\x00\x20"
         + OLD.pin.public_key
+        + b"\x00\x20"
         + NEW.pin.public_key
         + (1_800_000_000).to_bytes(8, "big")
         + (1_802_592_000).to_bytes(8, "big")
