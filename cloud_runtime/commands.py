@@ -157,6 +157,14 @@ def serve(
         bool,
         typer.Option("--allow-anonymous", help="Let clients in that give no API key at all."),
     ] = False,
+    attester: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Attestation plug-in: the function makes it. Without one the server attests "
+            "nothing.",
+        ),
+    ] = None,
     ready_json: Annotated[
         bool,
         typer.Option(
@@ -207,6 +215,7 @@ def serve(
             certificate=certificate,
             certificate_key=certificate_key,
             allow_anonymous=allow_anonymous,
+            attester=attester,
             ready_json=ready_json,
             serving=ServingOptions(
                 session=SessionOptions(threads=threads), slots=slots, max_waiting=max_waiting

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from cloud_runtime.commands import parse_address
+from cloud_runtime.serving import load_attester
 from cloud_runtime.state import StateDir
 from nearfar.errors import ConfigError, ModelNotFound, SecurityError
 from nearfar.secure.credentials import ClientKey
@@ -349,3 +350,24 @@ def test_addresses_are_read_as_people_write_them(text, address):
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(ConfigError, match="is not an address"):
         parse_address(text)
+
+
+class _Attester:
+    claims = b"measurement"
+
+    def evidence(self, binding: bytes) -> bytes:
+        return binding
+
+
+def test_an_attestation_plug_in_is_named_by_module_and_function():
+    attester = load_attester(f"{__name__}:_Attester")
+    assert attester.claims == b"measurement"
+    assert attester.evidence(b"binding") == b"binding"
+
+
+@pytest.mark.parametrize(
+    "reference", ["", "no_such_module:x", "json:nothing", "json:dumps", "builtins:object", "a b:c"]
+)
+def test_what_is_no_attester_stops_the_start(reference):
+    with pytest.raises(ConfigError, match="cannot be used"):
+        load_attester(reference)
