@@ -1,4 +1,4 @@
-"""API keys: who may ask this cloud runtime.
+"""API keys, and who may ask this cloud runtime: the holder of a key, or of a token and its key.
 
 A key is 32 random bytes; the file holds only its SHA-256, a name and a date. A fast hash is right
 here: unlike a password, 256 random bits cannot be guessed however fast each guess is.
@@ -12,16 +12,20 @@ import base64
 import hashlib
 import hmac
 import logging
-import os
 import re
 import secrets
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted, refusal, stamp_of
 from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
-from nearfar.errors import ConfigError, SecurityError
+from nearfar.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cloud_runtime.tokens import TokenVerifier
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +51,6 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     sha256: str
     created: str
-
-
-#: Stands for clients that gave no key, where that is allowed.
-ANONYMOUS = ApiKey(name="anonymous", sha256="", created="")
 
 
 class _KeyFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,7 +164,7 @@ def remove_key(state: StateDir, name: str) -> None:
 
 
 class Authenticator:
-    """Checks keys against the file, and follows the file while the server runs.
+    """Checks API keys and tokens, and follows their files while the server runs.
 
     A file that cannot be read admits nobody: errors deny.
 
@@ -172,53 +172,80 @@ class Authenticator:
         path: The key file; `None` only together with `allow_anonymous`.
         allow_anonymous: Whether a client that gives no key at all is let in. A wrong key is
             refused even then, because its owner believes it to be checked.
+        tokens: Checks tokens; `None` accepts none.
 
     Attributes:
-        revision: Counts how often the keys changed.
+        revision: Counts how often the files changed.
 
     Raises:
         ConfigError: The file is missing or malformed.
     """
 
-    def __init__(self, path: Path | None, *, allow_anonymous: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        allow_anonymous: bool = False,
+        tokens: TokenVerifier | None = None,
+    ) -> None:
         self._path = path
         self._allow_anonymous = allow_anonymous
-        self._stamp = _stamp_of(path)
+        self._tokens = tokens
+        self._stamp = stamp_of(path)
         self._keys = () if path is None else read_keys(path)
-        self.revision = 0
+        self._key_revision = 0
 
-    def authenticate(self, token: str) -> ApiKey:
-        """The key that the token is; `ANONYMOUS` for none, where that is allowed.
+    @property
+    def revision(self) -> int:
+        return self._key_revision + (0 if self._tokens is None else self._tokens.revision)
+
+    def authenticate(self, token: str, *, proof: bytes = b"", exporter: bytes = b"") -> Caller:
+        """Who the client is; `ANONYMOUS` when it gives nothing, where that is allowed.
+
+        Args:
+            token: An API key or a token.
+            proof: Beside a token, see `nearfar.secure.credentials.proof_message`.
+            exporter: The channel's exporter secret.
 
         Raises:
-            SecurityError: The key is missing, unknown or withdrawn. All three read alike.
+            SecurityError: The key is missing, unknown or withdrawn, or anything is wrong with the
+                token or its proof. All of them read alike; the cause (`NotAdmitted`) tells which.
         """
+        try:
+            return self._admit(token, proof, exporter)
+        except NotAdmitted as exc:
+            raise refusal() from exc
+
+    def _admit(self, token: str, proof: bytes, exporter: bytes) -> Caller:
         self.reload_if_changed()
         if not token and self._allow_anonymous:
             return ANONYMOUS
+        if self._tokens is not None and token.count(".") == 2:  # an API key has no dots
+            return self._tokens.verify(token, proof=proof, exporter=exporter)
         digest = key_digest(token).encode()
         found = None
         for key in self._keys:  # no early exit: the time taken tells nothing about the entries
             if hmac.compare_digest(key.sha256.encode(), digest):
                 found = key
         if found is None:
-            raise SecurityError(
-                "The API key is missing or not accepted here",
-                fix="Set `credentials` of this cloud to a key made with `nearfar cloud key add`",
-            )
-        return found
+            raise NotAdmitted("no API key" if not token else "unknown API key")
+        return Caller(name=found.name, scope=found.sha256, api_key=found)
 
-    def is_accepted(self, key: ApiKey) -> bool:
-        """Whether a key that was accepted once still is."""
-        return key in self._keys or (key is ANONYMOUS and self._allow_anonymous)
+    def is_accepted(self, caller: Caller) -> bool:
+        """Whether a client that was let in once still would be, apart from its token's age."""
+        if caller.issuer is not None:
+            return self._tokens is not None and self._tokens.is_accepted(caller.issuer)
+        return caller.api_key in self._keys or (caller is ANONYMOUS and self._allow_anonymous)
 
     def reload_if_changed(self) -> None:
-        """Read the file again if it changed."""
-        stamp = _stamp_of(self._path)
+        """Read the files again if they changed."""
+        if self._tokens is not None:
+            self._tokens.reload_if_changed()
+        stamp = stamp_of(self._path)
         if self._path is None or stamp == self._stamp:
             return
         self._stamp = stamp
-        self.revision += 1
+        self._key_revision += 1
         try:
             self._keys = read_keys(self._path)
         except ConfigError as error:
@@ -226,14 +253,3 @@ class Authenticator:
             logger.error("no client is admitted until this is repaired: %s", error)
         else:
             logger.info("API keys read again: %d accepted", len(self._keys))
-
-
-def _stamp_of(path: Path | None) -> tuple[int, int, int] | None:
-    """Changes whenever the file is replaced, even within one tick of the clock."""
-    if path is None:
-        return None
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino

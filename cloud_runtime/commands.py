@@ -30,10 +30,24 @@ key_app = typer.Typer(
     help="The API keys that clients present.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(identity_app, name="identity")
+token_app = typer.Typer(
+    help="Short-lived tokens, each bound to a client's key.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 app.add_typer(key_app, name="key")
+app.add_typer(token_app, name="token")
 
 StateOption = Annotated[
     Path, typer.Option("--state", metavar="DIR", help="Directory made by `nearfar cloud init`.")
+]
+
+
+CosignOption = Annotated[
+    bool,
+    typer.Option(
+        "--co-sign", help="Sign with ML-DSA-65 as well (pin nf2:…), against a quantum computer."
+    ),
 ]
 
 
@@ -143,6 +157,14 @@ def serve(
         bool,
         typer.Option("--allow-anonymous", help="Let clients in that give no API key at all."),
     ] = False,
+    attester: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Attestation plug-in: the function makes it. Without one the server attests "
+            "nothing.",
+        ),
+    ] = None,
     ready_json: Annotated[
         bool,
         typer.Option(
@@ -193,6 +215,7 @@ def serve(
             certificate=certificate,
             certificate_key=certificate_key,
             allow_anonymous=allow_anonymous,
+            attester=attester,
             ready_json=ready_json,
             serving=ServingOptions(
                 session=SessionOptions(threads=threads), slots=slots, max_waiting=max_waiting
@@ -219,6 +242,7 @@ def identity_new(
     force: Annotated[
         bool, typer.Option("--force", help="Confirm: clients refuse the server until they re-pin.")
     ] = False,
+    cosign: CosignOption = False,
 ) -> None:
     """Replace the identity, for example because identity.key may have leaked.
 
@@ -234,8 +258,103 @@ def identity_new(
             field="state",
             fix="Give --force to replace it; every client must then pin the new identity",
         )
-    typer.echo(str(provision.replace_identity(directory).pin))
+    typer.echo(str(provision.replace_identity(directory, cosigns=cosign).pin))
     _say("Restart the server, and put this pin into every client's nearfar.toml.")
+
+
+@identity_app.command("rotate")
+def identity_rotate(
+    state: StateOption,
+    overlap_days: Annotated[
+        int,
+        typer.Option(
+            min=1, max=366, help="How long clients that adopt the next identity trust the old one."
+        ),
+    ] = 30,
+    cosign: CosignOption = False,
+    activate: Annotated[
+        bool,
+        typer.Option("--activate", help="Serve as the next identity from the next start on."),
+    ] = False,
+) -> None:
+    """Move to a next identity without any client being refused.
+
+    First without --activate: makes identity-next.key and rotation.txt, a statement signed by both.
+    Give rotation.txt to all clients (`nearfar trust add NAME --statement rotation.txt`). When they
+    have it: --activate, and restart the server. This is no remedy for a leak: whoever has the old
+    key can sign such a statement, too; use `identity new --force` then.
+    """
+    from datetime import timedelta
+
+    from cloud_runtime import provision
+    from cloud_runtime.state import StateDir
+
+    directory = StateDir(state)
+    if activate:
+        typer.echo(str(provision.activate_rotation(directory).pin))
+        _say("Restart the server. Tokens must now be issued for this pin.")
+        return
+    statement = provision.prepare_rotation(
+        directory, overlap=timedelta(days=overlap_days), cosigns=cosign
+    )
+    typer.echo(str(statement.new))
+    _say(f"Give {directory.rotation} to every client: nearfar trust add NAME --statement FILE")
+    _say(f"Then: nearfar cloud identity rotate --state {state} --activate")
+
+
+@token_app.command("init")
+def token_init(
+    state: StateOption,
+    issuer: Annotated[str, typer.Option(help="The tokens' `iss`.")] = "nearfar-cloud",
+) -> None:
+    """Make the key that signs tokens, and let the server accept what it signs.
+
+    Writes token-signing.key (PEM, mode 0600) and token-issuers.json. A service of your own may
+    sign tokens with that key; then move it there, since the server only needs token-issuers.json.
+    """
+    from cloud_runtime import tokens
+    from cloud_runtime.state import StateDir
+
+    directory = StateDir(state)
+    tokens.init_issuer(directory, issuer=issuer)
+    _say(f"{directory.token_key} signs tokens of the issuer {issuer!r}; keep it secret.")
+
+
+@token_app.command("issue")
+def token_issue(
+    state: StateOption,
+    tenant: Annotated[str, typer.Option(help="Who the client is; appears in the access log.")],
+    key: Annotated[
+        str,
+        typer.Option(
+            metavar="nfc1:…", help="The client's public key, from `nearfar client-key new`."
+        ),
+    ],
+    minutes: Annotated[int, typer.Option(min=1, max=10, help="How long it is valid.")] = 10,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the token there (mode 0600), replacing it."),
+    ] = None,
+) -> None:
+    """Issue a token that only the holder of the client's key can use, on this server."""
+    from cloud_runtime import tokens
+    from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
+    from nearfar.secure.credentials import ClientPublicKey
+    from nearfar.secure.identity import ServerIdentity
+
+    directory = StateDir(state)
+    token = tokens.issue(
+        directory,
+        tenant=tenant,
+        client_key=ClientPublicKey.parse(key),
+        audience=str(ServerIdentity.load(directory.identity).pin),
+        lifetime_s=minutes * 60,
+    )
+    if output is None:
+        typer.echo(token)
+        return
+    write_atomically(output, f"{token}\n".encode(), mode=PRIVATE_MODE)
+    _say(f"The token is in {output}.")
 
 
 @key_app.command("add")

@@ -21,7 +21,8 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
-from cloud_runtime.auth import ANONYMOUS, ApiKey, Authenticator
+from cloud_runtime.auth import Authenticator
+from cloud_runtime.caller import Caller, NotAdmitted
 from cloud_runtime.executor import InferWork
 from cloud_runtime.models import ServedModels
 from cloud_runtime.recent import RecentRuns
@@ -137,7 +138,7 @@ class Connection:
 
     Attributes:
         number: Names the connection in logs.
-        key: The API key that the client gave; `None` until it is admitted.
+        key: Who the client is; `None` until it is admitted.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Connection:
         on_ready: Callable[[], None],
     ) -> None:
         self.number = next(_numbers)
-        self.key: ApiKey | None = None
+        self.key: Caller | None = None
         self._websocket = websocket
         self._services = services
         self._settings = services.settings
@@ -203,17 +204,16 @@ class Connection:
             f" ({self._drop_reason})" if self._drop_reason else "",
         )
 
-    async def drain(self) -> None:
+    async def drain(self, reason: str = "shutdown") -> None:
         """Announce that no new streams are taken, wait for the open ones, then close."""
-        if self._is_draining:
-            return
-        self._is_draining = True
+        is_first, self._is_draining = not self._is_draining, True
         with contextlib.suppress(ConnectionClosed):
             if self._session.is_ready and not self._session.is_closed:
-                async with self._write_lock:
-                    # Under the lock, so that no stream opens between counting and saying.
-                    self._session.send(GoAway(last_stream=self._last_stream, reason="shutdown"))
-                    await self._write()
+                if is_first:
+                    async with self._write_lock:
+                        # Under the lock, so that no stream opens between counting and saying.
+                        self._session.send(GoAway(last_stream=self._last_stream, reason=reason))
+                        await self._write()
                 while self._tasks:
                     await asyncio.wait(set(self._tasks))
         await self.close()
@@ -231,7 +231,8 @@ class Connection:
     async def withdraw(self) -> None:
         """End the connection because its API key is no longer accepted."""
         error = SecurityError(
-            "The API key was withdrawn", fix="Ask the operator of this cloud for a new one"
+            "The API key, or the issuer of the token, was withdrawn",
+            fix="Ask the operator of this cloud for a new one",
         )
         with contextlib.suppress(ConnectionClosed):
             self._session.close(error)
@@ -307,9 +308,12 @@ class Connection:
 
     async def _admit(self, message: Auth) -> None:
         try:
-            self.key = self._services.authenticator.authenticate(message.token)
+            self.key = self._services.authenticator.authenticate(
+                message.token, proof=message.proof, exporter=self._session.exporter
+            )
         except NearfarError as error:
-            access_log.info("conn=%d refused: %s", self.number, error.code)
+            reason = error.__cause__ if isinstance(error.__cause__, NotAdmitted) else error.code
+            access_log.info("conn=%d refused: %s", self.number, reason)
             self._session.close(error)
             return
         limits = self._settings.limits
@@ -481,9 +485,9 @@ class Connection:
     @property
     def _scope(self) -> str:
         """Whose request ids these are; clients without a key share nothing."""
-        if self.key is None or self.key is ANONYMOUS:
+        if self.key is None or not self.key.scope:
             return f"connection {self.number}"
-        return self.key.sha256
+        return self.key.scope
 
     # Sending.
 

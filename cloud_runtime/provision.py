@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cloud_runtime import auth
 from cloud_runtime.state import PRIVATE_MODE, PUBLIC_MODE, StateDir, write_atomically
 from nearfar.errors import ConfigError
-from nearfar.secure.identity import ServerIdentity
+from nearfar.secure.identity import RotationStatement, ServerIdentity
 
 DEFAULT_HOSTS = ("localhost", "127.0.0.1", "::1")
 DEFAULT_PORT = 8443
@@ -156,6 +157,7 @@ def provision(
             _refuse_to_overwrite(state)
         certificates.write(state)
         save_identity(state, identity)
+        _end_rotation(state)
         auth.write_keys(state.api_keys, (entry,))
         write_atomically(state.client_key, f"{api_key}\n".encode(), mode=PRIVATE_MODE)
         write_atomically(
@@ -208,24 +210,90 @@ def _make_certificates(
     return _Certificates(ca.certificate, certificate, key)
 
 
-def replace_identity(state: StateDir) -> ServerIdentity:
+def replace_identity(state: StateDir, *, cosigns: bool = False) -> ServerIdentity:
     """Make a new identity; clients refuse the server until they pin it.
+
+    Args:
+        cosigns: Whether it signs with ML-DSA-65 beside Ed25519.
 
     Raises:
         ConfigError: There is no such state directory.
     """
-    identity = ServerIdentity.generate()
+    identity = ServerIdentity.generate(cosigns=cosigns)
     with state.locked():
-        save_identity(state, identity)
-        if state.client_config.exists():
-            lines = state.client_config.read_text().splitlines()
-            pinned = [
-                f'identity = "{identity.pin}"' if line.startswith("identity = ") else line
-                for line in lines
-            ]
-            data = "\n".join((*pinned, "")).encode()
-            write_atomically(state.client_config, data, mode=PUBLIC_MODE)
+        _put_in_place(state, identity)
+        _end_rotation(state)
     return identity
+
+
+def prepare_rotation(
+    state: StateDir, *, overlap: datetime.timedelta, cosigns: bool = False
+) -> RotationStatement:
+    """Make the next identity, and a statement by the present one that it will follow.
+
+    Nothing changes for clients yet; see `activate_rotation`.
+
+    Args:
+        overlap: How long clients that adopt it trust the present one.
+        cosigns: Whether the next identity signs with ML-DSA-65 beside Ed25519.
+
+    Raises:
+        ConfigError: A rotation is under way already, or there is no such state directory.
+    """
+    with state.locked():
+        if state.next_identity.exists():
+            raise ConfigError(
+                f"{state.next_identity} exists already: a rotation is under way",
+                field="state",
+                fix="Finish it with --activate, or give it up by removing the file",
+            )
+        new = ServerIdentity.generate(cosigns=cosigns)
+        statement = RotationStatement.issue(
+            ServerIdentity.load(state.identity),
+            new,
+            now_s=time.time(),
+            overlap_s=int(overlap.total_seconds()),
+        )
+        new.save(state.next_identity)
+        write_atomically(state.rotation, statement.text().encode(), mode=PUBLIC_MODE)
+    return statement
+
+
+def activate_rotation(state: StateDir) -> ServerIdentity:
+    """Put the next identity into the place of the present one, whose private key is deleted.
+
+    Raises:
+        ConfigError: No rotation is under way.
+    """
+    with state.locked():
+        if not state.next_identity.exists():
+            raise ConfigError(
+                f"There is no next identity in {state.path}",
+                field="state",
+                fix="Begin with `nearfar cloud identity rotate`, without --activate",
+            )
+        identity = ServerIdentity.load(state.next_identity)
+        _put_in_place(state, identity)
+        state.next_identity.unlink()
+    return identity
+
+
+def _end_rotation(state: StateDir) -> None:
+    """What the old identity announced is void."""
+    state.next_identity.unlink(missing_ok=True)
+    state.rotation.unlink(missing_ok=True)
+
+
+def _put_in_place(state: StateDir, identity: ServerIdentity) -> None:
+    save_identity(state, identity)
+    if state.client_config.exists():
+        lines = state.client_config.read_text().splitlines()
+        pinned = [
+            f'identity = "{identity.pin}"' if line.startswith("identity = ") else line
+            for line in lines
+        ]
+        data = "\n".join((*pinned, "")).encode()
+        write_atomically(state.client_config, data, mode=PUBLIC_MODE)
 
 
 def save_identity(state: StateDir, identity: ServerIdentity) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
+import math
 import ssl
 import time
 from pathlib import Path
@@ -213,12 +214,23 @@ class CloudServer:
             self.connections.discard(connection)
 
     async def _watch_keys(self) -> None:
-        """Close the connections of withdrawn API keys; keep key configurations fresh."""
+        """Close the connections of withdrawn API keys; keep key configurations fresh.
+
+        A connection whose token has expired is told to go: it opens no more streams, and its client
+        comes back with a fresh token.
+        """
         authenticator = self._services.authenticator
         revision = authenticator.revision
+        leaving: dict[Connection, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(self._settings.key_check_s)
-            self._services.keys.current(time.time())  # drops expired private keys while idle, too
+            now_s = time.time()
+            self._services.keys.current(now_s)  # drops expired private keys while idle, too
+            leaving = {found: task for found, task in leaving.items() if not task.done()}
+            for connection in self.connections - leaving.keys():
+                caller = connection.key
+                if caller is not None and (caller.expires_s or math.inf) <= now_s:
+                    leaving[connection] = asyncio.create_task(connection.drain("token expired"))
             authenticator.reload_if_changed()
             if authenticator.revision == revision:
                 continue

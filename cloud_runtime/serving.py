@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -24,9 +25,11 @@ from cloud_runtime.provision import url_of
 from cloud_runtime.server import CloudServer, tls_context
 from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
+from cloud_runtime.tokens import TokenVerifier
 from nearfar import __version__
 from nearfar.bundle import BundleStore
 from nearfar.errors import ConfigError
+from nearfar.secure.attestation import Attester
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
 
@@ -49,6 +52,7 @@ class ServePlan:
         certificate: PEM chain, instead of the state directory's.
         certificate_key: Its private key.
         allow_anonymous: Whether clients without an API key are let in.
+        attester: ``module:function`` of an attestation plug-in; the function makes an `Attester`.
         ready_json: Whether to print one JSON line on stdout when ready, and no banner.
     """
 
@@ -60,6 +64,7 @@ class ServePlan:
     certificate: Path | None = None
     certificate_key: Path | None = None
     allow_anonymous: bool = False
+    attester: str | None = None
     ready_json: bool = False
     serving: ServingOptions = field(default_factory=ServingOptions)
     settings: ServerSettings = field(default_factory=ServerSettings)
@@ -85,8 +90,11 @@ def run(plan: ServePlan) -> None:
     identity = ServerIdentity.load(state.identity)
     has_keys = state.api_keys.exists() or not plan.allow_anonymous
     authenticator = Authenticator(
-        state.api_keys if has_keys else None, allow_anonymous=plan.allow_anonymous
+        state.api_keys if has_keys else None,
+        allow_anonymous=plan.allow_anonymous,
+        tokens=TokenVerifier(state.token_issuers, audience=str(identity.pin)),
     )
+    attester = None if plan.attester is None else load_attester(plan.attester)
     tls = tls_context(chain, key)
     certificate = x509.load_pem_x509_certificate(chain.read_bytes())
 
@@ -94,7 +102,7 @@ def run(plan: ServePlan) -> None:
         models = ServedModels.load(
             BundleStore(plan.models), plan.serving, names=plan.names, progress=_say
         )
-    keys = KeyRing(identity, now_s=time.time())
+    keys = KeyRing(identity, now_s=time.time(), attester=attester)
     server = CloudServer(
         models=models, keys=keys, authenticator=authenticator, tls=tls, settings=plan.settings
     )
@@ -103,6 +111,27 @@ def run(plan: ServePlan) -> None:
     finally:
         models.close()
     _leave_threads_behind()
+
+
+def load_attester(reference: str) -> Attester:
+    """The attestation plug-in that ``module:function`` names.
+
+    Raises:
+        ConfigError: It cannot be imported, or does not make an attester.
+    """
+    try:
+        attester = pkgutil.resolve_name(reference)()
+        if not isinstance(attester.claims, bytes) or not callable(attester.evidence):
+            raise TypeError("it makes no attester")
+    except (ImportError, AttributeError, ValueError, TypeError) as exc:
+        raise ConfigError(
+            f"The attester {reference!r} cannot be used: {exc}",
+            field="attester",
+            fix="Give MODULE:FUNCTION, where the function takes nothing and returns a "
+            "nearfar.secure.attestation.Attester",
+        ) from exc
+    loaded: Attester = attester
+    return loaded
 
 
 async def _serve(

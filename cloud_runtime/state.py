@@ -22,7 +22,7 @@ PUBLIC_MODE = 0o644
 
 @dataclass(frozen=True, slots=True)
 class StateDir:
-    """Names of everything that ``nearfar cloud init`` writes.
+    """Names of everything that ``nearfar cloud`` keeps.
 
     Attributes:
         path: The directory.
@@ -51,6 +51,16 @@ class StateDir:
         return self.path / "identity.key"
 
     @property
+    def next_identity(self) -> Path:
+        """The identity that will follow, while clients learn of it; secret."""
+        return self.path / "identity-next.key"
+
+    @property
+    def rotation(self) -> Path:
+        """Statement with which clients move their trust to the next identity."""
+        return self.path / "rotation.txt"
+
+    @property
     def pin(self) -> Path:
         """What clients put into ``identity = …``."""
         return self.path / "pin.txt"
@@ -59,6 +69,16 @@ class StateDir:
     def api_keys(self) -> Path:
         """Hashes of the accepted API keys."""
         return self.path / "api-keys.json"
+
+    @property
+    def token_key(self) -> Path:
+        """Private key that signs tokens, PEM; secret. May live on another machine."""
+        return self.path / "token-signing.key"
+
+    @property
+    def token_issuers(self) -> Path:
+        """Public keys of those who may issue tokens."""
+        return self.path / "token-issuers.json"
 
     @property
     def client_key(self) -> Path:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import structs
 
 from nearfar.errors import (
     ConfigError,
@@ -30,8 +31,11 @@ from nearfar.errors import (
     SecurityError,
 )
 from nearfar.secure import records
+from nearfar.secure.attestation import AttestedFacts, Verifier
+from nearfar.secure.credentials import PROOF_BYTES, ApiKeyCredentials, Credentials
 from nearfar.secure.handshake import (
     MAX_HANDSHAKE_MESSAGE_BYTES,
+    MAX_HELLO_BYTES,
     ChannelSecrets,
     ClientHandshake,
     ServerHandshake,
@@ -71,6 +75,8 @@ def max_sealed_bytes(limits: Limits) -> int:
 class _Session(abc.ABC):
     """What both ends share; subclasses add their half of the handshake."""
 
+    _max_handshake_bytes = MAX_HANDSHAKE_MESSAGE_BYTES
+
     def __init__(self, role: Role, limits: Limits) -> None:
         self._limits = limits
         self._connection = Connection(role, limits)
@@ -79,6 +85,8 @@ class _Session(abc.ABC):
         self._outgoing: list[bytes] = []
         self._unsent_replies = 0
         self._failure: NearfarError | None = None
+        #: A server's, while the channel stands: the client's proof is checked with it.
+        self.exporter = b""
 
     # Bytes
 
@@ -113,7 +121,7 @@ class _Session(abc.ABC):
             raise
 
     def _receive_handshake(self, data: bytes, now_s: float) -> None:
-        if len(data) > MAX_HANDSHAKE_MESSAGE_BYTES:
+        if len(data) > self._max_handshake_bytes:
             raise handshake_failed()
         self._shake_hands(data, now_s)
 
@@ -213,6 +221,7 @@ class _Session(abc.ABC):
         self._flush_connection()
         # Keys go as soon as nothing more is sealed or opened with them.
         self._sealer = self._opener = None
+        self.exporter = b""
 
     # State
 
@@ -264,8 +273,10 @@ class ClientSession(_Session):
     """The client's end. Answers the handshake, then sends `Auth` by itself.
 
     Args:
-        pin: Identity the server must prove.
-        token: Goes into `Auth`, inside the channel.
+        pin: Identity the server must prove; several while it is being rotated.
+        token: An API key; goes into `Auth`, inside the channel.
+        credentials: Instead of `token`: what to authenticate with.
+        verifier: Demands and checks the server's attestation.
         client: Name and version of the caller, for the server's logs.
         limits: What to accept; `Ready` may lower it.
         now_s: Wall clock (`time.time()`); validity is judged by that of `receive`.
@@ -277,16 +288,21 @@ class ClientSession(_Session):
     def __init__(
         self,
         *,
-        pin: Pin | str,
-        token: str,
+        pin: Pin | str | Sequence[Pin],
+        token: str = "",
+        credentials: Credentials | None = None,
+        verifier: Verifier | None = None,
         client: str = "",
         limits: Limits = Limits(),  # noqa: B008
         now_s: float,
     ) -> None:
         super().__init__(Role.CLIENT, limits)
-        self._handshake = ClientHandshake(Pin.parse(pin) if isinstance(pin, str) else pin)
+        self._handshake = ClientHandshake(
+            Pin.parse(pin) if isinstance(pin, str) else pin, verifier=verifier
+        )
         self._said_hello = False
-        self._auth = Auth(token=token, client=client)
+        self._credentials = credentials or ApiKeyCredentials(token)
+        self._auth = Auth(token=self._credentials.token, client=client, proof=bytes(PROOF_BYTES))
         try:
             size_bytes = sum(len(part) for part in encode(self._auth))
         except LocalProtocolError as exc:
@@ -306,7 +322,13 @@ class ClientSession(_Session):
             return
         secrets: ChannelSecrets = self._handshake.receive_welcome(data)
         self._install(secrets.client_traffic, secrets.server_traffic)
-        self.send(self._auth)
+        proof = self._credentials.prove(secrets.exporter)
+        self.send(structs.replace(self._auth, proof=proof))
+
+    @property
+    def attested(self) -> AttestedFacts | None:
+        """What the server's evidence showed; `None` without a verifier."""
+        return self._handshake.attested
 
     @property
     def next_stream(self) -> int:
@@ -322,14 +344,16 @@ class ClientSession(_Session):
 class ServerSession(_Session):
     """The server's end. Queues the signed key configuration at once.
 
-    The shell checks `Auth.token` itself and answers `Ready`, or refuses with
-    `close(SecurityError(…))`.
+    The shell checks `Auth.token` and `Auth.proof` (with `exporter`) itself and answers `Ready`, or
+    refuses with `close(SecurityError(…))`.
 
     Args:
         keys: Key configurations of this server; shared by all its sessions.
         limits: What to accept.
         now_s: Wall clock (`time.time()`).
     """
+
+    _max_handshake_bytes = MAX_HELLO_BYTES
 
     def __init__(
         self,
@@ -346,3 +370,4 @@ class ServerSession(_Session):
         welcome, secrets = self._handshake.receive_hello(data, now_s=now_s)
         self._outgoing.append(welcome)
         self._install(secrets.server_traffic, secrets.client_traffic)
+        self.exporter = secrets.exporter

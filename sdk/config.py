@@ -8,8 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,13 +21,22 @@ from nearfar.errors import ConfigError
 from sdk.routing.types import MODES, OBJECTIVES, Mode, Objective
 from sdk.toml_table import Table, parse_toml, read_text, suggestion
 
+if TYPE_CHECKING:
+    from nearfar.secure.attestation import Verifier
+    from nearfar.secure.identity import Pin
+
 logger = logging.getLogger(__name__)
 
 # RFC 7518 tokens and API keys are far shorter; a larger file is not a key.
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
 _TOP_KEYS = ("models", "cloud", "routing", "policy")
-_CLOUD_KEYS = ("url", "identity", "credentials", "ca_file", "region")
+_CLOUD_KEYS = (
+    "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
+)  # fmt: skip
+#: `nearfar.secure.identity.Pin.PREFIXES`, without importing cryptography.
+_PIN_PREFIXES = ("nf1:", "nf2:")
+_TRUST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _CREDENTIALS_FIX = 'Write credentials = "file:PATH" or "env:NAME"; never the key itself'
 
 
@@ -67,9 +79,19 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         url: ``wss://host[:port]/v1/nearfar``.
-        identity: The server's pinned identity, ``nf1:…``.
+        identity: The server's pinned identity, ``nf1:…``, or the name of an entry of the trust
+            file.
         credentials: Where the API key is: ``file:PATH`` or ``env:NAME``; ``""`` for none. Never
             the key itself. Not shown by `repr`.
+        token_file: Instead of `credentials`: file with a short-lived token; read for every new
+            connection, so whatever renews it may replace it at any time. Needs `key_file`.
+        key_file: The client's key that the token names, made by ``nearfar client-key new``.
+        token_provider: Instead of `token_file` or `credentials`, in code only: gives a fresh token
+            (with `key_file`) or an API key (without) for every new connection. A plain function,
+            which runs in a thread, or a coroutine function.
+        trust_file: Where `identity` is looked up by name; ``~/.config/nearfar/trust.json`` when
+            `None`.
+        verifier: In code only: demands the server's attestation, and checks it.
         ca_file: PEM file of certificate authorities to trust; `None` uses the system's.
         region: Where it stands, for policy; `None` when not stated.
         name: Name in the configuration file.
@@ -81,6 +103,11 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     identity: str
     credentials: str = ""
+    token_file: Path | None = None
+    key_file: Path | None = None
+    token_provider: Callable[[], str | Awaitable[str]] | None = None
+    trust_file: Path | None = None
+    verifier: Verifier | None = None
     ca_file: Path | None = None
     region: str | None = None
     name: str = "main"
@@ -95,11 +122,35 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
                 fix='Write it as in "wss://inference.example.com/v1/nearfar"',
             )
         # The checksum is verified where the pin is used; this catches a swapped or empty value.
-        if not self.identity.startswith("nf1:") or len(self.identity) < 8:
+        is_pin = self.identity.startswith(_PIN_PREFIXES) and len(self.identity) >= 8
+        if not is_pin and not _TRUST_NAME.fullmatch(self.identity):
             raise ConfigError(
                 f"{where}: 'identity' is not a pinned identity",
                 field="identity",
                 fix="Copy the line that `nearfar cloud identity show` prints; it begins with nf1:",
+            )
+        given = [
+            bool(self.credentials),
+            self.token_file is not None,
+            self.token_provider is not None,
+        ]
+        if sum(given) > 1:
+            raise ConfigError(
+                f"{where}: 'token_file' stands beside another way to authenticate",
+                field="token_file",
+                fix="Keep one of credentials, token_file and token_provider",
+            )
+        if self.token_file is not None and self.key_file is None:
+            raise ConfigError(
+                f"{where}: 'token_file' needs 'key_file'",
+                field="token_file",
+                fix='Name the key that the token was issued for: key_file = "client.key"',
+            )
+        if self.key_file is not None and self.token_file is None and self.token_provider is None:
+            raise ConfigError(
+                f"{where}: 'key_file' needs 'token_file'",
+                field="key_file",
+                fix='Name the file with the token: token_file = "token.txt"',
             )
         # The value is never shown: it may be a key that somebody pasted here.
         if self.credentials and not _is_reference(self.credentials):
@@ -116,14 +167,16 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def token(self) -> str:
-        """Read the API key from where `credentials` says, at the moment it is needed.
+        """Read the API key or the token from where it is, at the moment it is needed.
 
         Returns:
-            The key, ``""`` when no credentials are configured.
+            The key or token, ``""`` when no credentials are configured.
 
         Raises:
             ConfigError: It is not there; the message never holds the key.
         """
+        if self.token_file is not None:
+            return self._read(self.token_file, field="token_file", noun="token")
         if not self.credentials:
             return ""
         scheme, _, reference = self.credentials.partition(":")
@@ -135,21 +188,48 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
                     field="credentials",
                     fix="Set it to the API key",
                 )
-            return _checked_token(value, self.name)
-        path = Path(reference).expanduser()
+            return self.checked_token(value)
+        return self._read(Path(reference).expanduser(), field="credentials", noun="credentials")
+
+    def pins(self, now_s: float) -> tuple[Pin, ...]:
+        """The identities that the server may have now: one, or two during a rotation.
+
+        Raises:
+            ConfigError: `identity` is neither a pin nor in the trust file.
+            SecurityError: Others can write the trust file.
+        """
+        from sdk.trust.store import pins_of
+
+        return pins_of(self.identity, self.trust_file, now_s=now_s)
+
+    def checked_token(self, token: str) -> str:
+        """The token or key, if it can be one.
+
+        Raises:
+            ConfigError: It cannot; the message never holds it.
+        """
+        return _checked_token(token, self.name, self._token_field)
+
+    @property
+    def _token_field(self) -> str:
+        if self.token_provider is not None:
+            return "token_provider"
+        return "credentials" if self.token_file is None else "token_file"
+
+    def _read(self, path: Path, *, field: str, noun: str) -> str:
         try:
             with path.open("rb") as file:
                 if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                    logger.warning("credentials file %s can be read by others: chmod 600", path)
+                    logger.warning("%s file %s can be read by others: chmod 600", noun, path)
                 data = file.read(MAX_CREDENTIAL_BYTES + 1)
         except (OSError, ValueError) as exc:  # ValueError: a NUL character in the path
             raise ConfigError(
-                f"cloud '{self.name}': the credentials file {path} cannot be read "
+                f"cloud '{self.name}': the {noun} file {path} cannot be read "
                 f"({getattr(exc, 'strerror', None) or exc})",
-                field="credentials",
-                fix="Write the API key into it, readable for you only (chmod 600)",
+                field=field,
+                fix="Write the key or token into it, readable for you only (chmod 600)",
             ) from exc
-        return _checked_token(data.decode("ascii", "replace").strip(), self.name)
+        return self.checked_token(data.decode("ascii", "replace").strip())
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -277,16 +357,22 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
     if credentials.startswith("file:"):
         credentials = f"file:{_resolve(credentials.removeprefix('file:'), base)}"
     try:
-        return CloudConfig(
+        config = CloudConfig(
             name=name,
             url=table.text("url", fix=url_fix) or "",
             identity=table.text("identity", fix=identity_fix) or "",
             credentials=credentials,
+            token_file=_path(table, "token_file", base, must_exist=False),
+            key_file=_path(table, "key_file", base, must_exist=True),
+            trust_file=_path(table, "trust_file", base, must_exist=True),
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
         )
+        if not config.identity.startswith(_PIN_PREFIXES):
+            config.pins(0.0)  # a name that is not known should be noticed now
     except ConfigError as exc:
         raise _in_table(exc, table) from exc
+    return config
 
 
 def _routing(table: Table) -> RoutingConfig:
@@ -365,11 +451,13 @@ def _is_reference(credentials: str) -> bool:
     return scheme in ("file", "env") and bool(separator) and bool(reference.strip())
 
 
-def _checked_token(token: str, cloud: str) -> str:
+def _checked_token(token: str, cloud: str, field: str) -> str:
     if not token or len(token) > MAX_CREDENTIAL_BYTES or not token.isascii() or " " in token:
         raise ConfigError(
-            f"cloud '{cloud}': what 'credentials' names does not hold an API key",
-            field="credentials",
-            fix="It must hold the key that `nearfar cloud key add` printed, and nothing else",
+            f"cloud '{cloud}': what '{field}' names does not hold "
+            + ("an API key" if field == "credentials" else "a token"),
+            field=field,
+            fix="It must hold what `nearfar cloud key add` or `nearfar cloud token issue` printed, "
+            "and nothing else",
         )
     return token

@@ -11,6 +11,7 @@ import pytest
 EXTRAS = (
     "onnxruntime", "onnxruntime_genai", "onnx", "torch", "transformers", "tokenizers", "jinja2",
     "tensorrt", "safetensors", "gguf", "onnxslim", "onnxscript", "sklearn", "accelerate",
+    "jwt",
 )  # fmt: skip
 
 _BLOCK = f"""

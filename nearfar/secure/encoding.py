@@ -47,12 +47,23 @@ class Reader:
         self.expect(size_bytes.to_bytes(2, "big"))
         return self.take(size_bytes)
 
+    def counted(self, limit_bytes: int) -> bytes:
+        """A byte string with a 16-bit length in front, which must not be above `limit_bytes`."""
+        size_bytes = self.unsigned(2)
+        if size_bytes > limit_bytes:
+            raise MalformedError
+        return self.take(size_bytes)
+
     def list_of(self, item_bytes: int) -> tuple[int, ...]:
         """An 8-bit count, at least one, then that many integers, none of them twice."""
         items = tuple(self.unsigned(item_bytes) for _ in range(self.unsigned(1)))
         if not items or len(set(items)) != len(items):
             raise MalformedError
         return items
+
+    def rest(self) -> bytes:
+        """All that is left."""
+        return self.take(len(self._data) - self.position)
 
     def finish(self) -> None:
         """Nothing may be left."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from nearfar.errors import SecurityError
-from nearfar.secure import kem
+from nearfar.secure import attestation, kem
 from nearfar.secure.encoding import MalformedError, Reader, list_of, sized
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import (
@@ -29,8 +30,10 @@ from nearfar.secure.keys import (
 TYPE_HELLO = 2
 TYPE_WELCOME = 3
 
-#: No handshake message comes near it (HELLO is the longest, 2432 bytes).
-MAX_HANDSHAKE_MESSAGE_BYTES = 4096
+#: What a server takes; HELLO with one suite is 2433 bytes.
+MAX_HELLO_BYTES = 4096
+#: What a client takes: WELCOME with the longest evidence, and room.
+MAX_HANDSHAKE_MESSAGE_BYTES = 4096 + attestation.MAX_EVIDENCE_BYTES
 
 SEED_BYTES = 32
 NONCE_BYTES = 32
@@ -84,6 +87,19 @@ def derive_secrets(client_seed: bytes, server_seed: bytes, transcript: bytes) ->
     )
 
 
+def export(exporter: bytes, label: bytes) -> bytes:
+    """A value that only the two ends of this channel have, for one purpose.
+
+    Args:
+        exporter: `ChannelSecrets.exporter`.
+        label: The purpose; one value for each.
+
+    Returns:
+        32 bytes.
+    """
+    return HKDFExpand(hashes.SHA256(), 32, b"nearfar/1 export " + label).derive(exporter)
+
+
 class _Transcript:
     """SHA-256 over a name and counted byte strings, so that no two sequences look alike."""
 
@@ -114,19 +130,29 @@ class ClientHandshake:
     """The client's end; good for one connection.
 
     Args:
-        pin: The identity the server must have.
+        pin: The identity the server must have, or those of which it must have one (during a
+            rotation).
         versions: Channel versions to speak, best first.
         suites: Cipher suites to speak, best first.
+        verifier: Checks the server's evidence; with one, a server without evidence is refused.
+
+    Attributes:
+        attested: What the evidence showed; `None` before WELCOME, and without a verifier.
     """
 
     def __init__(
         self,
-        pin: Pin,
+        pin: Pin | Sequence[Pin],
         *,
         versions: tuple[int, ...] = SUPPORTED_VERSIONS,
         suites: tuple[int, ...] = SUPPORTED_SUITES,
+        verifier: attestation.Verifier | None = None,
     ) -> None:
-        self._pin = pin
+        self._pins = (pin,) if isinstance(pin, Pin) else tuple(pin)
+        self._verifier = verifier
+        self.attested: attestation.AttestedFacts | None = None
+        self._attestation_hash = attestation.NO_ATTESTATION
+        self._binding = b""
         self._versions = versions
         self._suites = suites
         self._ephemeral: kem.KemPrivateKey | None = None
@@ -140,7 +166,15 @@ class ClientHandshake:
             SecurityError: Identity, signature, validity, version or suite does not fit.
         """
         configuration = KeyConfiguration.parse(message)
-        configuration.verify(self._pin, now_s=now_s)
+        named = configuration.identity
+        pin = next((pin for pin in self._pins if pin.accepts(named)), self._pins[0])
+        configuration.verify(pin, now_s=now_s)
+        attests = configuration.attestation_hash != attestation.NO_ATTESTATION
+        if self._verifier is not None and not attests:
+            raise SecurityError(
+                "The server attests nothing, and this client demands attestation",
+                fix="Ask the operator to serve with an attester, or connect without a verifier",
+            )
         version = _first_common(self._versions, configuration.versions)
         if version is None or _first_common(self._suites, configuration.suites) is None:
             raise SecurityError(
@@ -151,12 +185,13 @@ class ClientHandshake:
             )
         ephemeral = kem.KemPrivateKey.generate()
         seed = os.urandom(SEED_BYTES)
+        nonce = os.urandom(NONCE_BYTES)
         head = b"".join(
             (
                 bytes([TYPE_HELLO, version]),
                 configuration.key_id,
                 list_of(self._suites, 2),
-                os.urandom(NONCE_BYTES),
+                nonce,
                 sized(ephemeral.public_bytes),
             )
         )
@@ -167,6 +202,8 @@ class ClientHandshake:
         hello = head + sized(sealed)
         self._transcript = _Transcript(message, hello)
         self._ephemeral, self._client_seed = ephemeral, seed
+        self._attestation_hash = configuration.attestation_hash
+        self._binding = attestation.binding_of(message, nonce)
         return hello
 
     def receive_welcome(self, message: bytes) -> ChannelSecrets:
@@ -183,6 +220,7 @@ class ClientHandshake:
         try:
             reader.expect(bytes([TYPE_WELCOME]))
             sealed = reader.sized(SEALED_SEED_BYTES)
+            evidence = reader.counted(attestation.MAX_EVIDENCE_BYTES)
             head = message[: reader.position]
             tag = reader.take(TAG_BYTES)
             reader.finish()
@@ -195,7 +233,23 @@ class ClientHandshake:
         secrets = derive_secrets(client_seed, server_seed, self._transcript.digest())
         if not hmac.compare_digest(tag, secrets.confirmation_tag):
             raise handshake_failed()
+        self._check_evidence(evidence)
         return secrets
+
+    def _check_evidence(self, evidence: bytes) -> None:
+        """After the tag, so that what is judged came from the pinned server."""
+        promised = self._attestation_hash
+        if bool(evidence) != (promised != attestation.NO_ATTESTATION):
+            raise handshake_failed()
+        if self._verifier is None:
+            return
+        facts = self._verifier.verify(evidence, self._binding)
+        if attestation.claims_hash(facts.claims) != promised:
+            raise SecurityError(
+                "The server's evidence shows something other than what its identity signed",
+                fix="Tell the operator: the server and its attestation do not belong together",
+            )
+        self.attested = facts
 
 
 class ServerHandshake:
@@ -226,7 +280,7 @@ class ServerHandshake:
             version = reader.unsigned(1)
             reader.expect(configuration.key_id)
             suites = reader.list_of(2)
-            reader.take(NONCE_BYTES)
+            nonce = reader.take(NONCE_BYTES)
             client_key = reader.sized(kem.PUBLIC_KEY_BYTES)
             head = message[: reader.position]
             sealed = reader.sized(SEALED_SEED_BYTES)
@@ -249,10 +303,20 @@ class ServerHandshake:
         sealed = kem.seal(server_seed, client_key, _SERVER_SEED + transcript.digest()) or b""
         if not sealed:
             raise handshake_failed()
-        welcome = bytes([TYPE_WELCOME]) + sized(sealed)
+        evidence = self._evidence(attestation.binding_of(configuration.message, nonce))
+        welcome = bytes([TYPE_WELCOME]) + sized(sealed) + sized(evidence)
         transcript.add(welcome)
         secrets = derive_secrets(client_seed, server_seed, transcript.digest())
         return welcome + secrets.confirmation_tag, secrets
+
+    def _evidence(self, binding: bytes) -> bytes:
+        attester = self._keys.attester
+        if attester is None:
+            return b""
+        evidence = attester.evidence(binding)
+        if not 0 < len(evidence) <= attestation.MAX_EVIDENCE_BYTES:
+            raise handshake_failed()
+        return evidence
 
 
 def _first_common(preferred: tuple[int, ...], offered: tuple[int, ...]) -> int | None:

@@ -6,13 +6,20 @@ Layout: docs/reference/secure-channel.md, "Key configuration".
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from nearfar.errors import ConfigError, SecurityError
-from nearfar.secure import kem
+from nearfar.secure import attestation, kem
 from nearfar.secure.encoding import MalformedError, Reader, list_of, sized
-from nearfar.secure.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Pin, ServerIdentity
+from nearfar.secure.identity import (
+    COSIGNED_SIGNATURE_BYTES,
+    PUBLIC_KEY_BYTES,
+    SIGNATURE_BYTES,
+    Pin,
+    ServerIdentity,
+    cosigning_key,
+)
 
 #: First byte of every websocket message.
 TYPE_KEY_CONFIGURATION = 1
@@ -45,6 +52,8 @@ class KeyConfiguration:
         expires_s: Unix time from which it may not.
         suites: Cipher suites the key may be used with.
         public_key: X-Wing public key, 1216 bytes.
+        attestation_hash: What the server's evidence will show (`attestation.claims_hash`), or
+            `attestation.NO_ATTESTATION`.
         identity: Who signed.
         message: The encoded and signed message, as it was sent.
     """
@@ -55,12 +64,19 @@ class KeyConfiguration:
     expires_s: int
     suites: tuple[int, ...]
     public_key: bytes
+    attestation_hash: bytes
     identity: Pin
     message: bytes
 
     @classmethod
     def issue(
-        cls, identity: ServerIdentity, public_key: bytes, *, not_before_s: int, lifetime_s: int
+        cls,
+        identity: ServerIdentity,
+        public_key: bytes,
+        *,
+        not_before_s: int,
+        lifetime_s: int,
+        attestation_hash: bytes = attestation.NO_ATTESTATION,
     ) -> KeyConfiguration:
         """Sign a configuration for a public key."""
         key_id = hashlib.sha256(public_key).digest()[:KEY_ID_BYTES]
@@ -74,6 +90,7 @@ class KeyConfiguration:
                 expires_s.to_bytes(8, "big"),
                 list_of(SUPPORTED_SUITES, 2),
                 sized(public_key),
+                attestation_hash,
                 identity.pin.public_key,
             )
         )
@@ -84,6 +101,7 @@ class KeyConfiguration:
             expires_s=expires_s,
             suites=SUPPORTED_SUITES,
             public_key=public_key,
+            attestation_hash=attestation_hash,
             identity=identity.pin,
             message=body + identity.sign(_SIGNATURE_PURPOSE + body),
         )
@@ -105,11 +123,17 @@ class KeyConfiguration:
                 expires_s=reader.unsigned(8),
                 suites=reader.list_of(2),
                 public_key=reader.sized(kem.PUBLIC_KEY_BYTES),
+                attestation_hash=reader.take(attestation.HASH_BYTES),
                 identity=Pin(reader.take(PUBLIC_KEY_BYTES)),
                 message=message,
             )
-            reader.take(SIGNATURE_BYTES)
-            reader.finish()
+            signature = reader.rest()
+            if len(signature) == COSIGNED_SIGNATURE_BYTES:
+                key_hash = hashlib.sha256(cosigning_key(signature)).digest()
+                named = Pin(configuration.identity.public_key, key_hash)
+                configuration = replace(configuration, identity=named)
+            elif len(signature) != SIGNATURE_BYTES:
+                raise MalformedError
         except MalformedError:
             raise SecurityError(
                 "The server's first message is not a nearfar key configuration",
@@ -123,14 +147,17 @@ class KeyConfiguration:
         Raises:
             SecurityError: Says which of identity, signature, lifetime or clock is wrong.
         """
-        if self.identity != pin:
+        if not pin.accepts(self.identity):
             raise SecurityError(
                 f"The server's identity is not the pinned one: expected {pin}, "
                 f"but the server presented {self.identity}",
                 fix="If the operator confirms over another channel that the identity changed, put "
-                "the new pin into `identity` of this cloud; otherwise someone is in between",
+                "the new pin into `identity` of this cloud, or give `nearfar trust add` the "
+                "operator's rotation statement; otherwise someone is in between",
             )
-        body, signature = self.message[:-SIGNATURE_BYTES], self.message[-SIGNATURE_BYTES:]
+        is_cosigned = bool(self.identity.cosigner_hash)
+        signature_bytes = COSIGNED_SIGNATURE_BYTES if is_cosigned else SIGNATURE_BYTES
+        body, signature = self.message[:-signature_bytes], self.message[-signature_bytes:]
         if not pin.verifies(signature, _SIGNATURE_PURPOSE + body):
             raise SecurityError(
                 f"The server's key configuration is not signed by the pinned identity {pin}",
@@ -170,13 +197,20 @@ class KeyRing:
         identity: Signs the configurations.
         lifetime_s: 900 to 86400 seconds.
         now_s: Wall clock (`time.time()`).
+        attester: Gives evidence about this machine to each client; `None` for a server that
+            attests nothing.
 
     Raises:
         ConfigError: `lifetime_s` is out of range.
     """
 
     def __init__(
-        self, identity: ServerIdentity, *, lifetime_s: int = MAX_LIFETIME_S, now_s: float
+        self,
+        identity: ServerIdentity,
+        *,
+        lifetime_s: int = MAX_LIFETIME_S,
+        now_s: float,
+        attester: attestation.Attester | None = None,
     ) -> None:
         if not MIN_LIFETIME_S <= lifetime_s <= MAX_LIFETIME_S:
             raise ConfigError(
@@ -186,6 +220,12 @@ class KeyRing:
             )
         self._identity = identity
         self._lifetime_s = int(lifetime_s)
+        self.attester = attester
+        self._attestation_hash = (
+            attestation.NO_ATTESTATION
+            if attester is None
+            else attestation.claims_hash(attester.claims)
+        )
         self._issued: dict[bytes, tuple[KeyConfiguration, kem.KemPrivateKey]] = {}
         self._newest = self._issue(now_s)
 
@@ -223,6 +263,7 @@ class KeyRing:
             key.public_bytes,
             not_before_s=int(now_s) - CLOCK_TOLERANCE_S,
             lifetime_s=self._lifetime_s,
+            attestation_hash=self._attestation_hash,
         )
         self._issued[configuration.key_id] = (configuration, key)
         return configuration

@@ -25,6 +25,7 @@ MAX_STREAM = 2**32 - 1
 MAX_CREDIT = 2**31 - 1
 REQUEST_ID_BYTES = 16
 DIGEST_BYTES = 32
+PROOF_BYTES = 64  # Ed25519
 
 
 def problem_in(message: Message) -> str | None:
@@ -42,6 +43,8 @@ def problem_in(message: Message) -> str | None:
         return _problem_in_times(name, message.queue_ms, message.compute_ms)
     if isinstance(message, (Auth, Ready)) and message.protocol_version != PROTOCOL_VERSION:
         return f"{name}.protocol_version is {message.protocol_version}, not {PROTOCOL_VERSION}"
+    if isinstance(message, Auth) and len(message.proof) not in (0, PROOF_BYTES):
+        return f"Auth.proof has {len(message.proof)} bytes, not 0 or {PROOF_BYTES}"
     if isinstance(message, Ready) and min(message.max_streams, message.max_message_bytes) < 1:
         return f"{name} allows no stream or no message"
     if isinstance(message, Credit) and not 1 <= message.tokens <= MAX_CREDIT:

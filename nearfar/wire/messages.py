@@ -42,11 +42,18 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Auth(_Message, frozen=True, tag=1):
-    """Client, first message: who is asking. Only ever sent inside the secure channel."""
+    """Client, first message: who is asking. Only ever sent inside the secure channel.
+
+    Attributes:
+        token: API key, or a token (JWT) that names the client's key.
+        proof: Beside a token: signature by that key over this channel
+            (`nearfar.secure.credentials.proof_message`), 64 bytes; else empty.
+    """
 
     protocol_version: int = PROTOCOL_VERSION
     token: str = ""
     client: str = ""
+    proof: bytes = b""
 
 
 class Ready(_Message, frozen=True, tag=2):

@@ -258,16 +258,22 @@ class Connection:
 
         from nearfar.session import ClientSession, max_sealed_bytes
         from nearfar.wire.limits import Limits
+        from sdk.cloud.credentials import credentials_of
 
         limits = Limits()
+        ends_s = time.monotonic() + timeout_s
+        try:
+            credentials = await asyncio.wait_for(credentials_of(config), timeout_s)
+        except (TimeoutError, asyncio.TimeoutError) as exc:
+            raise translate(exc, config.url, during="connect") from exc
         session = ClientSession(
-            pin=config.identity,
-            token=config.token(),
+            pin=config.pins(time.time()),
+            credentials=credentials,
+            verifier=config.verifier,
             client=client,
             limits=limits,
             now_s=time.time(),
         )
-        ends_s = time.monotonic() + timeout_s
         try:
             websocket = await connect(
                 config.url,

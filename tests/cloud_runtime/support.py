@@ -24,6 +24,7 @@ from cloud_runtime.provision import provision, url_of
 from cloud_runtime.server import CloudServer, tls_context
 from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
+from cloud_runtime.tokens import TokenVerifier
 from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
 from nearfar.engines.base import CancelToken
 from nearfar.errors import CloudUnavailable, NearfarError, from_code
@@ -176,12 +177,19 @@ async def running(
     settings: ServerSettings | None = None,
     *,
     allow_anonymous: bool = False,
+    with_tokens: bool = False,
 ) -> AsyncIterator[Running]:
     identity = ServerIdentity.load(state.identity)
     server = CloudServer(
         models=models,
         keys=KeyRing(identity, now_s=time.time()),
-        authenticator=Authenticator(state.api_keys, allow_anonymous=allow_anonymous),
+        authenticator=Authenticator(
+            state.api_keys,
+            allow_anonymous=allow_anonymous,
+            tokens=TokenVerifier(state.token_issuers, audience=str(identity.pin))
+            if with_tokens
+            else None,
+        ),
         tls=tls_context(state.server_chain, state.server_key),
         settings=settings or ServerSettings(),
     )

@@ -13,12 +13,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import jwt
 import numpy as np
 import pytest
 
 from cloud_runtime.commands import parse_address
+from cloud_runtime.serving import load_attester
 from cloud_runtime.state import StateDir
 from nearfar.errors import ConfigError, ModelNotFound, SecurityError
+from nearfar.secure.credentials import ClientKey
 from nearfar.secure.identity import Pin
 from tests.cloud_runtime.support import Running, WireClient, make_state, run
 from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
@@ -265,6 +268,40 @@ def test_identities_and_keys_are_managed_by_command(tmp_path):
     assert "clinic-2" not in cloud("key", "list", "--state", state.path).stdout
 
 
+def test_an_identity_is_rotated_by_command(tmp_path):
+    state = make_state(tmp_path / "state")
+    old = state.pin.read_text().strip()
+    begun = cloud("identity", "rotate", "--state", state.path, "--overlap-days", 7)
+    assert begun.returncode == 0
+    assert "nearfar trust add NAME --statement" in begun.stderr
+    assert state.pin.read_text().strip() == old
+    done = cloud("identity", "rotate", "--state", state.path, "--activate")
+    assert done.stdout == begun.stdout
+    assert state.pin.read_text() == done.stdout
+
+
+def test_tokens_are_issued_by_command(tmp_path):
+    state = make_state(tmp_path / "state")
+    client = ClientKey.generate().public
+    order = ("token", "issue", "--tenant", "clinic-2", "--key", client, "--state", state.path)
+    missing = cloud(*order)
+    assert missing.returncode == 2
+    assert "nearfar cloud token init" in missing.stderr
+    assert cloud("token", "init", "--state", state.path, "--issuer", "clinic-it").returncode == 0
+    token = cloud(*order, "--minutes", 5).stdout.strip()
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert (claims["iss"], claims["sub"]) == ("clinic-it", "clinic-2")
+    assert claims["aud"] == state.pin.read_text().strip()
+    assert claims["exp"] - claims["iat"] == 300
+    output = tmp_path / "token.txt"
+    for _ in range(2):  # whatever renews it, runs this again and again
+        done = cloud(*order, "--output", output)
+        assert done.returncode == 0
+    assert output.stat().st_mode & 0o777 == 0o600
+    assert output.read_text().strip() not in done.stdout + done.stderr
+    assert cloud(*order, "--minutes", 11).returncode == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "teaches"),
     [
@@ -273,6 +310,9 @@ def test_identities_and_keys_are_managed_by_command(tmp_path):
         (["serve"], "/readyz"),
         (["key", "add"], "only its hash is stored"),
         (["identity", "new"], "Every client must pin"),
+        (["identity", "rotate"], "rotation.txt"),
+        (["token", "init"], "token-issuers.json"),
+        (["token", "issue"], "only the holder of the client's key"),
     ],
 )
 def test_help_teaches(arguments, teaches):
@@ -310,3 +350,24 @@ def test_addresses_are_read_as_people_write_them(text, address):
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(ConfigError, match="is not an address"):
         parse_address(text)
+
+
+class _Attester:
+    claims = b"measurement"
+
+    def evidence(self, binding: bytes) -> bytes:
+        return binding
+
+
+def test_an_attestation_plug_in_is_named_by_module_and_function():
+    attester = load_attester(f"{__name__}:_Attester")
+    assert attester.claims == b"measurement"
+    assert attester.evidence(b"binding") == b"binding"
+
+
+@pytest.mark.parametrize(
+    "reference", ["", "no_such_module:x", "json:nothing", "json:dumps", "builtins:object", "a b:c"]
+)
+def test_what_is_no_attester_stops_the_start(reference):
+    with pytest.raises(ConfigError, match="cannot be used"):
+        load_attester(reference)

@@ -16,10 +16,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from cloud_runtime import auth
-from cloud_runtime.provision import provision, renew_certificates, replace_identity
+from cloud_runtime.provision import (
+    activate_rotation,
+    prepare_rotation,
+    provision,
+    renew_certificates,
+    replace_identity,
+)
 from cloud_runtime.state import StateDir, write_atomically
 from nearfar.errors import ConfigError
-from nearfar.secure.identity import ServerIdentity
+from nearfar.secure.identity import RotationStatement, ServerIdentity
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -171,3 +177,36 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_atomically(path, b"new", mode=0o600)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+# Rotation of the identity.
+
+
+def test_a_rotation_prepares_announces_and_then_activates(state):
+    old = ServerIdentity.load(state.identity)
+    statement = prepare_rotation(state, overlap=datetime.timedelta(days=3))
+    assert RotationStatement.parse(state.rotation.read_text()) == statement
+    assert statement.old == old.pin == ServerIdentity.load(state.identity).pin
+    assert statement.until_s - statement.issued_s == 3 * 86_400
+    assert stat.S_IMODE(state.next_identity.stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="under way"):
+        prepare_rotation(state, overlap=datetime.timedelta(days=3))
+
+    new = activate_rotation(state)
+    assert new.pin == statement.new == ServerIdentity.load(state.identity).pin
+    assert state.pin.read_text().strip() == str(new.pin)
+    assert f'identity = "{new.pin}"' in state.client_config.read_text()
+    # The old private key is nowhere any more.
+    assert not state.next_identity.exists()
+    assert all(
+        old.pin != ServerIdentity.load(file).pin for file in state.path.glob("identity*.key")
+    )
+    with pytest.raises(ConfigError, match="no next identity"):
+        activate_rotation(state)
+
+
+def test_a_new_identity_ends_a_rotation_that_the_old_one_began(state):
+    prepare_rotation(state, overlap=datetime.timedelta(days=3))
+    replace_identity(state)
+    assert not state.next_identity.exists()
+    assert not state.rotation.exists()

@@ -201,7 +201,7 @@ def test_a_client_without_an_accepted_key_gets_a_security_error(state, token):
         async with running(served(ScriptedModel()), state) as server:
             error = await refusal(server, token=token)
             assert isinstance(error, SecurityError)
-            assert "API key is missing or not accepted" in error.problem
+            assert "API key or token is missing or not accepted" in error.problem
             async with WireClient.connect(server) as client:
                 await client.infer("scripted", {"x": X})
 

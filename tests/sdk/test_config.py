@@ -200,3 +200,46 @@ def test_any_text_gives_a_config_or_a_config_error(text: str) -> None:
     except ConfigError as error:
         found = error.fix
     assert found
+
+
+# Tokens.
+
+
+def test_a_token_is_read_from_its_file_each_time(folder: Path) -> None:
+    for name in ("token.txt", "client.key"):
+        (folder / name).write_text("first.token.x\n")
+        (folder / name).chmod(0o600)
+    text = GOOD.replace(
+        'credentials = "file:client-key.txt"',
+        'token_file = "token.txt"\nkey_file = "client.key"',
+    )
+    cloud = parse_config(text, base=folder).cloud
+    assert cloud is not None
+    assert cloud.token_file == folder / "token.txt"
+    assert cloud.key_file == folder / "client.key"
+    assert cloud.token() == "first.token.x"
+    (folder / "token.txt").write_text("second.token.x\n")
+    assert cloud.token() == "second.token.x"
+    (folder / "token.txt").write_text("two words")
+    with pytest.raises(ConfigError, match="'token_file' names does not hold a token") as caught:
+        cloud.token()
+    assert "two words" not in str(caught.value)
+    (folder / "token.txt").unlink()
+    with pytest.raises(ConfigError, match=r"the token file .* cannot be read"):
+        cloud.token()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"token_file": Path("t")}, "token_file"),
+        ({"key_file": Path("k")}, "key_file"),
+        ({"token_file": Path("t"), "key_file": Path("k"), "credentials": "env:X"}, "token_file"),
+        ({"token_provider": lambda: "", "credentials": "env:X"}, "token_file"),
+    ],
+)
+def test_ways_to_authenticate_are_complete_and_alone(fields: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CloudConfig(url="wss://h/v1/nearfar", identity=PIN, **fields)  # type: ignore[arg-type]
+    assert caught.value.field == field
+    assert caught.value.fix

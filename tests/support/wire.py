@@ -182,7 +182,7 @@ named_arrays = st.dictionaries(_text, arrays, max_size=4)
 
 #: Every message that carries no tensors.
 plain_messages = st.one_of(
-    st.builds(wire.Auth, token=_text, client=_text),
+    st.builds(wire.Auth, token=_text, client=_text, proof=st.sampled_from([b"", bytes(64)])),
     st.builds(
         wire.Ready,
         protocol_version=st.just(1),

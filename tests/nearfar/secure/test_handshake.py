@@ -80,7 +80,7 @@ def test_messages_have_the_documented_sizes() -> None:
     hello = client.receive_configuration(server.configuration.message, now_s=NOW_S)
     welcome, _ = server.receive_hello(hello, now_s=NOW_S)
     sizes = len(server.configuration.message), len(hello), len(welcome)
-    assert sizes == (1344, 2433, 1203)
+    assert sizes == (1376, 2433, 1205)
     assert max(sizes) < MAX_HANDSHAKE_MESSAGE_BYTES
 
 
@@ -158,7 +158,8 @@ WELCOME_REGIONS = {
     "X25519 encapsulation": 1100,
     "sealed seed": 1130,
     "tag": 1170,
-    "confirmation tag": 1171,
+    "evidence length": 1172,
+    "confirmation tag": 1173,
     "end": -1,
 }
 
@@ -187,7 +188,7 @@ def test_cut_hello_is_refused(cut: int) -> None:
         shake(hello=lambda message: message[:cut])
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3, 1000, 1202])
+@pytest.mark.parametrize("cut", [0, 1, 3, 1000, 1172, 1204])
 def test_cut_welcome_is_refused(cut: int) -> None:
     with pytest.raises(SecurityError, match="handshake failed"):
         shake(welcome=lambda message: message[:cut])
@@ -289,7 +290,7 @@ def test_someone_with_the_public_configuration_only_cannot_answer() -> None:
     info = b"nearfar/1 server seed\x00" + transcript.digest()
     sealed = kem.seal(bytes(32), public_key, info)
     assert sealed is not None
-    welcome = b"\x03" + len(sealed).to_bytes(2, "big") + sealed
+    welcome = b"\x03" + len(sealed).to_bytes(2, "big") + sealed + b"\x00\x00"
     transcript.update(len(welcome).to_bytes(4, "big") + welcome)
     guess = derive_secrets(bytes(32), bytes(32), transcript.digest())
     with pytest.raises(SecurityError, match="handshake failed"):
@@ -336,7 +337,7 @@ def test_welcome_is_taken_once() -> None:
 def test_welcome_before_hello_is_refused() -> None:
     client, _ = ends()
     with pytest.raises(SecurityError):
-        client.receive_welcome(bytes(1203))
+        client.receive_welcome(bytes(1205))
 
 
 def test_other_servers_are_refused_before_hello_is_sent() -> None:

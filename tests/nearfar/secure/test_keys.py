@@ -26,21 +26,24 @@ def test_configuration_says_the_same_after_parsing_and_holds() -> None:
     parsed = KeyConfiguration.parse(issued.message)
     assert parsed == issued
     parsed.verify(PIN, now_s=NOW_S)
-    assert len(issued.message) == 1 + 2 + 8 + 8 + 8 + 3 + 2 + 1216 + 32 + 64
+    assert len(issued.message) == 1 + 2 + 8 + 8 + 8 + 3 + 2 + 1216 + 32 + 32 + 64
 
 
-@pytest.mark.parametrize("region", ["type", "versions", "key id", "times", "suites", "key", "end"])
+@pytest.mark.parametrize(
+    "region", ["type", "versions", "key id", "times", "suites", "key", "attestation", "end"]
+)
 def test_no_bit_can_be_changed(region: str) -> None:
     message = bytearray(issue().message)
     position = {
-        "type": 0, "versions": 2, "key id": 5, "times": 20, "suites": 29, "key": 700, "end": -1,
+        "type": 0, "versions": 2, "key id": 5, "times": 20, "suites": 29, "key": 700,
+        "attestation": -100, "end": -1,
     }[region]  # fmt: skip
     message[position] ^= 1
     with pytest.raises(SecurityError):
         KeyConfiguration.parse(bytes(message)).verify(PIN, now_s=NOW_S)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2, 30, 1000, 1343])
+@pytest.mark.parametrize("cut", [0, 1, 2, 30, 1000, 1375])
 def test_cut_configuration_is_not_one(cut: int) -> None:
     with pytest.raises(SecurityError, match="not a nearfar key configuration"):
         KeyConfiguration.parse(issue().message[:cut])

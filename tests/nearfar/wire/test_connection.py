@@ -123,6 +123,12 @@ def test_peers_of_another_protocol_version_are_refused() -> None:
     assert "protocol_version is 2" in refused(Ends.new().server, wire.Auth(protocol_version=2))
 
 
+@pytest.mark.parametrize("size_bytes", [1, 63, 65])
+def test_a_proof_is_a_signature_or_nothing(size_bytes: int) -> None:
+    message = wire.Auth(token="a.b.c", proof=bytes(size_bytes))
+    assert f"Auth.proof has {size_bytes} bytes" in refused(Ends.new().server, message)
+
+
 def test_refused_client_learns_why_and_both_ends_are_closed() -> None:
     ends = Ends.new()
     ends.client.send(wire.Auth(token="bad"))
