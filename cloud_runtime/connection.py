@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,11 +22,12 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
+from cloud_runtime.answers import Answers, Reader
 from cloud_runtime.auth import ANONYMOUS, ApiKey, Authenticator
 from cloud_runtime.executor import InferWork
 from cloud_runtime.models import ServedModels
 from cloud_runtime.recent import RecentRuns
-from cloud_runtime.relay import Completion
+from cloud_runtime.relay import Completion, TokenRelay
 from cloud_runtime.settings import ServerSettings
 from nearfar import __version__
 from nearfar.errors import (
@@ -40,6 +42,7 @@ from nearfar.errors import (
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
 from nearfar.units import Deadline
+from nearfar.wire.checks import TICKET_BYTES
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import (
     PROTOCOL_VERSION,
@@ -56,8 +59,10 @@ from nearfar.wire.messages import (
     Models,
     Ready,
     Result,
+    Resume,
     Token,
 )
+from nearfar.wire.retention import ticket_for
 
 logger = logging.getLogger(__name__)
 access_log = logging.getLogger("cloud_runtime.access")
@@ -80,6 +85,7 @@ class Services:
     keys: KeyRing
     authenticator: Authenticator
     recent: RecentRuns
+    answers: Answers
     settings: ServerSettings
 
 
@@ -99,7 +105,7 @@ class _Stream:
     compute_ms: float = 0.0
     aborted: NearfarError | None = None
     on_abort: Callable[[NearfarError], None] | None = None
-    on_credit: Callable[[], None] | None = None
+    on_credit: Callable[[int], None] | None = None
 
     def abort(self, error: NearfarError) -> None:
         """Stop the work, or keep it from beginning; the first reason counts."""
@@ -162,6 +168,8 @@ class Connection:
         self._last_stream = 0
         self._is_draining = False
         self._drop_reason = ""
+        self._resume_key = b""
+        self._has_parted = False  # one side ended the connection on purpose
 
     async def run(self) -> None:
         """Serve until either side closes; raises nothing but `CancelledError`."""
@@ -175,8 +183,10 @@ class Connection:
         except ConnectionClosed:
             pass
         except RemoteProtocolError:
+            self._has_parted = True
             code = await self._refuse(_CLOSE_PROTOCOL_ERROR)
         except NearfarError:
+            self._has_parted = True
             code = await self._refuse(_CLOSE_POLICY)
         except Exception as error:  # noqa: BLE001 (a bug here ends one connection, not the server)
             _log_unexpected(error, f"conn={self.number}")
@@ -211,6 +221,7 @@ class Connection:
 
     async def close(self) -> None:
         """Close the websocket as a server that goes away; `run` then returns."""
+        self._has_parted = True
         with contextlib.suppress(ConnectionClosed):
             await self._websocket.close(_CLOSE_GOING_AWAY)
 
@@ -224,6 +235,7 @@ class Connection:
         error = SecurityError(
             "The API key was withdrawn", fix="Ask the operator of this cloud for a new one"
         )
+        self._has_parted = True
         with contextlib.suppress(ConnectionClosed):
             self._session.close(error)
             await self._flush()
@@ -236,6 +248,7 @@ class Connection:
             data = await self._receive()
             if data is None:
                 self._drop_reason = "text frame"
+                self._has_parted = True
                 return _CLOSE_UNSUPPORTED
             for received in self._session.receive(data, now_s=time.time()):
                 await self._dispatch(received)
@@ -270,12 +283,12 @@ class Connection:
 
     async def _dispatch(self, received: Received) -> None:
         message = received.message
-        if isinstance(message, (Infer, Generate)):
+        if isinstance(message, (Infer, Generate, Resume)):
             self._last_stream = message.stream
             stream = _Stream(
                 connection=self.number,
                 stream=message.stream,
-                kind="infer" if isinstance(message, Infer) else "generate",
+                kind=type(message).__name__.lower(),
                 in_bytes=received.size_bytes,
                 started_s=time.monotonic(),
             )
@@ -286,7 +299,7 @@ class Connection:
         elif isinstance(message, Credit):
             found = self._streams.get(message.stream)
             if found is not None and found.on_credit is not None:
-                found.on_credit()
+                found.on_credit(message.received)
         elif isinstance(message, Cancel):
             found = self._streams.get(message.stream)
             if found is not None:
@@ -306,6 +319,8 @@ class Connection:
             self._session.close(error)
             return
         limits = self._settings.limits
+        if self.key is not ANONYMOUS and self._settings.retention.keep_s > 0:
+            self._resume_key = secrets.token_bytes(TICKET_BYTES)
         await self._send(
             Ready(
                 protocol_version=PROTOCOL_VERSION,
@@ -313,6 +328,7 @@ class Connection:
                 max_streams=limits.max_streams,
                 max_message_bytes=limits.max_message_bytes,
                 region=self._settings.region,
+                resume_key=self._resume_key,
             )
         )
         self._on_ready()
@@ -321,15 +337,17 @@ class Connection:
     # Answering.
 
     async def _answer(
-        self, stream: _Stream, request: Infer | Generate, tensors: Sequence[np.ndarray]
+        self, stream: _Stream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
     ) -> None:
         """Run one request; whatever goes wrong becomes its `Error`."""
         status = "ok"
         try:
             if isinstance(request, Infer):
                 await self._infer(request, tensors, stream)
-            else:
+            elif isinstance(request, Generate):
                 await self._generate(request, stream)
+            else:
+                await self._resume(request, stream)
         except ConnectionClosed:
             status = "disconnected"
         except asyncio.CancelledError:
@@ -369,7 +387,9 @@ class Connection:
         run = self._services.recent.join(
             key,
             (request.model, request.version, request.variant, request.form, request.tensors),
-            lambda ticket: served.infer(work, deadline=deadline, ticket=ticket),
+            lambda ticket: served.infer(
+                work, deadline=deadline, ticket=ticket, priority=request.priority
+            ),
         )
         ended: asyncio.Future[None] = self._loop.create_future()
         stream.on_abort = lambda _: None if ended.done() else ended.set_result(None)
@@ -409,54 +429,91 @@ class Connection:
             ) from error
 
     async def _generate(self, request: Generate, stream: _Stream) -> None:
-        number = request.stream
         deadline = _deadline_of(request)
         served = self._services.models.get(request.model, request.version, request.variant)
         stream.model = served.manifest.name
         if stream.aborted is not None:
             raise stream.aborted
-        relay = served.generate(request.prompt, request.options, deadline=deadline)
-        stream.on_abort, stream.on_credit = relay.abort, relay.nudge
-        timer = (
-            self._loop.call_later(deadline.remaining_s(), relay.abort, _too_late())
-            if deadline.is_set
-            else None
+
+        def start() -> TokenRelay:
+            return served.generate(
+                request.prompt, request.options, deadline=deadline, priority=request.priority
+            )
+
+        reader = self._services.answers.begin(
+            (self._scope, request.request_id),
+            request,
+            self._ticket(request.request_id),
+            start,
+            served,
+            deadline_s=deadline.timeout_s(),
         )
+        await self._tell(reader, stream)
+
+    async def _resume(self, request: Resume, stream: _Stream) -> None:
+        reader = self._services.answers.resume(
+            (self._scope, request.request_id),
+            request.ticket,
+            request.next_index,
+            new_ticket=self._ticket(request.request_id),
+        )
+        self._session.carry_over(request.stream, reader.digest_at(request.next_index))
+        stream.model = reader.served.manifest.name
+        await self._tell(reader, stream)
+
+    async def _tell(self, reader: Reader, stream: _Stream) -> None:
+        """Send an answer from the session's next index on, as the client gives credit."""
+        number, session = stream.stream, self._session
+        stream.on_abort, stream.on_credit = reader.abort, reader.on_credit
+        if stream.aborted is not None:
+            reader.abort(stream.aborted)
+        has_ended = False
         try:
-            while (outcome := relay.outcome) is None:
-                chunks = await relay.read(self._session.credit(number))
-                if not chunks:
+            while (outcome := reader.outcome(session.token_count(number))) is None:
+                first = session.token_count(number)
+                texts = await reader.read(first, session.credit(number))
+                if not texts:
                     continue
-                first = self._session.token_count(number)
-                stream.tokens += len(chunks)
+                stream.tokens += len(texts)
                 stream.out_bytes += await self._send(
                     *(
-                        Token(stream=number, index=index, text=chunk.text)
-                        for index, chunk in enumerate(chunks, first)
+                        Token(stream=number, index=index, text=text)
+                        for index, text in enumerate(texts, first)
                     )
                 )
-        finally:
-            if timer is not None:
-                timer.cancel()
-            relay.abort(Cancelled("The connection ended"))  # without effect after a normal end
-        if not isinstance(outcome, Completion):
-            raise outcome
-        stream.queue_ms = outcome.queue_ms
-        stream.compute_ms = outcome.prefill_ms + outcome.decode_ms
-        stream.out_bytes += await self._send(
-            Fin(
-                stream=number,
-                count=self._session.token_count(number),
-                digest=self._session.digest(number),
-                finish_reason=outcome.finish_reason,
-                usage=outcome.usage,
-                variant=served.variant.id,
-                execution_provider=served.execution_provider,
-                queue_ms=outcome.queue_ms,
-                prefill_ms=outcome.prefill_ms,
-                decode_ms=outcome.decode_ms,
+            if not isinstance(outcome, Completion):
+                has_ended = True
+                raise outcome
+            stream.queue_ms = outcome.queue_ms
+            stream.compute_ms = outcome.prefill_ms + outcome.decode_ms
+            served = reader.served
+            stream.out_bytes += await self._send(
+                Fin(
+                    stream=number,
+                    count=session.token_count(number),
+                    digest=session.digest(number),
+                    finish_reason=outcome.finish_reason,
+                    usage=outcome.usage,
+                    variant=served.variant.id,
+                    execution_provider=served.execution_provider,
+                    queue_ms=outcome.queue_ms,
+                    prefill_ms=outcome.prefill_ms,
+                    decode_ms=outcome.decode_ms,
+                )
             )
-        )
+        finally:
+            # What was sent may never have arrived: even a finished answer is kept for a while.
+            reader.leave(is_kept=not has_ended and self._may_return())
+
+    def _ticket(self, request_id: bytes) -> bytes:
+        return ticket_for(self._resume_key, request_id)
+
+    def _may_return(self) -> bool:
+        """Whether the client may come back for its answers, rather than having left for good."""
+        if not self._resume_key or self._has_parted or self._is_draining:
+            return False
+        goodbye = self._websocket.protocol.close_rcvd
+        return goodbye is None or goodbye.code != _CLOSE_NORMAL
 
     @property
     def _scope(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
+from cloud_runtime.answers import Answers
 from cloud_runtime.auth import Authenticator
 from cloud_runtime.connection import Connection, Services
 from cloud_runtime.models import ServedModels
@@ -97,6 +98,7 @@ class CloudServer:
             keys=keys,
             authenticator=authenticator,
             recent=RecentRuns(),
+            answers=Answers(settings.retention),
             settings=settings,
         )
         self._tls = tls
@@ -157,6 +159,7 @@ class CloudServer:
     async def drain(self) -> None:
         """Take no new streams, finish the open ones for up to `drain_s`, close all connections."""
         self._is_draining = True
+        self._services.answers.close()  # nobody can come back for them any more
         draining = [asyncio.create_task(found.drain()) for found in set(self.connections)]
         if draining:
             _, late = await asyncio.wait(draining, timeout=self._settings.drain_s)
@@ -168,6 +171,7 @@ class CloudServer:
     async def close(self) -> None:
         """Stop listening and end what is still open."""
         self._is_draining = True
+        self._services.answers.close()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._server is not None:

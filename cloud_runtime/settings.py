@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nearfar.wire.limits import Limits
+from nearfar.wire.retention import RetentionLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +14,7 @@ class ServerSettings:
 
     Attributes:
         limits: Sizes and counts within one connection.
+        retention: What is kept of answers whose client lost its connection.
         region: Told to clients in `Ready`; policies may ask for it.
         max_connections: More get HTTP 503. Each costs about 100 KB when idle.
         handshake_timeout_s: From the opened websocket to an accepted API key; TLS and HTTP have
@@ -27,6 +29,7 @@ class ServerSettings:
     """
 
     limits: Limits = field(default_factory=Limits)
+    retention: RetentionLimits = field(default_factory=RetentionLimits)
     region: str = ""
     max_connections: int = 256
     handshake_timeout_s: float = 10.0

@@ -34,6 +34,7 @@ from nearfar.wire.messages import (
     Pong,
     Ready,
     Result,
+    Resume,
     Token,
 )
 
@@ -106,6 +107,7 @@ TRANSITIONS: dict[tuple[Role, State, type[Message]], State] = {
     (_SERVER, _S.INFERRING_CANCELLED, Result): _S.ENDED,
     (_SERVER, _S.INFERRING_CANCELLED, Error): _S.ENDED,
     (_CLIENT, _S.IDLE, Generate): _S.GENERATING,
+    (_CLIENT, _S.IDLE, Resume): _S.GENERATING,
     (_CLIENT, _S.GENERATING, Credit): _S.GENERATING,
     (_CLIENT, _S.GENERATING, Cancel): _S.GENERATING_CANCELLED,
     (_SERVER, _S.GENERATING, Token): _S.GENERATING,
@@ -125,7 +127,7 @@ CROSSINGS: frozenset[tuple[Role, State, type[Message]]] = frozenset(
     }
 )
 
-_OPENERS = (ListModels, Infer, Generate)
+_OPENERS = (ListModels, Infer, Generate, Resume)
 _CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
 _MAX_UNANSWERED_PINGS = 64
 _MAX_ERROR_CHARACTERS = 2000
@@ -152,14 +154,16 @@ class _Stream:
         credit: Tokens the server may still send.
         count: Tokens so far; the next index.
         digest: SHA-256 of their texts.
+        resumed_at: First index of this connection's part of the answer; `None` for a whole one.
     """
 
-    __slots__ = ("count", "credit", "digest", "state")
+    __slots__ = ("count", "credit", "digest", "resumed_at", "state")
 
-    def __init__(self, state: State, credit: int) -> None:
+    def __init__(self, state: State, credit: int, resumed_at: int | None = None) -> None:
         self.state = state
         self.credit = credit
-        self.count = 0
+        self.resumed_at = resumed_at
+        self.count = resumed_at or 0
         self.digest = hashlib.sha256()
 
 
@@ -217,6 +221,25 @@ class Connection:
     def digest(self, stream: int) -> bytes:
         """SHA-256 of all texts so far."""
         return self._generation(stream).digest.digest()
+
+    def digest_state(self, stream: int) -> hashlib._Hash:
+        """A copy of the running SHA-256 of all texts so far, to carry over to a `Resume`."""
+        return self._generation(stream).digest.copy()
+
+    def carry_over(self, stream: int, digest: hashlib._Hash) -> None:
+        """Give a resumed stream the digest of what came before; both ends do so before any token.
+
+        Raises:
+            LocalProtocolError: The stream was not opened by `Resume`, or has tokens already.
+        """
+        entry = self._generation(stream)
+        if entry.resumed_at is None or entry.count != entry.resumed_at:
+            raise LocalProtocolError(
+                f"Stream {stream} takes over no digest",
+                field="stream",
+                fix="Carry the digest over right after Resume",
+            )
+        entry.digest = digest.copy()
 
     def _generation(self, stream: int) -> _Stream:
         entry = self._streams.get(stream)
@@ -417,6 +440,10 @@ class Connection:
         elif isinstance(message, Credit):
             if entry.credit + message.tokens > MAX_CREDIT:
                 raise _Violation(f"stream {stream} would have more credit than {MAX_CREDIT}")
+            if message.received > entry.count:
+                raise _Violation(
+                    f"stream {stream} had {entry.count} tokens, {message.received} are acknowledged"
+                )
         elif isinstance(message, Fin):
             if message.count != entry.count:
                 raise _Violation(
@@ -444,8 +471,9 @@ class Connection:
         if next_state is StreamState.ENDED:
             del self._streams[stream]
         elif isinstance(message, _OPENERS):
-            credit = message.credit if isinstance(message, Generate) else 0
-            self._streams[stream] = _Stream(next_state, credit)
+            credit = message.credit if isinstance(message, (Generate, Resume)) else 0
+            resumed_at = message.next_index if isinstance(message, Resume) else None
+            self._streams[stream] = _Stream(next_state, credit, resumed_at)
             self._highest_stream = stream
         else:
             entry = self._streams[stream]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import ssl
 import time
 from collections import deque
@@ -74,12 +75,13 @@ class Stream:
     """One request on a connection: what came for it, and what ended it.
 
     Attributes:
+        connection: Where it is.
         fin: The server's last word on a generation that ended well.
-        received_tokens: Tokens that arrived so far.
+        received_tokens: Tokens of the answer that arrived so far, also on earlier connections.
     """
 
     def __init__(self, connection: Connection, stream_id: int, permit: Permit | None) -> None:
-        self._connection = connection
+        self.connection = connection
         self._id = stream_id
         self._permit = permit
         self._arrived: deque[Received] = deque()
@@ -89,6 +91,20 @@ class Stream:
         self._ungranted_tokens = 0
         self.fin: wire.Fin | None = None
         self.received_tokens = 0
+        self._first_index = 0
+        self._digest_before: hashlib._Hash = hashlib.sha256()  # of the tokens before `_first_index`
+
+    def continues(self, lost: Stream) -> None:
+        """Make this stream, just opened by `Resume`, the continuation of one that was lost."""
+        self.received_tokens = self._first_index = lost.received_tokens
+        self._digest_before = lost.digest_so_far()
+        self.connection.carry_over(self._id, self._digest_before)
+
+    def digest_so_far(self) -> hashlib._Hash:
+        """Running SHA-256 of everything received; also when the connection has ended."""
+        if self.received_tokens == self._first_index:
+            return self._digest_before
+        return self.connection.digest_state(self._id)
 
     def deliver(self, received: Received) -> None:
         """Take a message for this stream (from the connection's reader)."""
@@ -137,7 +153,13 @@ class Stream:
         """
         if self._ungranted_tokens >= CREDIT_TOKENS // 2 and not self._ended:
             # Credit follows what the app consumed: asking for more proves that it did.
-            self._send(wire.Credit(stream=self._id, tokens=self._ungranted_tokens))
+            self._send(
+                wire.Credit(
+                    stream=self._id,
+                    tokens=self._ungranted_tokens,
+                    received=self.received_tokens,
+                )
+            )
             self._ungranted_tokens = 0
         await self._wait(deadline)
         batch = [r.message for r in self._arrived if isinstance(r.message, wire.Token)]
@@ -160,10 +182,10 @@ class Stream:
             self.fail(Cancelled("The request was cancelled"))
             with contextlib.suppress(NearfarError):  # a dead connection has nothing to stop
                 self._send(wire.Cancel(stream=self._id))
-        self._connection.forget(self._id)
+        self.connection.forget(self._id)
 
     def _send(self, message: wire.ClientMessage) -> None:
-        self._connection.send(message, permit=self._permit)
+        self.connection.send(message, permit=self._permit)
 
     async def _wait(self, deadline: Deadline) -> None:
         while not self._arrived and not self._ended:
@@ -322,7 +344,7 @@ class Connection:
 
     def open_stream(
         self,
-        make: type[wire.ListModels] | type[wire.Infer] | type[wire.Generate],
+        make: type[wire.ListModels | wire.Infer | wire.Generate | wire.Resume],
         fields: dict[str, object],
         tensors: Sequence[np.ndarray] = (),
         *,
@@ -348,6 +370,45 @@ class Connection:
         )
         self._streams[stream_id] = stream
         return stream
+
+    def resume(
+        self, lost: Stream, *, request_id: bytes, ticket: bytes, permit: Permit
+    ) -> Stream:
+        """Take up, on this connection, an answer whose own connection was lost.
+
+        Args:
+            lost: Its stream there; everything that came on it was read.
+            request_id: Of the `Generate`.
+            ticket: From `nearfar.wire.retention.ticket_for`.
+            permit: That of the request.
+
+        Returns:
+            A stream that begins with the token that `lost` wanted next, or with `ResumeMissed`.
+
+        Raises:
+            Overloaded, CloudUnavailable: As `open_stream`.
+        """
+        index = lost.received_tokens
+        stream = self.open_stream(
+            wire.Resume,
+            {
+                "request_id": request_id,
+                "ticket": ticket,
+                "next_index": index,
+                "credit": CREDIT_TOKENS,
+            },
+            permit=permit,
+        )
+        stream.continues(lost)
+        return stream
+
+    def digest_state(self, stream_id: int) -> hashlib._Hash:
+        """Running SHA-256 of a stream's texts; also after the connection was lost."""
+        return self._session.digest_state(stream_id)
+
+    def carry_over(self, stream_id: int, digest: hashlib._Hash) -> None:
+        """Give a stream opened by `Resume` the digest of what came before it."""
+        self._session.carry_over(stream_id, digest)
 
     async def room(self, deadline: Deadline) -> None:
         """Wait in line until the server may take one more request, or until it never will.

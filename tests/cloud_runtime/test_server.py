@@ -34,6 +34,7 @@ from nearfar.generation import Prompt
 from nearfar.secure.identity import ServerIdentity
 from nearfar.session import Limits
 from nearfar.wire.messages import GoAway, ListModels, Token
+from nearfar.wire.retention import RetentionLimits
 from tests.cloud_runtime.support import (
     ScriptedModel,
     WireClient,
@@ -448,10 +449,13 @@ def test_a_cancelled_waiting_request_never_runs(state):
     run(main())
 
 
-def test_a_client_that_vanishes_frees_its_slot(state):
+@pytest.mark.parametrize("keep_s", [0.0, 0.2])
+def test_a_client_that_vanishes_frees_its_slot_when_retention_ends(state, keep_s):
+    settings = ServerSettings(retention=RetentionLimits(keep_s=keep_s))
+
     async def main() -> None:
         model = chat(token_s=0.002)
-        async with running(served(model), state) as server:
+        async with running(served(model), state, settings) as server:
             async with WireClient.connect(server) as client:
                 await client.next(await client.start_generate("chat", tokens=100_000))
                 client.websocket.transport.abort()
