@@ -229,9 +229,7 @@ class Answers:
             ResumeMissed: As `Retention.resume`.
         """
         self._sweep()
-        self.retention.resume(
-            key, ticket, next_index, new_ticket=new_ticket, now_s=self._clock()
-        )
+        self.retention.resume(key, ticket, next_index, new_ticket=new_ticket, now_s=self._clock())
         answer = self._answers[key]
         logger.info("an answer goes on at token %d on another connection", next_index)
         return Reader(self, answer)
@@ -275,9 +273,7 @@ class Answers:
         """Take tokens while nobody reads; ends when somebody does, at the end, or when full."""
         keeper, relay, kept = asyncio.current_task(), answer.relay, answer.kept
         while (
-            answer.reader is keeper
-            and relay.outcome is None
-            and not self.retention.is_full(kept)
+            answer.reader is keeper and relay.outcome is None and not self.retention.is_full(kept)
         ):
             self.keep(answer, [chunk.text for chunk in await relay.read(_BATCH_TOKENS)])
 

@@ -39,6 +39,7 @@ from nearfar.errors import (
     RemoteProtocolError,
     SecurityError,
 )
+from nearfar.fragments import receive_message
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
 from nearfar.units import Deadline
@@ -138,10 +139,12 @@ class Connection:
     Args:
         websocket: Open; nothing was sent on it yet.
         services: Shared with the other connections.
+        address: Where the client comes from.
         on_ready: Called when the client is admitted.
 
     Attributes:
         number: Names the connection in logs.
+        address: As given.
         key: The API key that the client gave; `None` until it is admitted.
     """
 
@@ -150,9 +153,11 @@ class Connection:
         websocket: ServerConnection,
         services: Services,
         *,
+        address: str = "",
         on_ready: Callable[[], None],
     ) -> None:
         self.number = next(_numbers)
+        self.address = address
         self.key: ApiKey | None = None
         self._websocket = websocket
         self._services = services
@@ -245,7 +250,11 @@ class Connection:
 
     async def _serve(self) -> int:
         while not self._session.is_closed:
-            data = await self._receive()
+            data = await receive_message(
+                self._websocket,
+                timeout_s=self._settings.message_timeout_s,
+                on_late=lambda: self.drop("message took too long"),
+            )
             if data is None:
                 self._drop_reason = "text frame"
                 self._has_parted = True
@@ -254,32 +263,6 @@ class Connection:
                 await self._dispatch(received)
             await self._flush()
         return _CLOSE_NORMAL if self.key is not None else _CLOSE_POLICY
-
-    async def _receive(self) -> bytes | None:
-        """One binary message; `None` for a text message.
-
-        A peer that trickles fragments answers pings and would never be noticed otherwise, hence a
-        time limit from the first fragment to the last.
-        """
-        parts: list[bytes] = []
-        is_text = False
-        timer: asyncio.TimerHandle | None = None
-        try:
-            async for fragment in self._websocket.recv_streaming():
-                if isinstance(fragment, str):
-                    is_text = True
-                elif fragment or not parts:
-                    parts.append(fragment)
-                if timer is None:
-                    timer = self._loop.call_later(
-                        self._settings.message_timeout_s, self.drop, "message took too long"
-                    )
-        finally:
-            if timer is not None:
-                timer.cancel()
-        if is_text:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _dispatch(self, received: Received) -> None:
         message = received.message

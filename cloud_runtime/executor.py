@@ -229,9 +229,7 @@ class ModelExecutor:
     ) -> None:
         try:
             expected_s = self._pace.expected_generation_s(options.max_new_tokens)
-            with self._gate.acquire(
-                deadline, expected_s, cancel=relay.cancel, priority=priority
-            ):
+            with self._gate.acquire(deadline, expected_s, cancel=relay.cancel, priority=priority):
                 relay.end(self._stream(prompt, options, deadline, relay, arrived_s))
         except BaseException as error:  # noqa: BLE001 (crosses to the loop, which reports it)
             relay.cancel.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http
+import ipaddress
 import logging
 import ssl
 import time
@@ -201,6 +202,15 @@ class CloudServer:
         if len(self.connections) >= self._settings.max_connections:
             logger.warning("a client was turned away: %d connections", len(self.connections))
             return websocket.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many clients.\n")
+        strangers = sum(
+            found.key is None and found.address == _address_of(websocket)
+            for found in self.connections
+        )
+        if strangers >= self._settings.max_strangers_per_address:
+            logger.warning("an address was turned away: %d of its clients shake hands", strangers)
+            return websocket.respond(
+                http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many handshakes at once.\n"
+            )
         return None
 
     async def _handle(self, websocket: ServerConnection) -> None:
@@ -209,7 +219,9 @@ class CloudServer:
         def lift() -> None:
             websocket.allowance_bytes = None
 
-        connection = Connection(websocket, self._services, on_ready=lift)
+        connection = Connection(
+            websocket, self._services, address=_address_of(websocket), on_ready=lift
+        )
         self.connections.add(connection)
         try:
             await connection.run()
@@ -235,3 +247,15 @@ class CloudServer:
             if withdrawn:
                 logger.info("%d connections end: their API keys were withdrawn", len(withdrawn))
                 await asyncio.wait(withdrawn, timeout=self._settings.close_timeout_s)
+
+
+def _address_of(websocket: ServerConnection) -> str:
+    """Where a client comes from, as far as limits go: IPv6 hosts own a /64."""
+    remote = websocket.remote_address
+    if not remote:
+        return ""
+    host = str(remote[0])
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.version == 6 and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return host

@@ -17,6 +17,9 @@ class ServerSettings:
         retention: What is kept of answers whose client lost its connection.
         region: Told to clients in `Ready`; policies may ask for it.
         max_connections: More get HTTP 503. Each costs about 100 KB when idle.
+        max_strangers_per_address: Connections of one address that are not admitted yet; more get
+            HTTP 503. Keeps one address from taking all places with handshakes it never ends, and
+            does not hinder many devices behind one address.
         handshake_timeout_s: From the opened websocket to an accepted API key; TLS and HTTP have
             the same time once more before that.
         message_timeout_s: From the first fragment of a message to its last.
@@ -32,6 +35,7 @@ class ServerSettings:
     retention: RetentionLimits = field(default_factory=RetentionLimits)
     region: str = ""
     max_connections: int = 256
+    max_strangers_per_address: int = 32
     handshake_timeout_s: float = 10.0
     message_timeout_s: float = 30.0
     write_timeout_s: float = 30.0

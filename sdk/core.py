@@ -126,7 +126,7 @@ class Core:
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
         with self.known.guarded():
-            # A lost answer is asked for again under the same id; another variant is another request.
+            # Asked for again under the same id, it is computed once; another variant is another.
             variant = self.known.variant_wanted(request)
             request_id = ids.setdefault(variant, os.urandom(16))
             answer = yield RunThere(request, permit, offer, variant, request_id)

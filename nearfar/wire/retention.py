@@ -136,7 +136,7 @@ class Retention:
             their work and clears the list.
     """
 
-    def __init__(self, limits: RetentionLimits = RetentionLimits()) -> None:  # noqa: B008
+    def __init__(self, limits: RetentionLimits = RetentionLimits()) -> None:
         self.limits = limits
         self.size_bytes = 0
         self.given_up: list[Kept] = []

@@ -26,6 +26,7 @@ from nearfar.errors import (
     StreamInterrupted,
     from_code,
 )
+from nearfar.fragments import receive_message
 from nearfar.units import Deadline
 from nearfar.wire import messages as wire
 from sdk.cloud import egress
@@ -46,6 +47,8 @@ _CLOSE_TIMEOUT_S = 2.0
 #: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one
 #: closes the connection (for networks that swallow packets; a reset is noticed at once).
 _PING_INTERVAL_S, _PING_TIMEOUT_S = 20.0, 15.0
+#: From the first fragment of a message to its last.
+_MESSAGE_TIMEOUT_S = 30.0
 
 
 class TensorReply:
@@ -371,9 +374,7 @@ class Connection:
         self._streams[stream_id] = stream
         return stream
 
-    def resume(
-        self, lost: Stream, *, request_id: bytes, ticket: bytes, permit: Permit
-    ) -> Stream:
+    def resume(self, lost: Stream, *, request_id: bytes, ticket: bytes, permit: Permit) -> Stream:
         """Take up, on this connection, an answer whose own connection was lost.
 
         Args:
@@ -483,8 +484,10 @@ class Connection:
     async def _read(self) -> None:
         try:
             while True:
-                data = await self._websocket.recv()
-                if not isinstance(data, bytes):
+                data = await receive_message(
+                    self._websocket, timeout_s=_MESSAGE_TIMEOUT_S, on_late=self._cut_off
+                )
+                if data is None:
                     raise RemoteProtocolError(f"{self._url} sent text instead of bytes")
                 for received in self._session.receive(data, now_s=time.time()):
                     self._dispatch(received)
@@ -497,6 +500,13 @@ class Connection:
         except Exception as exc:  # noqa: BLE001 (the seam: every kind becomes one of ours)
             self._end(translate(exc, self._url))
             self._wake.set()
+
+    def _cut_off(self) -> None:
+        """The cloud began a message and does not end it."""
+        self._end(
+            CloudUnavailable(f"{self._url} sent a message too slowly", fix="Check the network")
+        )
+        self._websocket.transport.abort()
 
     def _dispatch(self, received: Received) -> None:
         message = received.message

@@ -211,9 +211,7 @@ class CloudLink:
             return connection.open_stream(wire.Generate, fields, permit=permit)
 
         stream, _ = await self._open(wire.Generate, fields, permit=permit, deadline=deadline)
-        return ResumableStream(
-            stream, permit, request_id, connect=self._with_room, again=again
-        )
+        return ResumableStream(stream, permit, request_id, connect=self._with_room, again=again)
 
     async def ping(self, timeout_s: float = _RTT_TIMEOUT_S) -> float:
         """Measure the round trip now, in milliseconds; connects if need be."""
