@@ -197,7 +197,7 @@ _step = st.tuples(
 @given(st.lists(_step, max_size=80))
 def test_whatever_happens_sizes_add_up_and_stay_within_the_bounds(steps) -> None:
     limits = RetentionLimits(
-        keep_s=5.0, answer_bytes=2500, client_bytes=5000, total_bytes=8000, client_answers=2
+        keep_s=5.0, answer_bytes=6700, client_bytes=13000, total_bytes=20000, client_answers=2
     )
     retention = Retention(limits)
     live: dict[tuple[str, bytes], Kept] = {}
