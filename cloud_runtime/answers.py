@@ -219,7 +219,7 @@ class Answers:
         self._answers[key] = answer
         if deadline_s is not None:
             loop = asyncio.get_running_loop()
-            answer.timer = loop.call_later(deadline_s, answer.abort, _too_late())
+            answer.timer = loop.call_later(deadline_s, answer.abort, too_late())
         return Reader(self, answer)
 
     def resume(self, key: Key, ticket: bytes, next_index: int, *, new_ticket: bytes) -> Reader:
@@ -308,7 +308,8 @@ def _fingerprint_of(request: Generate) -> bytes:
     return hashlib.sha256(msgspec.msgpack.encode(asked)).digest()
 
 
-def _too_late() -> DeadlineExceeded:
+def too_late() -> DeadlineExceeded:
+    """What a request is told whose time has passed here."""
     return DeadlineExceeded(
         "The deadline passed before the answer was complete",
         tried=("cloud",),

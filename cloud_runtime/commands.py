@@ -172,9 +172,9 @@ def serve(
     from cloud_runtime.models import ServingOptions
     from cloud_runtime.serving import ServePlan, run
     from cloud_runtime.settings import ServerSettings
-    from nearfar.wire.retention import RetentionLimits
     from cloud_runtime.state import StateDir
     from nearfar.engines.base import SessionOptions
+    from nearfar.wire.retention import RetentionLimits
 
     if (certificate is None) != (certificate_key is None):
         raise ConfigError(

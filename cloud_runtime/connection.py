@@ -22,7 +22,7 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
-from cloud_runtime.answers import Answers, Reader
+from cloud_runtime.answers import Answers, Reader, too_late
 from cloud_runtime.auth import ANONYMOUS, ApiKey, Authenticator
 from cloud_runtime.executor import InferWork
 from cloud_runtime.models import ServedModels
@@ -32,7 +32,6 @@ from cloud_runtime.settings import ServerSettings
 from nearfar import __version__
 from nearfar.errors import (
     Cancelled,
-    DeadlineExceeded,
     InvalidInput,
     LocalProtocolError,
     NearfarError,
@@ -391,7 +390,7 @@ class Connection:
         if stream.aborted is not None:
             raise stream.aborted
         if not run.future.done():
-            raise _too_late()
+            raise too_late()
         outcome = run.future.result()
         stream.queue_ms, stream.compute_ms = outcome.queue_ms, outcome.compute_ms
         result = Result(
@@ -440,11 +439,12 @@ class Connection:
             request.next_index,
             new_ticket=self._ticket(request.request_id),
         )
-        self._session.carry_over(request.stream, reader.digest_at(request.next_index))
         stream.model = reader.served.manifest.name
-        await self._tell(reader, stream)
+        await self._tell(reader, stream, resumed_at=request.next_index)
 
-    async def _tell(self, reader: Reader, stream: _Stream) -> None:
+    async def _tell(
+        self, reader: Reader, stream: _Stream, *, resumed_at: int | None = None
+    ) -> None:
         """Send an answer from the session's next index on, as the client gives credit."""
         number, session = stream.stream, self._session
         stream.on_abort, stream.on_credit = reader.abort, reader.on_credit
@@ -452,6 +452,8 @@ class Connection:
             reader.abort(stream.aborted)
         has_ended = False
         try:
+            if resumed_at is not None:
+                session.carry_over(number, reader.digest_at(resumed_at))
             while (outcome := reader.outcome(session.token_count(number))) is None:
                 first = session.token_count(number)
                 texts = await reader.read(first, session.credit(number))
@@ -574,16 +576,8 @@ def work_of(request: Infer, tensors: Sequence[np.ndarray]) -> InferWork:
 def _deadline_of(request: Infer | Generate) -> Deadline:
     """The client's remaining time, counted from the arrival of its request."""
     if request.deadline_ms is not None and request.deadline_ms <= 0:
-        raise _too_late()
+        raise too_late()
     return Deadline.after_ms(request.deadline_ms)
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "The deadline passed before the answer was complete",
-        tried=("cloud",),
-        fix="Allow more time with deadline_ms, or ask for a shorter answer",
-    )
 
 
 def _log_unexpected(error: BaseException, where: str) -> None:

@@ -253,16 +253,15 @@ def test_a_repeated_generate_joins_the_first_and_never_runs_twice(state):
 def test_a_repeated_generate_whose_beginning_was_acknowledged_is_a_miss(state):
     async def main() -> None:
         model = chat(token_s=0.001)
-        async with running(served(model), state) as server:
-            async with WireClient.connect(server) as client:
-                stream = await client.start_generate("chat", tokens=TOKENS, request_id=ID)
-                for _ in range(5):
-                    await client.next(stream)
-                await client.grant(stream, 5, received=5)
-                await client.collect(stream)
-                again = await client.start_generate("chat", tokens=TOKENS, request_id=ID)
-                with pytest.raises(ResumeMissed, match="beginning is not kept"):
-                    await client.next(again)
+        async with running(served(model), state) as server, WireClient.connect(server) as client:
+            stream = await client.start_generate("chat", tokens=TOKENS, request_id=ID)
+            for _ in range(5):
+                await client.next(stream)
+            await client.grant(stream, 5, received=5)
+            await client.collect(stream)
+            again = await client.start_generate("chat", tokens=TOKENS, request_id=ID)
+            with pytest.raises(ResumeMissed, match="beginning is not kept"):
+                await client.next(again)
         assert model.runs == 1
 
     run(main())

@@ -25,6 +25,8 @@ from sdk.cloud.link import CloudLink
 from sdk.policy import Verdict
 from tests.cloud_runtime.support import ScriptedModel, make_state, running, served
 from tests.support.cutting_proxy import CuttingProxy
+from tests.support.scripted_cloud import manifest
+from tests.support.scripted_edge import ScriptedEdge, put_into
 
 ALLOWED = Verdict(edge=True, cloud=True, rule_ids=("r",), reason="ok", policy_hash="h")
 TOKENS = 60
@@ -201,6 +203,33 @@ def test_a_batch_that_was_cut_is_asked_again_and_computed_once(world, proxy, tmp
     assert np.array_equal(result.outputs["y"], x)
     assert world.tensor.runs == 1
     assert proxy.connections == 2
+
+
+def test_when_the_answer_is_kept_no_longer_the_device_goes_on(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(resumption, "_PAUSES_S", (0.6,))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "policy.toml").write_text(POLICY)
+    with (
+        World(state, keep_s=0.1) as world,
+        CuttingProxy(world.port) as proxy,
+        Client(
+            cloud=world.config(proxy),
+            models=tmp_path / "store",
+            policy=tmp_path / "policy.toml",
+            sensitivity="public",
+        ) as client,
+    ):
+        put_into(client, ScriptedEdge([manifest("chat", "text-generation", variants=("int4",))]))
+        stream = client.generate("chat", "Once", max_new_tokens=400, mode="prefer_cloud")
+        chunks = []
+        for chunk in stream:
+            chunks.append(chunk)
+            if len(chunks) == 5:
+                proxy.cut()
+        assert world.chat.runs == 1
+    assert stream.route.path == "cloud → edge"
+    assert [chunk.index for chunk in chunks] == list(range(400))
+    assert sum(chunk.handover for chunk in chunks) == 1
 
 
 # The link by itself.

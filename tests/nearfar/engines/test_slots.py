@@ -95,7 +95,7 @@ def test_a_stream_of_urgent_requests_starves_nobody(monkeypatch):
     for _ in range(200):
         urgent = Caller(gate, priority=9)
         holder.finish()
-        wait_until(lambda: urgent.slot or background.slot)
+        wait_until(lambda urgent=urgent: urgent.slot or background.slot)
         if background.slot:
             break
         holder = urgent

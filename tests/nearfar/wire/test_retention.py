@@ -1,4 +1,4 @@
-"""What a server keeps for clients that lost their connection: exactly that, bounded, for a while."""
+"""What a server keeps for clients that lost their connection: that, bounded, for a while."""
 
 from __future__ import annotations
 
