@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,6 +78,17 @@ class RetentionLimits:
     total_answers: int = 1024
 
 
+class _Client:
+    """What the answers of one client count together."""
+
+    __slots__ = ("answers", "size_bytes", "unread")
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.unread = 0
+        self.size_bytes = 0
+
+
 class Kept:
     """What is kept of one answer. Changed by `Retention` only.
 
@@ -91,17 +102,19 @@ class Kept:
     """
 
     __slots__ = (
-        "_digest", "_texts", "_ticket", "fingerprint", "first", "is_running", "key",
-        "size_bytes", "until_s",
+        "_client", "_digest", "_is_kept", "_texts", "_ticket", "fingerprint", "first",
+        "is_running", "key", "size_bytes", "until_s",
     )  # fmt: skip
 
-    def __init__(self, key: Key, fingerprint: object, ticket: bytes) -> None:
+    def __init__(self, key: Key, fingerprint: object, ticket: bytes, client: _Client) -> None:
         self.key = key
         self.fingerprint = fingerprint
         self.first = 0
         self.size_bytes = ANSWER_OVERHEAD_BYTES
         self.until_s: float | None = None
         self.is_running = False
+        self._client = client
+        self._is_kept = True  # otherwise it was dropped, and is only read to its end
         self._ticket = ticket
         self._texts: deque[str] = deque()
         self._digest = hashlib.sha256()  # of the tokens before `first`
@@ -143,8 +156,7 @@ class Retention:
         self.given_up: list[Kept] = []
         self._answers: dict[Key, Kept] = {}
         self._unread: OrderedDict[Key, Kept] = OrderedDict()  # whoever is given up first, first
-        self._bytes_of: Counter[str] = Counter()
-        self._unread_of: Counter[str] = Counter()
+        self._clients: dict[str, _Client] = {}
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -165,8 +177,9 @@ class Retention:
     def begin(self, key: Key, fingerprint: object, ticket: bytes) -> Kept:
         """Keep a new answer, which a client reads; one of the same key is dropped."""
         self.drop(key)
-        kept = Kept(key, fingerprint, ticket)
-        self._answers[key] = kept
+        client = self._clients.setdefault(key[0], _Client())
+        client.answers += 1
+        kept = self._answers[key] = Kept(key, fingerprint, ticket, client)
         self._charge(kept, kept.size_bytes)
         self._make_room(kept)
         return kept
@@ -223,20 +236,20 @@ class Retention:
 
     def leave(self, kept: Kept, now_s: float, *, is_running: bool) -> None:
         """Nobody reads the answer any more, or it has ended: keep it for its client for a while."""
-        if not self._is_kept(kept):
+        if not kept._is_kept:
             return
         kept.is_running = is_running
         kept.until_s = now_s + self.limits.keep_s
         self._remove_unread(kept)
         self._unread[kept.key] = kept
-        client = kept.key[0]
-        self._unread_of[client] += 1
+        client = kept._client
+        client.unread += 1
         if is_running:
-            running = [k for k in self._unread.values() if k.is_running and k.key[0] == client]
+            running = [k for k in self._unread.values() if k.is_running and k._client is client]
             if len(running) > self.limits.client_running:
                 self._give_up(running[0])
-        if self._unread_of[client] > self.limits.client_answers:
-            self._give_up(next(found for found in self._unread.values() if found.key[0] == client))
+        if client.unread > self.limits.client_answers:
+            self._give_up(next(k for k in self._unread.values() if k._client is client))
         if len(self._unread) > self.limits.total_answers:
             self._give_up(next(iter(self._unread.values())))
 
@@ -246,6 +259,10 @@ class Retention:
         if kept is not None:
             self._remove_unread(kept)
             self._charge(kept, -kept.size_bytes)
+            kept._is_kept = False
+            kept._client.answers -= 1
+            if not kept._client.answers:
+                del self._clients[key[0]]
         return kept
 
     def expire(self, now_s: float) -> list[Kept]:
@@ -264,14 +281,14 @@ class Retention:
         limits = self.limits
         return (
             kept.size_bytes > limits.answer_bytes
-            or self._bytes_of[kept.key[0]] > limits.client_bytes
+            or kept._client.size_bytes > limits.client_bytes
             or self.size_bytes > limits.total_bytes
         )
 
     def _make_room(self, kept: Kept) -> None:
         """Bring the sizes back within the limits after `kept` grew."""
-        limits, client = self.limits, kept.key[0]
-        while self._bytes_of[client] > limits.client_bytes and self._give_up_other(kept, client):
+        limits, client = self.limits, kept._client
+        while client.size_bytes > limits.client_bytes and self._give_up_other(kept, client):
             pass
         while self.size_bytes > limits.total_bytes and self._give_up_other(kept, None):
             pass
@@ -279,9 +296,9 @@ class Retention:
             while kept._texts and self._is_over(kept):
                 self._forget_oldest(kept)
 
-    def _give_up_other(self, kept: Kept, client: str | None) -> bool:
+    def _give_up_other(self, kept: Kept, client: _Client | None) -> bool:
         for found in self._unread.values():
-            if found is not kept and client in (None, found.key[0]):
+            if found is not kept and client in (None, found._client):
                 self._give_up(found)
                 return True
         return False
@@ -296,25 +313,16 @@ class Retention:
         kept.first += 1
         self._grow(kept, -(len(data) + TOKEN_OVERHEAD_BYTES))
 
-    def _is_kept(self, kept: Kept) -> bool:
-        return self._answers.get(kept.key) is kept
-
     def _remove_unread(self, kept: Kept) -> None:
         if self._unread.get(kept.key) is kept:
             del self._unread[kept.key]
-            client = kept.key[0]
-            self._unread_of[client] -= 1
-            if not self._unread_of[client]:
-                del self._unread_of[client]
+            kept._client.unread -= 1
 
     def _grow(self, kept: Kept, change_bytes: int) -> None:
         kept.size_bytes += change_bytes
-        if self._is_kept(kept):  # otherwise it was dropped, and is only read to its end
+        if kept._is_kept:
             self._charge(kept, change_bytes)
 
     def _charge(self, kept: Kept, change_bytes: int) -> None:
-        client = kept.key[0]
         self.size_bytes += change_bytes
-        self._bytes_of[client] += change_bytes
-        if not self._bytes_of[client]:
-            del self._bytes_of[client]
+        kept._client.size_bytes += change_bytes

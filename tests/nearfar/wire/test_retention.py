@@ -221,7 +221,9 @@ def test_whatever_happens_sizes_add_up_and_stay_within_the_bounds(steps) -> None
             retention.acknowledge(kept, len(text))
         elif action == "drop":
             retention.drop(found)
-        held = [k for f, k in live.items() if retention._answers.get(f) is k]
+        held = list(retention._answers.values())
+        assert all(live[k.key] is k for k in held)
+        assert set(retention._clients) == {k.key[0] for k in held}
         assert retention.size_bytes == sum(k.size_bytes for k in held)
         for k in held:
             texts = k.since(k.first, 10**6)
