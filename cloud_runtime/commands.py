@@ -143,6 +143,10 @@ def serve(
     drain_s: Annotated[
         float, typer.Option(min=0, help="Seconds that open answers may take after SIGTERM.")
     ] = 30.0,
+    resume_s: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds to keep answers for clients that lost their connection."),
+    ] = 60.0,
     region: Annotated[
         str, typer.Option(help="Told to clients, whose policies may ask for it, e.g. eu.")
     ] = "",
@@ -192,6 +196,7 @@ def serve(
     from cloud_runtime.settings import ServerSettings
     from cloud_runtime.state import StateDir
     from nearfar.engines.base import SessionOptions
+    from nearfar.wire.retention import RetentionLimits
 
     if (certificate is None) != (certificate_key is None):
         raise ConfigError(
@@ -221,7 +226,10 @@ def serve(
                 session=SessionOptions(threads=threads), slots=slots, max_waiting=max_waiting
             ),
             settings=ServerSettings(
-                max_connections=max_connections, drain_s=drain_s, region=region
+                max_connections=max_connections,
+                drain_s=drain_s,
+                region=region,
+                retention=RetentionLimits(keep_s=resume_s),
             ),
         )
     )

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,27 +22,29 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
+from cloud_runtime.answers import Answers, Reader, too_late
 from cloud_runtime.auth import Authenticator
-from cloud_runtime.caller import Caller, NotAdmitted
+from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted
 from cloud_runtime.executor import InferWork
 from cloud_runtime.models import ServedModels
 from cloud_runtime.recent import RecentRuns
-from cloud_runtime.relay import Completion
+from cloud_runtime.relay import Completion, TokenRelay
 from cloud_runtime.settings import ServerSettings
-from cloud_runtime.watchdog import Watchdog
 from nearfar import __version__
 from nearfar.errors import (
     Cancelled,
-    DeadlineExceeded,
     InvalidInput,
     LocalProtocolError,
     NearfarError,
     RemoteProtocolError,
     SecurityError,
 )
+from nearfar.fragments import receive_message
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
 from nearfar.units import Deadline
+from nearfar.watchdog import Watchdog
+from nearfar.wire.checks import TICKET_BYTES
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import (
     PROTOCOL_VERSION,
@@ -58,8 +61,10 @@ from nearfar.wire.messages import (
     Models,
     Ready,
     Result,
+    Resume,
     Token,
 )
+from nearfar.wire.retention import ticket_for
 
 logger = logging.getLogger(__name__)
 access_log = logging.getLogger("cloud_runtime.access")
@@ -82,6 +87,7 @@ class Services:
     keys: KeyRing
     authenticator: Authenticator
     recent: RecentRuns
+    answers: Answers
     settings: ServerSettings
 
 
@@ -101,7 +107,7 @@ class _Stream:
     compute_ms: float = 0.0
     aborted: NearfarError | None = None
     on_abort: Callable[[NearfarError], None] | None = None
-    on_credit: Callable[[], None] | None = None
+    on_credit: Callable[[int], None] | None = None
 
     def abort(self, error: NearfarError) -> None:
         """Stop the work, or keep it from beginning; the first reason counts."""
@@ -134,10 +140,12 @@ class Connection:
     Args:
         websocket: Open; nothing was sent on it yet.
         services: Shared with the other connections.
+        address: Where the client comes from.
         on_ready: Called when the client is admitted.
 
     Attributes:
         number: Names the connection in logs.
+        address: As given.
         key: Who the client is; `None` until it is admitted.
     """
 
@@ -146,9 +154,11 @@ class Connection:
         websocket: ServerConnection,
         services: Services,
         *,
+        address: str = "",
         on_ready: Callable[[], None],
     ) -> None:
         self.number = next(_numbers)
+        self.address = address
         self.key: Caller | None = None
         self._websocket = websocket
         self._services = services
@@ -170,6 +180,8 @@ class Connection:
         self._last_stream = 0
         self._is_draining = False
         self._drop_reason = ""
+        self._resume_key = b""
+        self._has_parted = False  # one side ended the connection on purpose
 
     async def run(self) -> None:
         """Serve until either side closes; raises nothing but `CancelledError`."""
@@ -183,8 +195,10 @@ class Connection:
         except ConnectionClosed:
             pass
         except RemoteProtocolError:
+            self._has_parted = True
             code = await self._refuse(_CLOSE_PROTOCOL_ERROR)
         except NearfarError:
+            self._has_parted = True
             code = await self._refuse(_CLOSE_POLICY)
         except Exception as error:  # noqa: BLE001 (a bug here ends one connection, not the server)
             _log_unexpected(error, f"conn={self.number}")
@@ -220,6 +234,7 @@ class Connection:
 
     async def close(self) -> None:
         """Close the websocket as a server that goes away; `run` then returns."""
+        self._has_parted = True
         with contextlib.suppress(ConnectionClosed):
             await self._websocket.close(_CLOSE_GOING_AWAY)
 
@@ -234,6 +249,7 @@ class Connection:
             "The API key, or the issuer of the token, was withdrawn",
             fix="Ask the operator of this cloud for a new one",
         )
+        self._has_parted = True
         with contextlib.suppress(ConnectionClosed):
             self._session.close(error)
             await self._flush()
@@ -243,47 +259,24 @@ class Connection:
 
     async def _serve(self) -> int:
         while not self._session.is_closed:
-            data = await self._receive()
+            data = await receive_message(self._websocket, self._read_watchdog)
             if data is None:
                 self._drop_reason = "text frame"
+                self._has_parted = True
                 return _CLOSE_UNSUPPORTED
             for received in self._session.receive(data, now_s=time.time()):
                 await self._dispatch(received)
             await self._flush()
         return _CLOSE_NORMAL if self.key is not None else _CLOSE_POLICY
 
-    async def _receive(self) -> bytes | None:
-        """One binary message; `None` for a text message.
-
-        A peer that trickles fragments answers pings and would never be noticed otherwise, hence a
-        time limit from the first fragment to the last.
-        """
-        parts: list[bytes] = []
-        is_text = False
-        is_first = True
-        try:
-            async for fragment in self._websocket.recv_streaming():
-                if isinstance(fragment, str):
-                    is_text = True
-                elif fragment or not parts:
-                    parts.append(fragment)
-                if is_first:
-                    is_first = False
-                    self._read_watchdog.begin()
-        finally:
-            self._read_watchdog.end()
-        if is_text:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
     async def _dispatch(self, received: Received) -> None:
         message = received.message
-        if isinstance(message, (Infer, Generate)):
+        if isinstance(message, (Infer, Generate, Resume)):
             self._last_stream = message.stream
             stream = _Stream(
                 connection=self.number,
                 stream=message.stream,
-                kind="infer" if isinstance(message, Infer) else "generate",
+                kind=type(message).__name__.lower(),
                 in_bytes=received.size_bytes,
                 started_s=time.monotonic(),
             )
@@ -294,7 +287,7 @@ class Connection:
         elif isinstance(message, Credit):
             found = self._streams.get(message.stream)
             if found is not None and found.on_credit is not None:
-                found.on_credit()
+                found.on_credit(message.received)
         elif isinstance(message, Cancel):
             found = self._streams.get(message.stream)
             if found is not None:
@@ -317,6 +310,8 @@ class Connection:
             self._session.close(error)
             return
         limits = self._settings.limits
+        if self.key is not ANONYMOUS and self._settings.retention.keep_s > 0:
+            self._resume_key = secrets.token_bytes(TICKET_BYTES)
         await self._send(
             Ready(
                 protocol_version=PROTOCOL_VERSION,
@@ -324,6 +319,7 @@ class Connection:
                 max_streams=limits.max_streams,
                 max_message_bytes=limits.max_message_bytes,
                 region=self._settings.region,
+                resume_key=self._resume_key,
             )
         )
         self._on_ready()
@@ -332,15 +328,17 @@ class Connection:
     # Answering.
 
     async def _answer(
-        self, stream: _Stream, request: Infer | Generate, tensors: Sequence[np.ndarray]
+        self, stream: _Stream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
     ) -> None:
         """Run one request; whatever goes wrong becomes its `Error`."""
         status = "ok"
         try:
             if isinstance(request, Infer):
                 await self._infer(request, tensors, stream)
-            else:
+            elif isinstance(request, Generate):
                 await self._generate(request, stream)
+            else:
+                await self._resume(request, stream)
         except ConnectionClosed:
             status = "disconnected"
         except asyncio.CancelledError:
@@ -380,7 +378,9 @@ class Connection:
         run = self._services.recent.join(
             key,
             (request.model, request.version, request.variant, request.form, request.tensors),
-            lambda ticket: served.infer(work, deadline=deadline, ticket=ticket),
+            lambda ticket: served.infer(
+                work, deadline=deadline, ticket=ticket, priority=request.priority
+            ),
         )
         try:
             # The client gets its answer or its error in time, even while the engine, which cannot
@@ -392,7 +392,7 @@ class Connection:
         if stream.aborted is not None:
             raise stream.aborted
         if not run.future.done():
-            raise _too_late()
+            raise too_late()
         outcome = run.future.result()
         stream.queue_ms, stream.compute_ms = outcome.queue_ms, outcome.compute_ms
         result = Result(
@@ -433,54 +433,94 @@ class Connection:
                 timer.cancel()
 
     async def _generate(self, request: Generate, stream: _Stream) -> None:
-        number = request.stream
         deadline = _deadline_of(request)
         served = self._services.models.get(request.model, request.version, request.variant)
         stream.model = served.manifest.name
         if stream.aborted is not None:
             raise stream.aborted
-        relay = served.generate(request.prompt, request.options, deadline=deadline)
-        stream.on_abort, stream.on_credit = relay.abort, relay.nudge
-        timer = (
-            self._loop.call_later(deadline.remaining_s(), relay.abort, _too_late())
-            if deadline.is_set
-            else None
+
+        def start() -> TokenRelay:
+            return served.generate(
+                request.prompt, request.options, deadline=deadline, priority=request.priority
+            )
+
+        reader = self._services.answers.begin(
+            (self._scope, request.request_id),
+            request,
+            self._ticket(request.request_id),
+            start,
+            served,
+            deadline_s=deadline.timeout_s(),
         )
+        await self._tell(reader, stream)
+
+    async def _resume(self, request: Resume, stream: _Stream) -> None:
+        reader = self._services.answers.resume(
+            (self._scope, request.request_id),
+            request.ticket,
+            request.next_index,
+            new_ticket=self._ticket(request.request_id),
+        )
+        stream.model = reader.served.manifest.name
+        await self._tell(reader, stream, resumed_at=request.next_index)
+
+    async def _tell(
+        self, reader: Reader, stream: _Stream, *, resumed_at: int | None = None
+    ) -> None:
+        """Send an answer from the session's next index on, as the client gives credit."""
+        number, session = stream.stream, self._session
+        stream.on_abort, stream.on_credit = reader.abort, reader.on_credit
+        if stream.aborted is not None:
+            reader.abort(stream.aborted)
+        has_ended = False
         try:
-            while (outcome := relay.outcome) is None:
-                chunks = await relay.read(self._session.credit(number))
-                if not chunks:
+            if resumed_at is not None:
+                session.carry_over(number, reader.digest_at(resumed_at))
+            while (outcome := reader.outcome(session.token_count(number))) is None:
+                first = session.token_count(number)
+                texts = await reader.read(first, session.credit(number))
+                if not texts:
                     continue
-                first = self._session.token_count(number)
-                stream.tokens += len(chunks)
+                stream.tokens += len(texts)
                 stream.out_bytes += await self._send(
                     *(
-                        Token(stream=number, index=index, text=chunk.text)
-                        for index, chunk in enumerate(chunks, first)
+                        Token(stream=number, index=index, text=text)
+                        for index, text in enumerate(texts, first)
                     )
                 )
-        finally:
-            if timer is not None:
-                timer.cancel()
-            relay.abort(Cancelled("The connection ended"))  # without effect after a normal end
-        if not isinstance(outcome, Completion):
-            raise outcome
-        stream.queue_ms = outcome.queue_ms
-        stream.compute_ms = outcome.prefill_ms + outcome.decode_ms
-        stream.out_bytes += await self._send(
-            Fin(
-                stream=number,
-                count=self._session.token_count(number),
-                digest=self._session.digest(number),
-                finish_reason=outcome.finish_reason,
-                usage=outcome.usage,
-                variant=served.variant.id,
-                execution_provider=served.execution_provider,
-                queue_ms=outcome.queue_ms,
-                prefill_ms=outcome.prefill_ms,
-                decode_ms=outcome.decode_ms,
+            if not isinstance(outcome, Completion):
+                has_ended = True
+                raise outcome
+            stream.queue_ms = outcome.queue_ms
+            stream.compute_ms = outcome.prefill_ms + outcome.decode_ms
+            served = reader.served
+            stream.out_bytes += await self._send(
+                Fin(
+                    stream=number,
+                    count=session.token_count(number),
+                    digest=session.digest(number),
+                    finish_reason=outcome.finish_reason,
+                    usage=outcome.usage,
+                    variant=served.variant.id,
+                    execution_provider=served.execution_provider,
+                    queue_ms=outcome.queue_ms,
+                    prefill_ms=outcome.prefill_ms,
+                    decode_ms=outcome.decode_ms,
+                )
             )
-        )
+        finally:
+            # What was sent may never have arrived: even a finished answer is kept for a while.
+            reader.leave(is_kept=not has_ended and self._may_return())
+
+    def _ticket(self, request_id: bytes) -> bytes:
+        return ticket_for(self._resume_key, request_id)
+
+    def _may_return(self) -> bool:
+        """Whether the client may come back for its answers, rather than having left for good."""
+        if not self._resume_key or self._has_parted or self._is_draining:
+            return False
+        goodbye = self._websocket.protocol.close_rcvd
+        return goodbye is None or goodbye.code != _CLOSE_NORMAL
 
     @property
     def _scope(self) -> str:
@@ -556,16 +596,8 @@ def work_of(request: Infer, tensors: Sequence[np.ndarray]) -> InferWork:
 def _deadline_of(request: Infer | Generate) -> Deadline:
     """The client's remaining time, counted from the arrival of its request."""
     if request.deadline_ms is not None and request.deadline_ms <= 0:
-        raise _too_late()
+        raise too_late()
     return Deadline.after_ms(request.deadline_ms)
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "The deadline passed before the answer was complete",
-        tried=("cloud",),
-        fix="Allow more time with deadline_ms, or ask for a shorter answer",
-    )
 
 
 def _log_unexpected(error: BaseException, where: str) -> None:

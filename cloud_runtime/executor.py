@@ -136,9 +136,9 @@ class ModelExecutor:
         return self._gate.state().expected_wait_s * 1000.0
 
     def infer(
-        self, work: InferWork, *, deadline: Deadline, ticket: Ticket
+        self, work: InferWork, *, deadline: Deadline, ticket: Ticket, priority: int = 5
     ) -> asyncio.Future[InferOutcome]:
-        """Compute one batch.
+        """Compute one batch; `priority` orders those that wait for a slot, 0 to 9.
 
         Never cancel the future: the computation could not follow, and its place would be given
         away while it is still taken. Stop waiting for it instead.
@@ -150,18 +150,23 @@ class ModelExecutor:
         Raises:
             Overloaded: Too many requests wait already.
         """
-        return self._submit(self._infer, work, deadline, ticket, time.monotonic())
+        return self._submit(self._infer, work, deadline, ticket, priority, time.monotonic())
 
     def generate(
-        self, prompt: Prompt, options: GenerationOptions, *, deadline: Deadline
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        *,
+        deadline: Deadline,
+        priority: int = 5,
     ) -> TokenRelay:
-        """Start an answer; its tokens and its end come through the relay.
+        """Start an answer; its tokens and its end come through the relay; `priority` as `infer`.
 
         Raises:
             Overloaded: Too many requests wait already.
         """
         relay = TokenRelay(asyncio.get_running_loop(), deadline=deadline)
-        self._submit(self._generate, prompt, options, deadline, relay, time.monotonic())
+        self._submit(self._generate, prompt, options, deadline, relay, priority, time.monotonic())
         return relay
 
     def close(self) -> None:
@@ -188,9 +193,16 @@ class ModelExecutor:
     # What follows runs in worker threads.
 
     def _infer(
-        self, work: InferWork, deadline: Deadline, ticket: Ticket, arrived_s: float
+        self,
+        work: InferWork,
+        deadline: Deadline,
+        ticket: Ticket,
+        priority: int,
+        arrived_s: float,
     ) -> InferOutcome:
-        with self._gate.acquire(deadline, self._pace.infer_s, cancel=ticket.cancelled):
+        with self._gate.acquire(
+            deadline, self._pace.infer_s, cancel=ticket.cancelled, priority=priority
+        ):
             started_s = time.monotonic()
             deadline.check("cloud")
             ticket.begin()
@@ -212,11 +224,12 @@ class ModelExecutor:
         options: GenerationOptions,
         deadline: Deadline,
         relay: TokenRelay,
+        priority: int,
         arrived_s: float,
     ) -> None:
         try:
             expected_s = self._pace.expected_generation_s(options.max_new_tokens)
-            with self._gate.acquire(deadline, expected_s, cancel=relay.cancel):
+            with self._gate.acquire(deadline, expected_s, cancel=relay.cancel, priority=priority):
                 relay.end(self._stream(prompt, options, deadline, relay, arrived_s))
         except BaseException as error:  # noqa: BLE001 (crosses to the loop, which reports it)
             relay.cancel.cancel()

@@ -90,7 +90,7 @@ class ServedModel:
         )
 
     def infer(
-        self, work: InferWork, *, deadline: Deadline, ticket: Ticket
+        self, work: InferWork, *, deadline: Deadline, ticket: Ticket, priority: int = 5
     ) -> asyncio.Future[InferOutcome]:
         """As `ModelExecutor.infer`.
 
@@ -104,10 +104,15 @@ class ServedModel:
                 field="model",
                 fix="Use generate or chat",
             )
-        return self.executor.infer(work, deadline=deadline, ticket=ticket)
+        return self.executor.infer(work, deadline=deadline, ticket=ticket, priority=priority)
 
     def generate(
-        self, prompt: Prompt, options: GenerationOptions, *, deadline: Deadline
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        *,
+        deadline: Deadline,
+        priority: int = 5,
     ) -> TokenRelay:
         """As `ModelExecutor.generate`.
 
@@ -121,7 +126,7 @@ class ServedModel:
                 field="model",
                 fix="Use infer, embed or classify",
             )
-        return self.executor.generate(prompt, options, deadline=deadline)
+        return self.executor.generate(prompt, options, deadline=deadline, priority=priority)
 
     def warm_up(self) -> None:
         """Run once, blocking: the first call of an engine allocates and compiles."""

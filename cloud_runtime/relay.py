@@ -72,6 +72,7 @@ class TokenRelay:
         self._stall_s = stall_s
         self._room = threading.Condition()
         self._changed = asyncio.Event()
+        self._nudges = 0
         # Below: guarded by _room.
         self._chunks: deque[GenerationChunk] = deque()
         self._outcome: Completion | BaseException | None = None
@@ -113,6 +114,7 @@ class TokenRelay:
         Args:
             available: At most that many chunks are taken; with 0 only the end is waited for.
         """
+        nudges = self._nudges
         while True:
             self._changed.clear()
             with self._room:
@@ -127,11 +129,15 @@ class TokenRelay:
                 self._is_reader_idle = True
                 self._room.notify()
             await self._changed.wait()
-            if not available:
+            if not available or self._nudges != nudges:
                 return []
 
     def nudge(self) -> None:
-        """Let a waiting `read` return, because the client gave credit."""
+        """Let a waiting `read` return without chunks: the client gave credit, or reads elsewhere.
+
+        A `read` that begins after it is not disturbed, so one reader can follow another.
+        """
+        self._nudges += 1
         self._changed.set()
 
     def abort(self, error: BaseException) -> None:

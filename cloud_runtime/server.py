@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http
+import ipaddress
 import logging
 import math
 import ssl
@@ -13,6 +14,7 @@ from pathlib import Path
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
+from cloud_runtime.answers import Answers
 from cloud_runtime.auth import Authenticator
 from cloud_runtime.connection import Connection, Services
 from cloud_runtime.models import ServedModels
@@ -98,6 +100,7 @@ class CloudServer:
             keys=keys,
             authenticator=authenticator,
             recent=RecentRuns(),
+            answers=Answers(settings.retention),
             settings=settings,
         )
         self._tls = tls
@@ -158,6 +161,7 @@ class CloudServer:
     async def drain(self) -> None:
         """Take no new streams, finish the open ones for up to `drain_s`, close all connections."""
         self._is_draining = True
+        self._services.answers.close()  # nobody can come back for them any more
         draining = [asyncio.create_task(found.drain()) for found in set(self.connections)]
         if draining:
             _, late = await asyncio.wait(draining, timeout=self._settings.drain_s)
@@ -169,6 +173,7 @@ class CloudServer:
     async def close(self) -> None:
         """Stop listening and end what is still open."""
         self._is_draining = True
+        self._services.answers.close()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._server is not None:
@@ -198,6 +203,15 @@ class CloudServer:
         if len(self.connections) >= self._settings.max_connections:
             logger.warning("a client was turned away: %d connections", len(self.connections))
             return websocket.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many clients.\n")
+        strangers = sum(
+            found.key is None and found.address == _address_of(websocket)
+            for found in self.connections
+        )
+        if strangers >= self._settings.max_strangers_per_address:
+            logger.warning("an address was turned away: %d of its clients shake hands", strangers)
+            return websocket.respond(
+                http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many handshakes at once.\n"
+            )
         return None
 
     async def _handle(self, websocket: ServerConnection) -> None:
@@ -206,7 +220,9 @@ class CloudServer:
         def lift() -> None:
             websocket.allowance_bytes = None
 
-        connection = Connection(websocket, self._services, on_ready=lift)
+        connection = Connection(
+            websocket, self._services, address=_address_of(websocket), on_ready=lift
+        )
         self.connections.add(connection)
         try:
             await connection.run()
@@ -243,3 +259,15 @@ class CloudServer:
             if withdrawn:
                 logger.info("%d connections end: their API keys were withdrawn", len(withdrawn))
                 await asyncio.wait(withdrawn, timeout=self._settings.close_timeout_s)
+
+
+def _address_of(websocket: ServerConnection) -> str:
+    """Where a client comes from, as far as limits go: IPv6 hosts own a /64."""
+    remote = websocket.remote_address
+    if not remote:
+        return ""
+    host = str(remote[0])
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.version == 6 and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return host

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nearfar.wire.limits import Limits
+from nearfar.wire.retention import RetentionLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +14,12 @@ class ServerSettings:
 
     Attributes:
         limits: Sizes and counts within one connection.
+        retention: What is kept of answers whose client lost its connection.
         region: Told to clients in `Ready`; policies may ask for it.
         max_connections: More get HTTP 503. Each costs about 100 KB when idle.
+        max_strangers_per_address: Connections of one address that are not admitted yet; more get
+            HTTP 503. Keeps one address from taking all places with handshakes it never ends, and
+            does not hinder many devices behind one address.
         handshake_timeout_s: From the opened websocket to an accepted API key; TLS and HTTP have
             the same time once more before that.
         message_timeout_s: From the first fragment of a message to its last.
@@ -27,8 +32,10 @@ class ServerSettings:
     """
 
     limits: Limits = field(default_factory=Limits)
+    retention: RetentionLimits = field(default_factory=RetentionLimits)
     region: str = ""
     max_connections: int = 256
+    max_strangers_per_address: int = 32
     handshake_timeout_s: float = 10.0
     message_timeout_s: float = 30.0
     write_timeout_s: float = 30.0

@@ -11,6 +11,7 @@
     ├── DeadlineExceeded        the absolute deadline passed first
     ├── CloudUnavailable        no cloud could be reached, or it went away
     │   ├── StreamInterrupted   an answer was cut before its FIN
+    │   ├── ResumeMissed        the cloud no longer keeps what a cut answer would go on with
     │   └── RemoteProtocolError the peer broke the wire protocol
     ├── Overloaded              a queue, slot or memory limit is reached; try later
     ├── Cancelled               the caller cancelled
@@ -145,6 +146,12 @@ class StreamInterrupted(CloudUnavailable):
     def __init__(self, problem: str, *, received_tokens: int = 0, fix: str = "") -> None:
         super().__init__(problem, fix=fix)
         self.received_tokens = received_tokens
+
+
+class ResumeMissed(CloudUnavailable):
+    """A cut answer cannot be taken up where it stopped: not kept, too late, or a wrong ticket."""
+
+    code = "resume_missed"
 
 
 class RemoteProtocolError(CloudUnavailable):

@@ -17,6 +17,7 @@ and docs/reference/wire.md.
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -267,6 +268,22 @@ class _Session(abc.ABC):
             LocalProtocolError: The stream is not open.
         """
         return self._connection.digest(stream)
+
+    def digest_state(self, stream: int) -> hashlib._Hash:
+        """The running digest of a stream, for `carry_over`; also after the session was closed.
+
+        Raises:
+            LocalProtocolError: The stream was not open.
+        """
+        return self._connection.digest_state(stream)
+
+    def carry_over(self, stream: int, digest: hashlib._Hash) -> None:
+        """Give a stream opened by `Resume` the digest of the part before it; before any token.
+
+        Raises:
+            LocalProtocolError: The stream takes no digest over.
+        """
+        self._connection.carry_over(stream, digest)
 
 
 class ClientSession(_Session):

@@ -216,6 +216,7 @@ class AsyncClient(Calls):
                 version=request.version,
                 variant=step.variant,
                 priority=request.priority,
+                request_id=step.request_id,
             )
             return answer_of(reply, started_s)
         if isinstance(step, Connect):
@@ -262,6 +263,7 @@ class AsyncClient(Calls):
                 deadline=request.deadline,
                 version=request.version,
                 priority=request.priority,
+                request_id=state.request_id(),
             )
         return AsyncCloudSource(stream, request.deadline)
 

@@ -7,6 +7,7 @@ one of two ways: with a `finish_reason`, or with an error. It is never silently 
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class AnswerState:
         self._before: list[RouteName] = []
         self._permits: list[Permit] = []
         self._is_handover = False
+        self._request_id: bytes | None = None
         self._started_s = self._attempt_started_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s = self._started_s
@@ -94,6 +96,12 @@ class AnswerState:
             return options
         left = options.max_new_tokens - self._base_tokens
         return msgspec.structs.replace(options, max_new_tokens=left)
+
+    def request_id(self) -> bytes:
+        """16 bytes; the same for every attempt that asks for the same, that is, until text came."""
+        if self._request_id is None or self._parts:
+            self._request_id = os.urandom(16)
+        return self._request_id
 
     def opening(self, permit: Permit | None = None) -> None:
         """Note that the attempt's source is being opened."""

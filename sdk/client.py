@@ -302,6 +302,7 @@ class Client(Calls):
                     version=request.version,
                     variant=step.variant,
                     priority=request.priority,
+                    request_id=step.request_id,
                 )
             )
             return answer_of(reply, started_s)
@@ -345,6 +346,7 @@ class Client(Calls):
                     deadline=request.deadline,
                     version=request.version,
                     priority=request.priority,
+                    request_id=state.request_id(),
                 )
             )
         return CloudSource(stream, request.deadline, self._call, self._post)

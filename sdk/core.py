@@ -7,6 +7,7 @@ and repair alike, and all of it can be tested without a socket.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -86,10 +87,11 @@ class Core:
         attempt = next(plan)
         before: list[RouteName] = []
         permits: list[Permit] = []
+        ids: dict[str | None, bytes] = {}
         while True:
             attempt_started_s = time.perf_counter()
             try:
-                answer = yield from self._attempt(request, attempt, permits)
+                answer = yield from self._attempt(request, attempt, permits, ids)
                 self.known.learn(request, attempt.route, answer)
                 request.deadline.check(*before, attempt.route)
             except NearfarError as error:
@@ -110,7 +112,11 @@ class Core:
             )
 
     def _attempt(
-        self, request: Request, attempt: Attempt, permits: list[Permit]
+        self,
+        request: Request,
+        attempt: Attempt,
+        permits: list[Permit],
+        ids: dict[str | None, bytes],
     ) -> Generator[Step, Any, Answer]:
         if attempt.delay_s:
             yield Wait(attempt.delay_s)
@@ -120,7 +126,10 @@ class Core:
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
         with self.known.guarded():
-            answer = yield RunThere(request, permit, offer, self.known.variant_wanted(request))
+            # Asked for again under the same id, it is computed once; another variant is another.
+            variant = self.known.variant_wanted(request)
+            request_id = ids.setdefault(variant, os.urandom(16))
+            answer = yield RunThere(request, permit, offer, variant, request_id)
         return answer
 
     # -- shared by batches and streams -----------------------------------------------------------

@@ -49,12 +49,14 @@ class RunThere(msgspec.Struct, frozen=True):
         permit: Proof that policy allows it.
         offer: What the cloud serves.
         variant: Variant to ask for; `None` for the cloud's choice.
+        request_id: The same when the same is asked again, so that it is computed only once.
     """
 
     request: Request
     permit: Permit
     offer: ModelOffer
     variant: str | None
+    request_id: bytes
 
 
 class Wait(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nearfar.engines.base import CancelToken
     from nearfar.units import Deadline
     from nearfar.wire.messages import Fin, Token
-    from sdk.cloud.connection import Stream
+    from sdk.cloud.resumption import ResumableStream
 
 
 class Source(Protocol):
@@ -121,7 +121,7 @@ class CloudSource:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: ResumableStream,
         deadline: Deadline,
         call: Callable[[Coroutine[Any, Any, list[Token]]], list[Token]],
         post: Callable[[Callable[[], None]], None],
@@ -149,7 +149,7 @@ class CloudSource:
 class AsyncCloudSource:
     """Pieces from the cloud, on the app's own event loop."""
 
-    def __init__(self, stream: Stream, deadline: Deadline) -> None:
+    def __init__(self, stream: ResumableStream, deadline: Deadline) -> None:
         self._stream = stream
         self._deadline = deadline
         self._buffer = TokenBuffer()

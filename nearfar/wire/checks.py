@@ -17,6 +17,7 @@ from nearfar.wire.messages import (
     Pong,
     Ready,
     Result,
+    Resume,
     Token,
 )
 
@@ -26,6 +27,8 @@ MAX_CREDIT = 2**31 - 1
 REQUEST_ID_BYTES = 16
 DIGEST_BYTES = 32
 PROOF_BYTES = 64  # Ed25519
+#: Length of `Ready.resume_key`, and of the tickets made with it.
+TICKET_BYTES = 32
 
 
 def problem_in(message: Message) -> str | None:
@@ -47,8 +50,15 @@ def problem_in(message: Message) -> str | None:
         return f"Auth.proof has {len(message.proof)} bytes, not 0 or {PROOF_BYTES}"
     if isinstance(message, Ready) and min(message.max_streams, message.max_message_bytes) < 1:
         return f"{name} allows no stream or no message"
-    if isinstance(message, Credit) and not 1 <= message.tokens <= MAX_CREDIT:
-        return f"{name}.tokens is {message.tokens}"
+    if isinstance(message, Ready) and len(message.resume_key) not in (0, TICKET_BYTES):
+        return f"{name}.resume_key has {len(message.resume_key)} bytes, not {TICKET_BYTES}"
+    if isinstance(message, Resume):
+        return _problem_in_resume(message, name)
+    if isinstance(message, Credit):
+        if not 1 <= message.tokens <= MAX_CREDIT:
+            return f"{name}.tokens is {message.tokens}"
+        if message.received < 0:
+            return f"{name}.received is {message.received}"
     if isinstance(message, Fin):
         if len(message.digest) != DIGEST_BYTES:
             return f"{name}.digest has {len(message.digest)} bytes, not {DIGEST_BYTES}"
@@ -77,6 +87,18 @@ def _problem_in_request(message: Infer | Generate, name: str) -> str | None:
         != [("input", "BYTES", 1)]
     ):
         return f"{name} of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
+    return None
+
+
+def _problem_in_resume(message: Resume, name: str) -> str | None:
+    if len(message.request_id) != REQUEST_ID_BYTES:
+        return f"{name}.request_id has {len(message.request_id)} bytes, not {REQUEST_ID_BYTES}"
+    if len(message.ticket) != TICKET_BYTES:
+        return f"{name}.ticket has {len(message.ticket)} bytes, not {TICKET_BYTES}"
+    if not 0 <= message.credit <= MAX_CREDIT:
+        return f"{name}.credit is {message.credit}"
+    if message.next_index < 0:
+        return f"{name}.next_index is {message.next_index}"
     return None
 
 

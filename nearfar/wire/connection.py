@@ -34,6 +34,7 @@ from nearfar.wire.messages import (
     Pong,
     Ready,
     Result,
+    Resume,
     Token,
 )
 
@@ -113,6 +114,7 @@ TRANSITIONS: dict[tuple[Role, State, type[Message]], State] = {
     (_SERVER, _S.INFERRING_CANCELLED, Result): _S.ENDED,
     (_SERVER, _S.INFERRING_CANCELLED, Error): _S.ENDED,
     (_CLIENT, _S.IDLE, Generate): _S.GENERATING,
+    (_CLIENT, _S.IDLE, Resume): _S.GENERATING,
     (_CLIENT, _S.GENERATING, Credit): _S.GENERATING,
     (_CLIENT, _S.GENERATING, Cancel): _S.GENERATING_CANCELLED,
     (_SERVER, _S.GENERATING, Token): _S.GENERATING,
@@ -132,7 +134,7 @@ CROSSINGS: frozenset[tuple[Role, State, type[Message]]] = frozenset(
     }
 )
 
-_OPENERS = (ListModels, Infer, Generate)
+_OPENERS = (ListModels, Infer, Generate, Resume)
 _CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
 _MAX_UNANSWERED_PINGS = 64
 _MAX_ERROR_CHARACTERS = 2000
@@ -158,25 +160,26 @@ class _Stream:
     Attributes:
         credit: Tokens the server may still send.
         count: Tokens so far; the next index.
-        digest: SHA-256 of their texts; made with the first one, as most streams have none.
+        sha256: Running hash of their texts; made with the first one, as most streams have none.
+        resumed_at: First index of this connection's part of the answer; `None` for a whole one.
     """
 
-    __slots__ = ("_sha256", "count", "credit", "state")
+    __slots__ = ("count", "credit", "resumed_at", "sha256", "state")
 
-    def __init__(self, state: State, credit: int) -> None:
+    def __init__(self, state: State, credit: int, resumed_at: int | None = None) -> None:
         self.state = state
         self.credit = credit
-        self.count = 0
-        self._sha256: hashlib._Hash | None = None
+        self.resumed_at = resumed_at
+        self.count = resumed_at or 0
+        self.sha256: hashlib._Hash | None = None
 
-    @property
-    def digest(self) -> bytes:
-        return (self._sha256 or hashlib.sha256()).digest()
+    def hashed(self) -> hashlib._Hash:
+        if self.sha256 is None:
+            self.sha256 = hashlib.sha256()
+        return self.sha256
 
     def add(self, text: str) -> None:
-        if self._sha256 is None:
-            self._sha256 = hashlib.sha256()
-        self._sha256.update(text.encode())
+        self.hashed().update(text.encode())
         self.credit -= 1
         self.count += 1
 
@@ -234,7 +237,26 @@ class Connection:
 
     def digest(self, stream: int) -> bytes:
         """SHA-256 of all texts so far."""
-        return self._generation(stream).digest
+        return self._generation(stream).hashed().digest()
+
+    def digest_state(self, stream: int) -> hashlib._Hash:
+        """A copy of the running SHA-256 of all texts so far, to carry over to a `Resume`."""
+        return self._generation(stream).hashed().copy()
+
+    def carry_over(self, stream: int, digest: hashlib._Hash) -> None:
+        """Give a resumed stream the digest of what came before; both ends do so before any token.
+
+        Raises:
+            LocalProtocolError: The stream was not opened by `Resume`, or has tokens already.
+        """
+        entry = self._generation(stream)
+        if entry.resumed_at is None or entry.count != entry.resumed_at:
+            raise LocalProtocolError(
+                f"Stream {stream} takes over no digest",
+                field="stream",
+                fix="Carry the digest over right after Resume",
+            )
+        entry.sha256 = digest.copy()
 
     def _generation(self, stream: int) -> _Stream:
         entry = self._streams.get(stream)
@@ -436,12 +458,16 @@ class Connection:
         elif isinstance(message, Credit):
             if entry.credit + message.tokens > MAX_CREDIT:
                 raise _Violation(f"stream {stream} would have more credit than {MAX_CREDIT}")
+            if message.received > entry.count:
+                raise _Violation(
+                    f"stream {stream} had {entry.count} tokens, {message.received} are acknowledged"
+                )
         elif isinstance(message, Fin):
             if message.count != entry.count:
                 raise _Violation(
                     f"stream {stream} ends after {entry.count} tokens, Fin says {message.count}"
                 )
-            if message.digest != entry.digest:
+            if message.digest != entry.hashed().digest():
                 raise _Violation(f"the texts of stream {stream} do not match the digest of Fin")
 
     # Following
@@ -463,8 +489,9 @@ class Connection:
         if next_state is StreamState.ENDED:
             del self._streams[stream]
         elif isinstance(message, _OPENERS):
-            credit = message.credit if isinstance(message, Generate) else 0
-            self._streams[stream] = _Stream(next_state, credit)
+            credit = message.credit if isinstance(message, (Generate, Resume)) else 0
+            resumed_at = message.next_index if isinstance(message, Resume) else None
+            self._streams[stream] = _Stream(next_state, credit, resumed_at)
             self._highest_stream = stream
         else:
             entry = self._streams[stream]

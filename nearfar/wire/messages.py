@@ -62,6 +62,8 @@ class Ready(_Message, frozen=True, tag=2):
     Attributes:
         max_streams: Streams the client may have open at once.
         max_message_bytes: Largest plaintext message either side may send.
+        resume_key: 32 random bytes of this connection, from which the tickets of its streams are
+            derived (`nearfar.wire.retention.ticket_for`); empty: nothing can be resumed.
     """
 
     protocol_version: int
@@ -69,6 +71,7 @@ class Ready(_Message, frozen=True, tag=2):
     max_streams: int
     max_message_bytes: int
     region: str = ""
+    resume_key: bytes = b""
 
 
 class ListModels(_Message, frozen=True, tag=3):
@@ -185,10 +188,16 @@ class Cancel(_Message, frozen=True, tag=10):
 
 
 class Credit(_Message, frozen=True, tag=11):
-    """Client: the server may send that many more tokens on the stream."""
+    """Client: the server may send that many more tokens on the stream.
+
+    Attributes:
+        received: Index of the token wanted next; those below it are acknowledged, and the server
+            need not keep them for a `Resume`.
+    """
 
     stream: int
     tokens: int
+    received: int = 0
 
 
 class Ping(_Message, frozen=True, tag=12):
@@ -223,9 +232,28 @@ class Error(_Message, frozen=True, tag=15):
     fix: str = ""
 
 
-ClientMessage = Union[Auth, ListModels, Infer, Generate, Cancel, Credit, Ping, Pong]
+class Resume(_Message, frozen=True, tag=16):
+    """Client: go on with a `Generate` whose connection was lost, on this one.
+
+    Attributes:
+        request_id: That of the `Generate`.
+        ticket: Proves that the client held the stream; from `nearfar.wire.retention.ticket_for`
+            with the `Ready.resume_key` of the connection on which it was last held. Good once.
+        next_index: Index of the first token that is still wanted; digest and count of `Fin` are
+            over the whole answer all the same.
+        credit: As `Generate.credit`.
+    """
+
+    stream: int
+    request_id: bytes
+    ticket: bytes
+    next_index: int
+    credit: int
+
+
+ClientMessage = Union[Auth, ListModels, Infer, Generate, Cancel, Credit, Ping, Pong, Resume]
 ServerMessage = Union[Ready, Models, Result, Token, Fin, Ping, Pong, GoAway, Error]
 Message = Union[
     Auth, Ready, ListModels, Models, Infer, Result, Generate, Token, Fin, Cancel, Credit,
-    Ping, Pong, GoAway, Error,
+    Ping, Pong, GoAway, Error, Resume,
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import ssl
 import time
 from collections import deque
@@ -25,7 +26,9 @@ from nearfar.errors import (
     StreamInterrupted,
     from_code,
 )
+from nearfar.fragments import receive_message
 from nearfar.units import Deadline
+from nearfar.watchdog import Watchdog
 from nearfar.wire import messages as wire
 from sdk.cloud import egress
 from sdk.cloud.failures import translate
@@ -45,6 +48,8 @@ _CLOSE_TIMEOUT_S = 2.0
 #: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one
 #: closes the connection (for networks that swallow packets; a reset is noticed at once).
 _PING_INTERVAL_S, _PING_TIMEOUT_S = 20.0, 15.0
+#: From the first fragment of a message to its last.
+_MESSAGE_TIMEOUT_S = 30.0
 
 
 class TensorReply:
@@ -74,12 +79,13 @@ class Stream:
     """One request on a connection: what came for it, and what ended it.
 
     Attributes:
+        connection: Where it is.
         fin: The server's last word on a generation that ended well.
-        received_tokens: Tokens that arrived so far.
+        received_tokens: Tokens of the answer that arrived so far, also on earlier connections.
     """
 
     def __init__(self, connection: Connection, stream_id: int, permit: Permit | None) -> None:
-        self._connection = connection
+        self.connection = connection
         self._id = stream_id
         self._permit = permit
         self._arrived: deque[Received] = deque()
@@ -89,6 +95,20 @@ class Stream:
         self._ungranted_tokens = 0
         self.fin: wire.Fin | None = None
         self.received_tokens = 0
+        self._first_index = 0
+        self._digest_before: hashlib._Hash = hashlib.sha256()  # of the tokens before `_first_index`
+
+    def continues(self, lost: Stream) -> None:
+        """Make this stream, just opened by `Resume`, the continuation of one that was lost."""
+        self.received_tokens = self._first_index = lost.received_tokens
+        self._digest_before = lost.digest_so_far()
+        self.connection.carry_over(self._id, self._digest_before)
+
+    def digest_so_far(self) -> hashlib._Hash:
+        """Running SHA-256 of everything received; also when the connection has ended."""
+        if self.received_tokens == self._first_index:
+            return self._digest_before
+        return self.connection.digest_state(self._id)
 
     def deliver(self, received: Received) -> None:
         """Take a message for this stream (from the connection's reader)."""
@@ -137,7 +157,13 @@ class Stream:
         """
         if self._ungranted_tokens >= CREDIT_TOKENS // 2 and not self._ended:
             # Credit follows what the app consumed: asking for more proves that it did.
-            self._send(wire.Credit(stream=self._id, tokens=self._ungranted_tokens))
+            self._send(
+                wire.Credit(
+                    stream=self._id,
+                    tokens=self._ungranted_tokens,
+                    received=self.received_tokens,
+                )
+            )
             self._ungranted_tokens = 0
         await self._wait(deadline)
         batch = [r.message for r in self._arrived if isinstance(r.message, wire.Token)]
@@ -160,10 +186,10 @@ class Stream:
             self.fail(Cancelled("The request was cancelled"))
             with contextlib.suppress(NearfarError):  # a dead connection has nothing to stop
                 self._send(wire.Cancel(stream=self._id))
-        self._connection.forget(self._id)
+        self.connection.forget(self._id)
 
     def _send(self, message: wire.ClientMessage) -> None:
-        self._connection.send(message, permit=self._permit)
+        self.connection.send(message, permit=self._permit)
 
     async def _wait(self, deadline: Deadline) -> None:
         # A bare future and a timer: before Python 3.12 `wait_for` makes a task for each wait, which
@@ -342,7 +368,7 @@ class Connection:
 
     def open_stream(
         self,
-        make: type[wire.ListModels] | type[wire.Infer] | type[wire.Generate],
+        make: type[wire.ListModels | wire.Infer | wire.Generate | wire.Resume],
         fields: dict[str, object],
         tensors: Sequence[np.ndarray] = (),
         *,
@@ -368,6 +394,43 @@ class Connection:
         )
         self._streams[stream_id] = stream
         return stream
+
+    def resume(self, lost: Stream, *, request_id: bytes, ticket: bytes, permit: Permit) -> Stream:
+        """Take up, on this connection, an answer whose own connection was lost.
+
+        Args:
+            lost: Its stream there; everything that came on it was read.
+            request_id: Of the `Generate`.
+            ticket: From `nearfar.wire.retention.ticket_for`.
+            permit: That of the request.
+
+        Returns:
+            A stream that begins with the token that `lost` wanted next, or with `ResumeMissed`.
+
+        Raises:
+            Overloaded, CloudUnavailable: As `open_stream`.
+        """
+        index = lost.received_tokens
+        stream = self.open_stream(
+            wire.Resume,
+            {
+                "request_id": request_id,
+                "ticket": ticket,
+                "next_index": index,
+                "credit": CREDIT_TOKENS,
+            },
+            permit=permit,
+        )
+        stream.continues(lost)
+        return stream
+
+    def digest_state(self, stream_id: int) -> hashlib._Hash:
+        """Running SHA-256 of a stream's texts; also after the connection was lost."""
+        return self._session.digest_state(stream_id)
+
+    def carry_over(self, stream_id: int, digest: hashlib._Hash) -> None:
+        """Give a stream opened by `Resume` the digest of what came before it."""
+        self._session.carry_over(stream_id, digest)
 
     async def room(self, deadline: Deadline) -> None:
         """Wait in line until the server may take one more request, or until it never will.
@@ -440,10 +503,11 @@ class Connection:
             await self._websocket.close()
 
     async def _read(self) -> None:
+        watchdog = Watchdog(_MESSAGE_TIMEOUT_S, self._cut_off)
         try:
             while True:
-                data = await self._websocket.recv()
-                if not isinstance(data, bytes):
+                data = await receive_message(self._websocket, watchdog)
+                if data is None:
                     raise RemoteProtocolError(f"{self._url} sent text instead of bytes")
                 for received in self._session.receive(data, now_s=time.time()):
                     self._dispatch(received)
@@ -456,6 +520,15 @@ class Connection:
         except Exception as exc:  # noqa: BLE001 (the seam: every kind becomes one of ours)
             self._end(translate(exc, self._url))
             self._wake.set()
+        finally:
+            watchdog.close()
+
+    def _cut_off(self) -> None:
+        """The cloud began a message and does not end it."""
+        self._end(
+            CloudUnavailable(f"{self._url} sent a message too slowly", fix="Check the network")
+        )
+        self._websocket.transport.abort()
 
     def _dispatch(self, received: Received) -> None:
         message = received.message

@@ -21,6 +21,7 @@ from nearfar.wire.messages import (
     ListModels,
     Ping,
     Pong,
+    Resume,
 )
 from sdk.policy import Verdict
 
@@ -127,7 +128,7 @@ def send(
     if isinstance(message, (Infer, Generate)):
         if message.model != permit.model:
             raise _no_permit(message)
-    elif not isinstance(message, (Cancel, Credit)):
+    elif not isinstance(message, (Cancel, Credit, Resume)):
         raise _no_permit(message)
     size = session.send(message, tensors)
     permit.bytes_sent += size

@@ -28,6 +28,7 @@ from nearfar.units import Deadline
 from nearfar.wire import messages as wire
 from sdk.cloud.connection import CREDIT_TOKENS, Connection, Stream, TensorReply
 from sdk.cloud.failures import translate
+from sdk.cloud.resumption import ResumableStream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,8 +127,13 @@ class CloudLink:
         version: str | None = None,
         variant: str | None = None,
         priority: int = 5,
+        request_id: bytes | None = None,
     ) -> TensorReply:
         """Run one batch on the cloud.
+
+        Args:
+            request_id: 16 bytes; the same for a repetition, which the cloud then computes only
+                once. `None` draws one.
 
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded, InvalidInput: Typed; see `Stream`.
@@ -138,7 +144,7 @@ class CloudLink:
         stream, connection = await self._open(
             wire.Infer,
             {
-                "request_id": os.urandom(16),
+                "request_id": request_id or os.urandom(16),
                 "model": model,
                 "tensors": describe(tensors),
                 "form": form,
@@ -178,28 +184,34 @@ class CloudLink:
         version: str | None = None,
         variant: str | None = None,
         priority: int = 5,
-    ) -> Stream:
+        request_id: bytes | None = None,
+    ) -> ResumableStream:
         """Begin an answer on the cloud; its tokens come through the returned stream.
+
+        Args:
+            request_id: As for `infer`.
 
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded: It could not be begun.
         """
-        stream, _ = await self._open(
-            wire.Generate,
-            {
-                "request_id": os.urandom(16),
-                "model": model,
-                "prompt": prompt,
-                "options": options,
-                "credit": CREDIT_TOKENS,
-                "version": version,
-                "variant": variant,
-                "priority": priority,
-            },
-            permit=permit,
-            deadline=deadline,
-        )
-        return stream
+        request_id = request_id or os.urandom(16)
+        fields: dict[str, object] = {
+            "request_id": request_id,
+            "model": model,
+            "prompt": prompt,
+            "options": options,
+            "credit": CREDIT_TOKENS,
+            "version": version,
+            "variant": variant,
+            "priority": priority,
+        }
+
+        def again(connection: Connection) -> Stream:
+            fields["deadline_ms"] = deadline.remaining_ms()
+            return connection.open_stream(wire.Generate, fields, permit=permit)
+
+        stream, _ = await self._open(wire.Generate, fields, permit=permit, deadline=deadline)
+        return ResumableStream(stream, permit, request_id, connect=self._with_room, again=again)
 
     async def ping(self, timeout_s: float = _RTT_TIMEOUT_S) -> float:
         """Measure the round trip now, in milliseconds; connects if need be."""
@@ -327,10 +339,7 @@ class CloudLink:
         deadline: Deadline,
     ) -> tuple[Stream, Connection]:
         """Send a request, as soon as the server takes one more."""
-        connection = await self._usable(deadline)
-        while not connection.can_open:
-            await connection.room(deadline)
-            connection = await self._usable(deadline)
+        connection = await self._with_room(deadline)
         fields["deadline_ms"] = deadline.remaining_ms()
         try:
             stream = connection.open_stream(make, fields, tensors, permit=permit)
@@ -342,6 +351,14 @@ class CloudLink:
         self._note_in_flight(connection)
         self._upkeep(connection)
         return stream, connection
+
+    async def _with_room(self, deadline: Deadline) -> Connection:
+        """A connection on which one more request may be sent at once."""
+        connection = await self._usable(deadline)
+        while not connection.can_open:
+            await connection.room(deadline)
+            connection = await self._usable(deadline)
+        return connection
 
     def _measure_bandwidth(self, elapsed_s: float, size_bytes: int, result: wire.Result) -> None:
         rtt_s = (self.state.rtt_ms or 0.0) / 1000.0

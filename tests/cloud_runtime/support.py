@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import ssl
 import threading
@@ -46,8 +47,10 @@ from nearfar.wire.messages import (
     Models,
     Ready,
     Result,
+    Resume,
     Token,
 )
+from nearfar.wire.retention import ticket_for
 
 TIMEOUT_S = 60.0
 
@@ -216,6 +219,15 @@ class Answer:
         return "".join(self.texts)
 
 
+@dataclass
+class Lost:
+    """What a client remembers of an answer whose connection it lost."""
+
+    request_id: bytes
+    key: bytes
+    texts: list[str]
+
+
 def client_tls(state: StateDir) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=str(state.ca_certificate))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -342,7 +354,7 @@ class WireClient:
         stream = self.session.next_stream
         message = Generate(
             stream=stream,
-            request_id=os.urandom(16),
+            request_id=options.pop("request_id", None) or os.urandom(16),
             model=model,
             prompt=options.pop("prompt", Prompt(text=text)),
             options=GenerationOptions(max_new_tokens=tokens),
@@ -351,6 +363,30 @@ class WireClient:
         )
         await self.send(message)
         return stream
+
+    async def start_resume(
+        self, lost: Lost, *, key: bytes | None = None, next_index: int | None = None, **changes
+    ) -> int:
+        """Take up an answer that another connection lost; `key` and the like make it wrong."""
+        stream = self.session.next_stream
+        fields = {
+            "request_id": lost.request_id,
+            "ticket": ticket_for(lost.key if key is None else key, lost.request_id),
+            "next_index": len(lost.texts) if next_index is None else next_index,
+            "credit": 1000,
+            **changes,
+        }
+        await self.send(Resume(stream=stream, **fields))
+        digest = hashlib.sha256("".join(lost.texts[: fields["next_index"]]).encode())
+        self.session.carry_over(stream, digest)
+        return stream
+
+    async def lose(self, stream: int, request_id: bytes, count: int) -> Lost:
+        """Read that many tokens, then cut the connection."""
+        texts = [(await self.next(stream))[0].text for _ in range(count)]
+        self.websocket.transport.abort()
+        await self.websocket.wait_closed()
+        return Lost(request_id, self.ready.resume_key, texts)
 
     async def collect(self, stream: int) -> Answer:
         """The rest of an answer; the session has checked indices, count and digest."""
@@ -367,8 +403,8 @@ class WireClient:
     async def cancel(self, stream: int) -> None:
         await self.send(Cancel(stream=stream))
 
-    async def grant(self, stream: int, tokens: int) -> None:
-        await self.send(Credit(stream=stream, tokens=tokens))
+    async def grant(self, stream: int, tokens: int, received: int = 0) -> None:
+        await self.send(Credit(stream=stream, tokens=tokens, received=received))
 
 
 async def until(condition) -> None:

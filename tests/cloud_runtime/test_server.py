@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from cloud_runtime import auth
 from cloud_runtime.models import ServedModels
+from cloud_runtime.server import _address_of
 from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
 from nearfar.bundle import BundleStore
@@ -34,6 +36,7 @@ from nearfar.generation import Prompt
 from nearfar.secure.identity import ServerIdentity
 from nearfar.session import Limits
 from nearfar.wire.messages import GoAway, ListModels, Token
+from nearfar.wire.retention import RetentionLimits
 from tests.cloud_runtime.support import (
     ScriptedModel,
     WireClient,
@@ -448,10 +451,13 @@ def test_a_cancelled_waiting_request_never_runs(state):
     run(main())
 
 
-def test_a_client_that_vanishes_frees_its_slot(state):
+@pytest.mark.parametrize("keep_s", [0.0, 0.2])
+def test_a_client_that_vanishes_frees_its_slot_when_retention_ends(state, keep_s):
+    settings = ServerSettings(retention=RetentionLimits(keep_s=keep_s))
+
     async def main() -> None:
         model = chat(token_s=0.002)
-        async with running(served(model), state) as server:
+        async with running(served(model), state, settings) as server:
             async with WireClient.connect(server) as client:
                 await client.next(await client.start_generate("chat", tokens=100_000))
                 client.websocket.transport.abort()
@@ -531,6 +537,31 @@ def test_more_requests_than_may_wait_are_told_to_come_back(state):
             for stream in streams:
                 await client.next(stream)
             await client.infer("scripted", {"x": X})
+
+    run(main())
+
+
+def test_urgent_requests_go_before_those_that_can_wait(state):
+    async def main() -> None:
+        model, told = chat(), []
+        model.hold.set()
+        async with running(served(model), state) as server, WireClient.connect(server) as client:
+
+            async def ask(priority: int) -> None:
+                stream = await client.start_generate("chat", tokens=1, priority=priority)
+                await client.collect(stream)
+                told.append(priority)
+
+            first = asyncio.create_task(ask(5))
+            await until(lambda: model.running)
+            executor = server.server._services.models.get("chat").executor
+            others = []
+            for waiting, priority in enumerate((0, 5, 9), 1):
+                others.append(asyncio.create_task(ask(priority)))
+                await until(lambda waiting=waiting: executor._gate.state().waiting == waiting)
+            model.hold.clear()
+            await asyncio.gather(first, *others)
+        assert told == [5, 9, 5, 0]
 
     run(main())
 
@@ -649,6 +680,26 @@ def test_a_message_that_trickles_in_is_dropped(state):
     run(main())
 
 
+def test_an_admitted_client_that_trickles_is_dropped_though_it_answers_pings(state, caplog):
+    caplog.set_level(logging.INFO, logger="cloud_runtime.access")
+    settings = ServerSettings(message_timeout_s=0.5, ping_interval_s=0.05, ping_timeout_s=0.3)
+
+    async def fragments():
+        while True:
+            yield b"\x00"
+            await asyncio.sleep(0.02)
+
+    async def main() -> None:
+        async with running(served(ScriptedModel()), state, settings) as server:
+            async with WireClient.connect(server) as client:
+                with pytest.raises(ConnectionClosed):
+                    await client.websocket.send(fragments())
+            await until(lambda: not server.server.connections)
+        assert "(message took too long)" in caplog.text
+
+    run(main())
+
+
 def test_a_stranger_cannot_make_the_server_hold_large_messages(state):
     async def main() -> None:
         async with running(served(ScriptedModel()), state) as server:
@@ -698,6 +749,40 @@ def test_connections_beyond_the_limit_get_503(state):
                 pass
 
     run(main())
+
+
+def test_one_address_cannot_take_all_places_with_handshakes(state):
+    settings = ServerSettings(max_strangers_per_address=2, handshake_timeout_s=30.0)
+
+    async def main() -> None:
+        async with running(served(ScriptedModel()), state, settings) as server:
+            async with WireClient.connect(server), WireClient.connect(server):
+                # Those who were admitted do not count.
+                strangers = [await raw_websocket(server) for _ in range(2)]
+                with pytest.raises(InvalidStatus) as caught:
+                    await raw_websocket(server)
+                assert caught.value.response.status_code == 503
+                for stranger in strangers:
+                    stranger.transport.abort()
+            await until(lambda: not server.server.connections)
+            async with WireClient.connect(server) as client:
+                await client.infer("scripted", {"x": X})
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        (("192.0.2.7", 1), "192.0.2.7"),
+        (("2001:db8:0:1::7", 1, 0, 0), "2001:db8:0:1::/64"),
+        (("fe80::1%eth0", 1, 0, 2), "fe80::/64"),
+        (("::ffff:192.0.2.7", 1, 0, 0), "::ffff:192.0.2.7"),
+        (None, ""),
+    ],
+)
+def test_hosts_of_one_ipv6_network_count_as_one_address(remote, address):
+    assert _address_of(SimpleNamespace(remote_address=remote)) == address
 
 
 # HTTP.

@@ -89,7 +89,14 @@ def test_a_region_that_fits_gives_a_permit():
 
 @pytest.mark.parametrize(
     "message",
-    [infer(), generate(), wire.Cancel(stream=1), wire.Credit(stream=1, tokens=1), wire.Auth()],
+    [
+        infer(),
+        generate(),
+        wire.Cancel(stream=1),
+        wire.Credit(stream=1, tokens=1),
+        wire.Resume(stream=1, request_id=bytes(16), ticket=bytes(32), next_index=0, credit=1),
+        wire.Auth(),
+    ],
 )
 @pytest.mark.parametrize("permit", [None, True, verdict()])
 def test_content_without_a_permit_is_held_back(message, permit):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import socket
 import time
 
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
 
 from nearfar.errors import (
     Cancelled,
@@ -413,6 +415,40 @@ def test_a_peer_that_speaks_nonsense_inside_the_websocket_is_refused(cloud, tmp_
             link = CloudLink(cloud.config(url=f"wss://localhost:{port}/v1/nearfar"))
             with pytest.raises((SecurityError, RemoteProtocolError)):
                 await link.connect(Deadline())
+            await link.close()
+
+    run(body())
+
+
+def test_a_cloud_that_trickles_a_message_is_left(cloud, monkeypatch):
+    import ssl
+
+    from websockets.asyncio.server import serve
+
+    from sdk.cloud import connection as connection_module
+
+    monkeypatch.setattr(connection_module, "_MESSAGE_TIMEOUT_S", 0.2)
+
+    async def body():
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(cloud.state.server_chain, cloud.state.server_key)
+
+        async def fragments():
+            while True:
+                yield b"\x00"
+                await asyncio.sleep(0.02)
+
+        async def trickle(socket_):
+            with contextlib.suppress(ConnectionClosed):
+                await socket_.send(fragments())
+
+        async with serve(trickle, "127.0.0.1", 0, ssl=tls, ping_interval=0.05) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            link = CloudLink(cloud.config(url=f"wss://localhost:{port}/v1/nearfar"))
+            started = time.monotonic()
+            with pytest.raises(CloudUnavailable, match="too slowly"):
+                await link.connect(Deadline())
+            assert time.monotonic() - started < 3.0
             await link.close()
 
     run(body())

@@ -63,6 +63,16 @@ def generate(stream: int = 1, credit: int = 100) -> wire.Generate:
     )
 
 
+def resume(stream: int = 1, next_index: int = 0, credit: int = 100) -> wire.Resume:
+    return wire.Resume(
+        stream=stream,
+        request_id=REQUEST_ID,
+        ticket=bytes(32),
+        next_index=next_index,
+        credit=credit,
+    )
+
+
 def fin(stream: int, count: int, digest: bytes) -> wire.Fin:
     return wire.Fin(
         stream=stream,
@@ -190,6 +200,7 @@ plain_messages = st.one_of(
         max_streams=st.integers(1, 99),
         max_message_bytes=st.integers(1, 2**30),
         region=_text,
+        resume_key=st.just(b"") | st.binary(min_size=32, max_size=32),
     ),
     st.builds(wire.ListModels, stream=_stream),
     st.builds(wire.Models, stream=_stream, models=st.lists(_offer, max_size=2).map(tuple)),
@@ -221,7 +232,20 @@ plain_messages = st.one_of(
         decode_ms=_ms,
     ),
     st.builds(wire.Cancel, stream=_stream),
-    st.builds(wire.Credit, stream=_stream, tokens=st.integers(1, 2**31 - 1)),
+    st.builds(
+        wire.Credit,
+        stream=_stream,
+        tokens=st.integers(1, 2**31 - 1),
+        received=st.integers(0, 2**63),
+    ),
+    st.builds(
+        wire.Resume,
+        stream=_stream,
+        request_id=_request_id,
+        ticket=st.binary(min_size=32, max_size=32),
+        next_index=st.integers(0, 2**63),
+        credit=st.integers(0, 2**31 - 1),
+    ),
     st.builds(wire.Ping, id=st.integers(0, 2**64 - 1)),
     st.builds(wire.Pong, id=st.integers(0, 2**64 - 1)),
     st.builds(wire.GoAway, last_stream=st.integers(0, 2**32 - 1), reason=_text),

@@ -27,19 +27,19 @@ def wait_until(condition):
 class Caller(threading.Thread):
     """Acquires in a thread of its own and holds until told."""
 
-    def __init__(self, gate, deadline=None, expected_s=None, cancel=None):
+    def __init__(self, gate, deadline=None, expected_s=None, cancel=None, priority=5):
         super().__init__(daemon=True)
         self.error = self.slot = None
         self.let_go = threading.Event()
-        self._arguments = (gate, deadline or Deadline(), expected_s, cancel)
+        self._arguments = (gate, deadline or Deadline(), expected_s, cancel, priority)
         waiting = gate.state().waiting
         self.start()
         wait_until(lambda: self.slot or self.error or gate.state().waiting > waiting)
 
     def run(self):
-        gate, deadline, expected_s, cancel = self._arguments
+        gate, deadline, expected_s, cancel, priority = self._arguments
         try:
-            with gate.acquire(deadline, expected_s, cancel=cancel) as self.slot:
+            with gate.acquire(deadline, expected_s, cancel=cancel, priority=priority) as self.slot:
                 self.let_go.wait(PATIENCE_S)
         except Exception as error:
             self.error = error
@@ -58,6 +58,51 @@ def test_slots_are_given_in_the_order_of_asking():
         assert [one.slot is not None for one in holders] == [n <= position for n in range(4)]
         holder.finish()
     assert gate.state().running == 0
+
+
+def order_of(gate, priorities, pause_s=0.0):
+    """Priorities in the order in which those who asked in the given order got the one slot."""
+    slot = gate.acquire()
+    callers = []
+    for priority in priorities:
+        callers.append(Caller(gate, priority=priority))
+        time.sleep(pause_s)
+    slot.release()
+    served = []
+    while callers:
+        wait_until(lambda: any(caller.slot for caller in callers))
+        (caller,) = [caller for caller in callers if caller.slot]
+        callers.remove(caller)
+        served.append(caller._arguments[4])
+        caller.finish()
+    return served
+
+
+def test_a_higher_priority_goes_first_and_equal_ones_in_the_order_of_asking():
+    assert order_of(SlotGate(1, 16), [5, 0, 9, 5, 9, 3]) == [9, 9, 5, 5, 3, 0]
+
+
+def test_waiting_lifts_a_low_priority_above_later_high_ones(monkeypatch):
+    monkeypatch.setattr(slots, "_AGEING_S", 0.001)
+    assert order_of(SlotGate(1, 16), [0, 9, 5], pause_s=0.02) == [0, 9, 5]
+
+
+def test_a_stream_of_urgent_requests_starves_nobody(monkeypatch):
+    monkeypatch.setattr(slots, "_AGEING_S", 0.01)
+    gate = SlotGate(1, 16)
+    holder = Caller(gate)
+    background = Caller(gate, priority=0)
+    for _ in range(200):
+        urgent = Caller(gate, priority=9)
+        holder.finish()
+        wait_until(lambda urgent=urgent: urgent.slot or background.slot)
+        if background.slot:
+            break
+        holder = urgent
+        time.sleep(0.005)
+    assert background.slot
+    background.finish()
+    urgent.finish()
 
 
 def test_as_many_run_as_there_are_slots():

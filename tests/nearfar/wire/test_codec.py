@@ -40,6 +40,21 @@ GOLDEN: dict[str, tuple[wire.Message, dict[str, np.ndarray], str]] = {
         {},
         "0d000000" "9501" "01" "a36b6579" "a3617070" "c400" "00000000000000",
     ),
+    "credit": (
+        wire.Credit(stream=1, tokens=32, received=40),
+        {},
+        "05000000" "940b" "01" "20" "28" "00000000000000",
+    ),
+    "resume": (
+        wire.Resume(
+            stream=2, request_id=bytes(range(16)), ticket=bytes(range(32)), next_index=7, credit=64
+        ),
+        {},
+        "39000000" "9610" "02"
+        "c410" "000102030405060708090a0b0c0d0e0f"
+        "c420" "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+        "07" "40" "000000",
+    ),
     "result with an FP32 and a BYTES tensor": (
         wire.Result(
             stream=5,

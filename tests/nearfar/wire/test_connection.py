@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from nearfar.wire.connection import (
     StreamState,
 )
 from nearfar.wire.limits import Limits
-from tests.support.wire import LIMITS, fin, generate, infer, messages, ready, result
+from tests.support.wire import LIMITS, fin, generate, infer, messages, ready, result, resume
 
 EMPTY_DIGEST = hashlib.sha256().digest()
 
@@ -337,6 +338,95 @@ def test_fin_that_does_not_match_the_tokens_is_refused(
     assert complaint in refused(ends.client, wrong)
 
 
+# Resuming
+
+
+def test_a_resumed_stream_goes_on_at_its_index_and_ends_in_the_fin_of_the_whole() -> None:
+    before = Ends.open()
+    stream = before.generating()
+    for index, text in enumerate(["a", "é"]):
+        before.server.send(wire.Token(stream=stream, index=index, text=text))
+    before.deliver()
+    before.client.close()
+
+    after = Ends.open()
+    after.client.send(resume(1, next_index=2, credit=2))
+    after.client.carry_over(1, before.client.digest_state(stream))  # also when it is closed
+    after.deliver()
+    after.server.carry_over(1, before.server.digest_state(stream))
+    assert after.server.token_count(1) == 2
+    assert after.server.credit(1) == 2
+    after.server.send(wire.Token(stream=1, index=2, text="日"))
+    after.server.send(fin(1, 3, hashlib.sha256("aé日".encode()).digest()))
+    after.deliver()
+    assert [type(message).__name__ for message in after.at_client] == ["Token", "Fin"]
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_resumed_stream_has_no_gap_and_no_repetition(index: int) -> None:
+    ends = Ends.open()
+    ends.client.send(resume(1, next_index=2))
+    token = wire.Token(stream=1, index=index, text="")
+    assert f"token {index} where 2 was due" in refused(ends.client, token)
+
+
+def test_a_fin_without_what_came_before_is_refused() -> None:
+    ends = Ends.open()
+    ends.client.send(resume(1, next_index=1))
+    ends.client.carry_over(1, hashlib.sha256(b"a"))
+    assert "digest of Fin" in refused(ends.client, fin(1, 1, EMPTY_DIGEST))
+
+
+def test_a_digest_is_carried_over_only_right_after_resume() -> None:
+    ends = Ends.open()
+    stream = ends.generating()
+    with pytest.raises(LocalProtocolError, match="takes over no digest"):
+        ends.server.carry_over(stream, hashlib.sha256())
+    ends.client.send(resume(2))
+    ends.deliver()
+    ends.server.send(wire.Token(stream=2, index=0, text="a"))
+    with pytest.raises(LocalProtocolError, match="takes over no digest"):
+        ends.server.carry_over(2, hashlib.sha256())
+    with pytest.raises(LocalProtocolError, match="is not open"):
+        ends.server.carry_over(3, hashlib.sha256())
+
+
+def test_a_miss_ends_the_stream_and_leaves_the_connection() -> None:
+    ends = Ends.open()
+    ends.client.send(resume(1))
+    ends.deliver()
+    ends.server.send(wire.Error(stream=1, code="resume_missed", problem="Too late"))
+    ends.deliver()
+    assert ends.client.open_streams == ()
+    assert ends.client.state is ConnectionState.OPEN
+
+
+def test_more_than_was_sent_cannot_be_acknowledged() -> None:
+    ends = Ends.open()
+    stream = ends.generating()
+    ends.server.send(wire.Token(stream=stream, index=0, text="a"))
+    ends.deliver()
+    ends.client.send(wire.Credit(stream=stream, tokens=1, received=1))
+    ends.deliver()
+    credit = wire.Credit(stream=stream, tokens=1, received=2)
+    with pytest.raises(LocalProtocolError, match="had 1 tokens, 2 are acknowledged"):
+        ends.client.send(credit)
+    assert "2 are acknowledged" in refused(ends.server, credit)
+
+
+def test_peers_that_know_nothing_of_resumption_are_understood() -> None:
+    """New fields are optional: the shorter forms of `Ready` and `Credit` mean what they did."""
+    ends = Ends.new()
+    ends.client.send(wire.Auth())
+    ends.deliver()
+    header = msgspec.msgpack.encode([2, 1, "old", 4, 1000, ""])
+    size = len(header).to_bytes(4, "little")
+    padding = bytes(-(len(header) + 4) % 8)
+    message, _ = ends.client.receive(size + header + padding)
+    assert message.resume_key == b""
+    assert ends.client.can_open
+
+
 # Cancelling
 
 
@@ -543,6 +633,10 @@ FIELD_PROBLEMS = [
     ),
     (generate(1, credit=-1), "credit is -1"),
     (generate(1, credit=2**31), "credit is"),
+    (resume(1, next_index=-1), "next_index is -1"),
+    (resume(1, credit=-1), "credit is -1"),
+    (msgspec.structs.replace(resume(1), ticket=bytes(31)), "ticket has 31 bytes, not 32"),
+    (msgspec.structs.replace(resume(1), request_id=b""), "request_id has 0 bytes"),
 ]
 
 
@@ -622,7 +716,7 @@ def test_any_sequence_of_messages_is_followed_or_refused(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["client", "server", "nobody"]), st.integers(0, 8), st.integers(1, 5)
+            st.sampled_from(["client", "server", "nobody"]), st.integers(0, 9), st.integers(1, 5)
         ),
         max_size=40,
     )
@@ -638,6 +732,7 @@ def test_two_obedient_ends_never_surprise_each_other(
         choices: list[tuple[Connection, wire.Message]] = [
             (ends.client, infer(ends.client.next_stream)),
             (ends.client, generate(ends.client.next_stream, credit=2)),
+            (ends.client, resume(ends.client.next_stream, count, credit=2)),
             (ends.client, wire.Cancel(stream=stream)),
             (ends.client, wire.Credit(stream=stream, tokens=1)),
             (ends.server, wire.Token(stream=stream, index=count, text="a")),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from cloud_runtime.watchdog import Watchdog
+from nearfar.watchdog import Watchdog
 from tests.cloud_runtime.support import run
 
 
