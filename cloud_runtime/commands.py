@@ -150,6 +150,13 @@ def serve(
             help="When ready, print one JSON line on stdout (event, url, pin, models), no banner.",
         ),
     ] = False,
+    loop: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|asyncio|uvloop",
+            help="Event loop; auto takes uvloop where it is installed.",
+        ),
+    ] = "auto",
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No access log; warnings and errors only.")
     ] = False,
@@ -194,6 +201,7 @@ def serve(
             certificate_key=certificate_key,
             allow_anonymous=allow_anonymous,
             ready_json=ready_json,
+            loop=loop,
             serving=ServingOptions(
                 session=SessionOptions(threads=threads), slots=slots, max_waiting=max_waiting
             ),

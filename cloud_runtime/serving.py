@@ -24,7 +24,7 @@ from cloud_runtime.provision import url_of
 from cloud_runtime.server import CloudServer, tls_context
 from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
-from nearfar import __version__
+from nearfar import __version__, eventloop
 from nearfar.bundle import BundleStore
 from nearfar.errors import ConfigError
 from nearfar.secure.identity import ServerIdentity
@@ -50,6 +50,7 @@ class ServePlan:
         certificate_key: Its private key.
         allow_anonymous: Whether clients without an API key are let in.
         ready_json: Whether to print one JSON line on stdout when ready, and no banner.
+        loop: Event loop, a `nearfar.eventloop.LoopName`.
     """
 
     models: Path
@@ -61,6 +62,7 @@ class ServePlan:
     certificate_key: Path | None = None
     allow_anonymous: bool = False
     ready_json: bool = False
+    loop: str = "auto"
     serving: ServingOptions = field(default_factory=ServingOptions)
     settings: ServerSettings = field(default_factory=ServerSettings)
 
@@ -69,7 +71,8 @@ def run(plan: ServePlan) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second SIGINT ends the process at once.
 
     Raises:
-        ConfigError: The state directory is incomplete, or the address cannot be bound.
+        ConfigError: The state directory is incomplete, the address cannot be bound, or the event
+            loop is not installed.
         ModelNotFound, BundleError, EngineError: Models cannot be served.
     """
     # Everything cheap that can be wrong, before minutes may go into loading models.
@@ -82,6 +85,7 @@ def run(plan: ServePlan) -> None:
             field="state",
             fix=f"Create it with: nearfar cloud init {state.path}",
         )
+    eventloop.choose(plan.loop)
     identity = ServerIdentity.load(state.identity)
     has_keys = state.api_keys.exists() or not plan.allow_anonymous
     authenticator = Authenticator(
@@ -99,7 +103,8 @@ def run(plan: ServePlan) -> None:
         models=models, keys=keys, authenticator=authenticator, tls=tls, settings=plan.settings
     )
     try:
-        asyncio.run(_serve(server, plan, models, str(identity.pin), certificate))
+        eventloop.limit_tls_buffers()
+        eventloop.run(_serve(server, plan, models, str(identity.pin), certificate), name=plan.loop)
     finally:
         models.close()
     _leave_threads_behind()

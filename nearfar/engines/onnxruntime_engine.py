@@ -93,6 +93,14 @@ class OnnxRuntimeEngine:
         # costs more than it saves.
         self._bind_to = "cuda" if self.execution_provider in _BY_DEVICE[:2] else None
         self._is_extended = any(spec.datatype in EXTENDED for spec in (*self.inputs, *self.outputs))
+        if self._is_extended and any(
+            spec.datatype == "BYTES" for spec in (*self.inputs, *self.outputs)
+        ):
+            raise EngineError(
+                f"{self._label} has strings beside BF16 or 4-bit tensors, which the Python API of "
+                "ONNX Runtime cannot bind together",
+                fix="Convert the model with FP16 or FP32 instead of BF16, INT8 instead of INT4",
+            )
         self._close_lock = threading.Lock()
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -221,8 +221,9 @@ def _data_of(name: str, datatype: str, array: np.ndarray) -> bytes | memoryview:
         )
     if datatype in PACKED:
         return pack_4bit(array).data
-    # reshape copies only what is not C-contiguous; the uint8 view makes len() count bytes.
-    return array.reshape(-1).view(np.uint8).data
+    # Copies only what is not C-contiguous (reshape alone would leave `array[::2]` as it lies); the
+    # uint8 view makes len() count bytes.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _check(header: TensorHeader, limits: Limits) -> int:

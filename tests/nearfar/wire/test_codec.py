@@ -120,7 +120,8 @@ def test_every_datatype_travels_in_every_shape(datatype: str, shape: tuple[int, 
 
 def test_arrays_in_any_memory_order_arrive_in_c_order() -> None:
     base = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    for array in (base.T, base[:, ::2], np.asfortranarray(base), base[::-1]):
+    flat = base.reshape(-1)
+    for array in (base.T, base[:, ::2], np.asfortranarray(base), base[::-1], flat[::2], flat[::-1]):
         _, (received,) = decode(joined(infer(arrays={"x": array}), array), LIMITS)
         assert np.array_equal(received, array)
 
