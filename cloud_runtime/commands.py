@@ -176,6 +176,13 @@ def serve(
             help="When ready, print one JSON line on stdout (event, url, pin, models), no banner.",
         ),
     ] = False,
+    loop: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|asyncio|uvloop",
+            help="Event loop; auto takes uvloop where it is installed.",
+        ),
+    ] = "auto",
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No access log; warnings and errors only.")
     ] = False,
@@ -222,6 +229,7 @@ def serve(
             allow_anonymous=allow_anonymous,
             attester=attester,
             ready_json=ready_json,
+            loop=loop,
             serving=ServingOptions(
                 session=SessionOptions(threads=threads), slots=slots, max_waiting=max_waiting
             ),

@@ -45,7 +45,7 @@ from nearfar.session import Received, ServerSession
 from nearfar.units import Deadline
 from nearfar.watchdog import Watchdog
 from nearfar.wire.checks import TICKET_BYTES
-from nearfar.wire.codec import describe
+from nearfar.wire.codec import describe, named
 from nearfar.wire.messages import (
     PROTOCOL_VERSION,
     Auth,
@@ -581,7 +581,14 @@ def work_of(request: Infer, tensors: Sequence[np.ndarray]) -> InferWork:
         names = [header.name for header in request.tensors]
         if len(set(names)) != len(names):
             raise InvalidInput("An input is given twice", field="inputs", fix="Give each once")
-        return InferWork(form="tensors", feeds=dict(zip(names, tensors, strict=True)))
+        try:
+            return InferWork(form="tensors", feeds=named(request.tensors, tensors))
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"The cloud cannot take this input: {error.problem}",
+                field="inputs",
+                fix="Ask its operator to install ml_dtypes, or use a model with other inputs",
+            ) from error
     items: list[str | bytes] = list(tensors[0])  # one BYTES tensor: the session has checked
     if request.form == "text":
         try:

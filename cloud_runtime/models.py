@@ -29,7 +29,7 @@ from nearfar.engines.base import SessionOptions
 from nearfar.engines.model import LoadedModel
 from nearfar.errors import EngineError, InvalidInput, ModelNotFound
 from nearfar.generation import GenerationOptions, Prompt
-from nearfar.tensors import NUMPY_OF
+from nearfar.tensors import numpy_of
 from nearfar.units import Deadline, format_bytes
 from nearfar.wire.messages import ModelOffer
 
@@ -154,7 +154,7 @@ def _choose(manifest: Manifest, device: devices.Device) -> tuple[Variant | None,
 
 def _zeros(spec: TensorSpec) -> np.ndarray:
     """The smallest input of that form."""
-    return np.zeros([max(size, 1) for size in spec.shape], NUMPY_OF[spec.datatype])
+    return np.zeros([max(size, 1) for size in spec.shape], numpy_of(spec.datatype))
 
 
 class ServedModels:

@@ -26,7 +26,7 @@ from cloud_runtime.server import CloudServer, tls_context
 from cloud_runtime.settings import ServerSettings
 from cloud_runtime.state import StateDir
 from cloud_runtime.tokens import TokenVerifier
-from nearfar import __version__
+from nearfar import __version__, eventloop
 from nearfar.bundle import BundleStore
 from nearfar.errors import ConfigError
 from nearfar.secure.attestation import Attester
@@ -54,6 +54,7 @@ class ServePlan:
         allow_anonymous: Whether clients without an API key are let in.
         attester: ``module:function`` of an attestation plug-in; the function makes an `Attester`.
         ready_json: Whether to print one JSON line on stdout when ready, and no banner.
+        loop: Event loop, a `nearfar.eventloop.LoopName`.
     """
 
     models: Path
@@ -66,6 +67,7 @@ class ServePlan:
     allow_anonymous: bool = False
     attester: str | None = None
     ready_json: bool = False
+    loop: str = "auto"
     serving: ServingOptions = field(default_factory=ServingOptions)
     settings: ServerSettings = field(default_factory=ServerSettings)
 
@@ -74,7 +76,8 @@ def run(plan: ServePlan) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second SIGINT ends the process at once.
 
     Raises:
-        ConfigError: The state directory is incomplete, or the address cannot be bound.
+        ConfigError: The state directory is incomplete, the address cannot be bound, or the event
+            loop is not installed.
         ModelNotFound, BundleError, EngineError: Models cannot be served.
     """
     # Everything cheap that can be wrong, before minutes may go into loading models.
@@ -87,6 +90,7 @@ def run(plan: ServePlan) -> None:
             field="state",
             fix=f"Create it with: nearfar cloud init {state.path}",
         )
+    eventloop.choose(plan.loop)
     identity = ServerIdentity.load(state.identity)
     has_keys = state.api_keys.exists() or not plan.allow_anonymous
     authenticator = Authenticator(
@@ -107,7 +111,8 @@ def run(plan: ServePlan) -> None:
         models=models, keys=keys, authenticator=authenticator, tls=tls, settings=plan.settings
     )
     try:
-        asyncio.run(_serve(server, plan, models, str(identity.pin), certificate))
+        eventloop.limit_tls_buffers()
+        eventloop.run(_serve(server, plan, models, str(identity.pin), certificate), name=plan.loop)
     finally:
         models.close()
     _leave_threads_behind()

@@ -40,24 +40,33 @@ def has_uvloop() -> bool:
     return importlib.util.find_spec("uvloop") is not None
 
 
-def choose(name: LoopName) -> Literal["asyncio", "uvloop"]:
+def choose(name: str) -> Literal["asyncio", "uvloop"]:
     """Settle ``auto``.
 
+    Args:
+        name: A `LoopName`.
+
     Raises:
-        ConfigError: uvloop is asked for by name and not installed.
+        ConfigError: It is none, or uvloop is asked for by name and not installed.
     """
     if name == "auto":
         return "uvloop" if has_uvloop() else "asyncio"
-    if name == "uvloop" and not has_uvloop():
+    if name == "asyncio":
+        return "asyncio"
+    if name != "uvloop":
+        raise ConfigError(
+            f"There is no event loop {name!r}", field="loop", fix="Choose auto, asyncio or uvloop"
+        )
+    if not has_uvloop():
         raise ConfigError(
             "The event loop uvloop is not installed",
             field="loop",
             fix="pip install 'nearfar[uvloop]' (not on Windows), or choose asyncio",
         )
-    return name
+    return "uvloop"
 
 
-def new_event_loop(name: LoopName = "auto") -> asyncio.AbstractEventLoop:
+def new_event_loop(name: str = "auto") -> asyncio.AbstractEventLoop:
     """A loop that the caller runs and closes.
 
     Raises:
@@ -71,7 +80,7 @@ def new_event_loop(name: LoopName = "auto") -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop()
 
 
-def run(coroutine: Coroutine[Any, Any, T], name: LoopName = "auto") -> T:
+def run(coroutine: Coroutine[Any, Any, T], name: str = "auto") -> T:
     """As `asyncio.run`, on the named loop.
 
     Raises:

@@ -28,6 +28,16 @@ NUMPY_OF: dict[str, np.dtype[np.generic]] = {
 
 _NAME_OF = {dtype: name for name, dtype in NUMPY_OF.items()}
 
+#: Protocol name -> name of the type in the package ml_dtypes, where numpy has none of its own.
+EXTENDED = {"BF16": "bfloat16", "INT4": "int4", "UINT4": "uint4"}
+_EXTENDED_NAME_OF = {name: datatype for datatype, name in EXTENDED.items()}
+
+#: Two elements in a byte, in files and on the wire; ml_dtypes keeps one in a byte.
+PACKED = frozenset({"INT4", "UINT4"})
+
+#: Every name that a tensor's datatype may have.
+DATATYPES = frozenset(NUMPY_OF) | frozenset(EXTENDED)
+
 #: ONNX Runtime's type string -> Open Inference Protocol name.
 OF_ONNXRUNTIME = {
     "tensor(bool)": "BOOL",
@@ -39,11 +49,65 @@ OF_ONNXRUNTIME = {
     "tensor(int16)": "INT16",
     "tensor(int32)": "INT32",
     "tensor(int64)": "INT64",
+    "tensor(uint4)": "UINT4",
+    "tensor(int4)": "INT4",
+    "tensor(bfloat16)": "BF16",
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+
+
+def numpy_of(datatype: str) -> np.dtype[np.generic]:
+    """The dtype whose arrays hold a datatype.
+
+    Args:
+        datatype: One of `DATATYPES`.
+
+    Raises:
+        InvalidInput: It needs the package ml_dtypes, which is not installed.
+    """
+    dtype = NUMPY_OF.get(datatype)
+    if dtype is not None:
+        return dtype
+    try:
+        import ml_dtypes
+    except ImportError as exc:
+        raise InvalidInput(
+            f"Tensors of datatype {datatype} need the package ml_dtypes, which is not installed",
+            field="inputs",
+            fix="pip install ml_dtypes",
+        ) from exc
+    found: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, EXTENDED[datatype]))
+    return found
+
+
+def spell(datatype: str) -> str:
+    """The dtype in Python, for messages: ``numpy.float32``, ``ml_dtypes.int4``."""
+    if datatype in EXTENDED:
+        return f"ml_dtypes.{EXTENDED[datatype]}"
+    return "object" if datatype == "BYTES" else f"numpy.{NUMPY_OF[datatype]}"
+
+
+def pack_4bit(array: np.ndarray) -> np.ndarray:
+    """Elements of an INT4 or UINT4 array, two in a byte, the first in the low half, as ONNX does.
+
+    Returns:
+        A new array of uint8; the last high half is 0 when the number of elements is odd.
+    """
+    halves = array.reshape(-1).view(np.uint8)
+    packed = halves[0::2] & 0x0F
+    packed[: halves.size // 2] |= halves[1::2] << 4
+    return packed
+
+
+def unpack_4bit(packed: np.ndarray, count: int) -> np.ndarray:
+    """The other way: a new array of uint8 with one element in the low half of each byte."""
+    halves = np.empty(2 * packed.size, np.uint8)
+    halves[0::2] = packed & 0x0F
+    halves[1::2] = packed >> 4
+    return halves[:count]
 
 
 def datatype_of(array: np.ndarray) -> str:
@@ -56,9 +120,14 @@ def datatype_of(array: np.ndarray) -> str:
     if name is None:
         if array.dtype.kind in "SU":
             return "BYTES"
+        if array.dtype.type.__module__ == "ml_dtypes" and array.dtype.isnative:
+            name = _EXTENDED_NAME_OF.get(array.dtype.name)
+            if name is not None:
+                return name
         raise InvalidInput(
             f"Arrays of dtype {array.dtype} cannot be sent to a model",
             field="inputs",
-            fix="Convert to one of " + ", ".join(str(d) for d in NUMPY_OF.values()),
+            fix="Convert to one of "
+            + ", ".join((*map(str, NUMPY_OF.values()), *_EXTENDED_NAME_OF)),
         )
     return name

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from nearfar.errors import Cancelled, InvalidInput
+from nearfar.eventloop import new_event_loop
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ class BackgroundLoop:
     """Runs coroutines for callers in other threads. Thread-safe; starts at once."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()  # uvloop where it is installed
         # A daemon: a program that forgets to close its client still ends.
         self._thread = threading.Thread(target=self._run, name="nearfar-cloud", daemon=True)
         self._is_closed = False

@@ -328,7 +328,7 @@ def check_feeds(
     Raises:
         InvalidInput: Names the first input that does not fit, and what would.
     """
-    from nearfar.tensors import NUMPY_OF
+    from nearfar.tensors import numpy_of, spell
 
     for spec in specs:
         array = feeds.get(spec.name)
@@ -338,12 +338,12 @@ def check_feeds(
                 field=spec.name,
                 fix=f"Its inputs are: {_describe(specs)}",
             )
-        wanted = NUMPY_OF.get(spec.datatype)
-        if wanted is not None and array.dtype != wanted and not _is_text(array, spec):
+        wanted = numpy_of(spec.datatype)
+        if array.dtype != wanted and not _is_text(array, spec):
             raise InvalidInput(
                 f"Input {spec.name!r} of model {model!r} has dtype {array.dtype}, not {wanted}",
                 field=spec.name,
-                fix=f"Convert it with .astype(numpy.{wanted})",
+                fix=f"Convert it with .astype({spell(spec.datatype)})",
             )
         if len(spec.shape) != array.ndim or any(
             size not in (-1, got) for size, got in zip(spec.shape, array.shape, strict=True)

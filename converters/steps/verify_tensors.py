@@ -13,7 +13,7 @@ import numpy as np
 from converters.steps.onnx_session import open_session, run
 from nearfar.bundle.manifest import HeadTailPreprocessing, QualityFigure, TensorSpec
 from nearfar.errors import ConversionError
-from nearfar.tensors import NUMPY_OF
+from nearfar.tensors import numpy_of
 
 MAX_SAMPLES = 200
 _SYNTHETIC_SAMPLES = 32
@@ -83,7 +83,7 @@ def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
     feeds: list[Feeds] = []
     for spec in inputs:
         array = arrays.get(spec.name)
-        if array is None or array.dtype != NUMPY_OF[spec.datatype]:
+        if array is None or array.dtype != numpy_of(spec.datatype):
             raise ConversionError(
                 f"{path} has no array {spec.name!r} of type {spec.datatype}",
                 fix="Give one array for each input of the model, with its type",
@@ -110,7 +110,7 @@ def synthetic_samples(inputs: Sequence[TensorSpec]) -> list[Feeds]:
         for spec in inputs:
             # Free sizes are the same for all inputs of one call: they usually are one quantity.
             shape = [size if size >= 0 else 1 + number % 3 for size in spec.shape]
-            dtype = NUMPY_OF[spec.datatype]
+            dtype = numpy_of(spec.datatype)
             if dtype.kind == "f":
                 feed[spec.name] = generator.standard_normal(shape).astype(dtype)
             elif dtype.kind in "biu":

@@ -16,7 +16,7 @@ from nearfar.bundle.manifest import (
 )
 from nearfar.bundle.paths import MANIFEST_NAME, path_problem
 from nearfar.bundle.versions import is_version
-from nearfar.tensors import NUMPY_OF
+from nearfar.tensors import DATATYPES
 
 #: Ids become folder names, metric labels and wire strings, so they are kept plain.
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
@@ -25,7 +25,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 MAX_FILE_BYTES = 1 << 40
 #: Head and tail rows are allocated per request.
 _MAX_HEAD_TAIL = 1 << 20
-_DATATYPES = frozenset(NUMPY_OF) | {"BF16"}
 
 
 def manifest_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -100,7 +99,7 @@ def _tensor_problems(field: str, specs: tuple[TensorSpec, ...]) -> Iterator[tupl
     for position, spec in enumerate(specs):
         if not spec.name or names.index(spec.name) != position:
             yield f"{field}[{position}].name", f"{spec.name!r} is empty or used twice"
-        if spec.datatype not in _DATATYPES:
+        if spec.datatype not in DATATYPES:
             yield f"{field}[{position}].datatype", f"{spec.datatype!r} is not a known datatype"
         if any(size < -1 for size in spec.shape):
             yield f"{field}[{position}].shape", f"{list(spec.shape)} has a size below -1"

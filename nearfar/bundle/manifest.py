@@ -22,7 +22,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: Name of the tensor in the model's graph.
-        datatype: ``BOOL UINT8 … INT64 FP16 BF16 FP32 FP64 BYTES``; see `nearfar.tensors`.
+        datatype: ``BOOL UINT4 … INT64 FP16 BF16 FP32 FP64 BYTES``; see `nearfar.tensors`.
         shape: Sizes, with -1 where the size is free.
     """
 

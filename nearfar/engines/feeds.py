@@ -12,7 +12,7 @@ import numpy as np
 
 from nearfar.bundle.manifest import TensorSpec
 from nearfar.errors import InvalidInput
-from nearfar.tensors import NUMPY_OF
+from nearfar.tensors import numpy_of, spell
 
 
 class FeedCheck:
@@ -35,7 +35,7 @@ class FeedCheck:
         self._plan = [
             (
                 spec.name,
-                NUMPY_OF[spec.datatype],
+                numpy_of(spec.datatype),
                 len(spec.shape),
                 tuple((axis, size) for axis, size in enumerate(spec.shape) if size >= 0),
             )
@@ -96,19 +96,19 @@ class FeedCheck:
 
     def _wrong_type(self, name: str, array: object) -> InvalidInput:
         spec = self._specs[name]
-        wanted = NUMPY_OF[spec.datatype]
+        wanted = numpy_of(spec.datatype)
         if isinstance(array, np.ndarray):
             text = "" if spec.datatype != "BYTES" else " of str or bytes"
             return InvalidInput(
                 f"Input {name!r} has dtype {array.dtype.str if _is_swapped(array) else array.dtype}"
                 f", expected {wanted} ({spec.datatype}){text}",
                 field=name,
-                fix=f"Convert it: array.astype(numpy.dtype({str(wanted)!r}))",
+                fix=f"Convert it: array.astype({spell(spec.datatype)})",
             )
         return InvalidInput(
             f"Input {name!r} is of type {type(array).__name__}, expected a numpy array",
             field=name,
-            fix=f"Convert it: numpy.asarray(value, dtype={str(wanted)!r})",
+            fix=f"Convert it: numpy.asarray(value, dtype={spell(spec.datatype)})",
         )
 
     def _wrong_shape(self, name: str, shape: tuple[int, ...]) -> InvalidInput:

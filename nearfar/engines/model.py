@@ -18,7 +18,7 @@ from nearfar.engines.base import (
 from nearfar.engines.loading import load_engine
 from nearfar.errors import BundleError, InvalidInput
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
-from nearfar.tensors import NUMPY_OF
+from nearfar.tensors import numpy_of
 
 if TYPE_CHECKING:
     from nearfar.bundle import Bundle
@@ -183,7 +183,7 @@ def _preprocessor(bundle: Bundle, engine: TensorEngine | None) -> _Preprocess | 
             fix="Convert it again, or remove `preprocessing` from the manifest",
         )
     (tensor,) = engine.inputs
-    dtype = NUMPY_OF[tensor.datatype]
+    dtype = numpy_of(tensor.datatype)
 
     def extract(items: Sequence[str | bytes]) -> dict[str, np.ndarray]:
         rows = [head_tail.features(bytes(item), spec) for item in items if isinstance(item, bytes)]

@@ -17,11 +17,12 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
+from nearfar.engines import extended_tensors
 from nearfar.engines.base import SessionOptions, ShapeRange
 from nearfar.engines.devices import physical_cores
 from nearfar.engines.feeds import FeedCheck
 from nearfar.errors import BundleError, EngineError, InvalidInput, NearfarError
-from nearfar.tensors import NUMPY_OF, OF_ONNXRUNTIME
+from nearfar.tensors import EXTENDED, OF_ONNXRUNTIME, numpy_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,20 @@ class OnnxRuntimeEngine:
         _check_specs(self._label, "output", manifest.outputs, self.outputs)
         self._session: Any = session
         self._output_names = [spec.name for spec in self.outputs]
-        self._dtypes = [(spec.name, NUMPY_OF[spec.datatype]) for spec in self.inputs]
+        self._dtypes = [(spec.name, numpy_of(spec.datatype)) for spec in self.inputs]
         self._check = FeedCheck(self.inputs, [list(item.shape) for item in session.get_inputs()])
         # Outputs made on the GPU are bound there and copied once at the end; on the CPU binding
         # costs more than it saves.
         self._bind_to = "cuda" if self.execution_provider in _BY_DEVICE[:2] else None
+        self._is_extended = any(spec.datatype in EXTENDED for spec in (*self.inputs, *self.outputs))
+        if self._is_extended and any(
+            spec.datatype == "BYTES" for spec in (*self.inputs, *self.outputs)
+        ):
+            raise EngineError(
+                f"{self._label} has strings beside BF16 or 4-bit tensors, which the Python API of "
+                "ONNX Runtime cannot bind together",
+                fix="Convert the model with FP16 or FP32 instead of BF16, INT8 instead of INT4",
+            )
         self._close_lock = threading.Lock()
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,7 +118,9 @@ class OnnxRuntimeEngine:
         if self._check.has_strings:
             feeds = _with_text(feeds)
         try:
-            if self._bind_to is None:
+            if self._is_extended:
+                outputs = extended_tensors.run(session, feeds, self.inputs, self.outputs)
+            elif self._bind_to is None:
                 outputs = session.run(self._output_names, feeds)
             else:
                 outputs = _run_bound(session, feeds, self._output_names, self._bind_to)

@@ -1,6 +1,7 @@
 """Messages to bytes and back. Layout: docs/reference/wire.md, "One message".
 
-Encoding copies no tensor that is C-contiguous already; decoding copies none but BYTES.
+Encoding copies no tensor that is C-contiguous already; decoding copies none. Only BYTES, INT4 and
+UINT4, which lie otherwise in memory, are copied both ways.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import msgspec
 import numpy as np
 
 from nearfar.errors import InvalidInput, LocalProtocolError, RemoteProtocolError
-from nearfar.tensors import NUMPY_OF, datatype_of
+from nearfar.tensors import (
+    DATATYPES,
+    NUMPY_OF,
+    PACKED,
+    datatype_of,
+    numpy_of,
+    pack_4bit,
+    unpack_4bit,
+)
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import Infer, Message, Result, TensorHeader
 
@@ -141,6 +150,18 @@ def decode(
     return message, tuple(tensors)
 
 
+def named(headers: Sequence[TensorHeader], tensors: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Decoded tensors by name.
+
+    Raises:
+        InvalidInput: One of them is of a datatype that this installation has no dtype for.
+    """
+    for header in headers:
+        if header.datatype not in NUMPY_OF:
+            numpy_of(header.datatype)
+    return {header.name: tensor for header, tensor in zip(headers, tensors, strict=True)}
+
+
 def tensor_headers(message: Message) -> tuple[TensorHeader, ...]:
     """The tensors a message announces; none for most messages."""
     return message.tensors if isinstance(message, (Infer, Result)) else ()
@@ -184,6 +205,8 @@ def _not_bytes(name: str, what: str) -> InvalidInput:
 
 
 def _size_bytes(name: str, datatype: str, array: np.ndarray) -> int:
+    if datatype in PACKED:
+        return (array.size + 1) // 2
     if datatype != "BYTES":
         return array.nbytes
     return sum(_LENGTH.size + len(element) for element in _elements(name, array))
@@ -196,14 +219,16 @@ def _data_of(name: str, datatype: str, array: np.ndarray) -> bytes | memoryview:
             for element in _elements(name, array)
             for piece in (_LENGTH.pack(len(element)), element)
         )
-    # reshape copies only what is not C-contiguous; the uint8 view makes len() count bytes.
-    return array.reshape(-1).view(np.uint8).data
+    if datatype in PACKED:
+        return pack_4bit(array).data
+    # Copies only what is not C-contiguous (reshape alone would leave `array[::2]` as it lies); the
+    # uint8 view makes len() count bytes.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _check(header: TensorHeader, limits: Limits) -> int:
     """Number of elements of a tensor whose header is believable."""
-    dtype = NUMPY_OF.get(header.datatype)
-    if dtype is None:
+    if header.datatype not in DATATYPES:
         raise _bad("a tensor's datatype is unknown")
     if len(header.shape) > MAX_DIMENSIONS:
         raise _bad(f"a tensor has {len(header.shape)} dimensions")
@@ -217,15 +242,32 @@ def _check(header: TensorHeader, limits: Limits) -> int:
     if header.datatype == "BYTES":
         fits = count * _LENGTH.size <= header.size_bytes <= limits.max_message_bytes
         fits = fits and (count > 0 or header.size_bytes == 0)
+    elif header.datatype in PACKED:
+        fits = header.size_bytes == (count + 1) // 2
     else:
-        fits = header.size_bytes == count * dtype.itemsize
+        fits = header.size_bytes == count * _dtype_of(header.datatype).itemsize
     if not fits:
         raise _bad("a tensor's size does not follow from its shape")
     return count
 
 
+def _dtype_of(datatype: str) -> np.dtype[np.generic]:
+    """As `numpy_of`, but opaque bytes where that fails.
+
+    One tensor that this end cannot name must not end the connection, so it is whoever takes the
+    tensor out that learns of it: see `named`.
+    """
+    dtype = NUMPY_OF.get(datatype)
+    if dtype is not None:
+        return dtype
+    try:
+        return numpy_of(datatype)
+    except InvalidInput:
+        return np.dtype("V1" if datatype in PACKED else "V2")
+
+
 def _array(header: TensorHeader, count: int, data: memoryview) -> np.ndarray:
-    dtype = NUMPY_OF[header.datatype]
+    dtype = _dtype_of(header.datatype)
     array: np.ndarray
     if header.datatype == "BYTES":
         array = np.empty(count, dtype=object)
@@ -241,12 +283,17 @@ def _array(header: TensorHeader, count: int, data: memoryview) -> np.ndarray:
             position += size_bytes
         if position != len(data):
             raise _bad("bytes follow the last element of a BYTES tensor")
-    elif count:
+    elif not count:
+        array = np.empty(0, dtype)
+    elif header.datatype in PACKED:
+        packed = np.frombuffer(data, np.uint8)
+        if count % 2 and packed[-1] > 0x0F:
+            raise _bad("the unused half of a 4-bit tensor's last byte is not zero")
+        array = unpack_4bit(packed, count).view(dtype)
+    else:
         if header.datatype == "BOOL" and np.frombuffer(data, np.uint8).max() > 1:
             raise _bad("a BOOL tensor holds bytes other than 0 and 1")
         array = np.frombuffer(data, dtype)
-    else:
-        array = np.empty(0, dtype)
     if array.shape != header.shape:
         array = array.reshape(header.shape)
     if array.flags.writeable:

@@ -138,7 +138,7 @@ class CloudLink:
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded, InvalidInput: Typed; see `Stream`.
         """
-        from nearfar.wire.codec import describe
+        from nearfar.wire.codec import describe, named
 
         arrays = tuple(tensors.values())
         stream, connection = await self._open(
@@ -168,8 +168,7 @@ class CloudLink:
         self._measure_bandwidth(elapsed_s, permit.bytes_sent + received.size_bytes, message)
         # Received tensors are views into one websocket message; copies let it go and are writable.
         outputs = {
-            header.name: array.copy()
-            for header, array in zip(message.tensors, received.tensors, strict=True)
+            name: array.copy() for name, array in named(message.tensors, received.tensors).items()
         }
         return TensorReply(message, outputs, bytes_received=received.size_bytes)
 

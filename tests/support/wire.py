@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from nearfar.generation import ChatMessage, GenerationOptions, Prompt, Usage
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
 from nearfar.session import ClientSession, Received, ServerSession
-from nearfar.tensors import NUMPY_OF
+from nearfar.tensors import EXTENDED, NUMPY_OF, numpy_of
 from nearfar.wire import messages as wire
 from nearfar.wire.codec import describe
 from nearfar.wire.limits import Limits
@@ -175,6 +176,10 @@ _manifest = st.builds(
 )
 _offer = st.builds(wire.ModelOffer, manifest=_manifest, variant=_text, queue_ms=_ms)
 
+#: Without the package ml_dtypes these are tested where it is installed.
+EXTENDED_DTYPES = (
+    [numpy_of(datatype) for datatype in EXTENDED] if importlib.util.find_spec("ml_dtypes") else []
+)
 _NUMBERS = [dtype for name, dtype in NUMPY_OF.items() if name != "BYTES"]
 _shape = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
 
@@ -187,7 +192,34 @@ def _objects(shape: tuple[int, ...], values: list[bytes]) -> np.ndarray:
 
 
 _bytes_array = st.builds(_objects, _shape, st.lists(st.binary(max_size=9), min_size=1, max_size=5))
-arrays = st.sampled_from(_NUMBERS).flatmap(lambda dtype: hnp.arrays(dtype, _shape)) | _bytes_array
+
+
+def _extended(dtype: np.dtype, bits: np.ndarray) -> np.ndarray:
+    """Any bits as that type; the high half of a 4-bit element's byte is not its own."""
+    return (bits & 0x0F).astype(np.uint8).view(dtype) if dtype.itemsize == 1 else bits.view(dtype)
+
+
+_extended_array = st.builds(
+    lambda dtype, bits: _extended(dtype, bits),
+    st.sampled_from(EXTENDED_DTYPES or [np.dtype(np.uint16)]),
+    hnp.arrays(np.uint16, _shape),
+)
+
+
+def _reordered(array: np.ndarray, how: int) -> np.ndarray:
+    """The same kind of array, not contiguous in memory."""
+    if array.ndim == 0 or how == 0:
+        return array
+    return array.T if how == 1 else array[::-1] if how == 2 else array[..., ::2]
+
+
+arrays = st.builds(
+    _reordered,
+    st.sampled_from(_NUMBERS).flatmap(lambda dtype: hnp.arrays(dtype, _shape))
+    | _extended_array
+    | _bytes_array,
+    st.integers(0, 3),
+)
 named_arrays = st.dictionaries(_text, arrays, max_size=4)
 
 #: Every message that carries no tensors.

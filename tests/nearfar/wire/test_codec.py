@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 import msgspec
 import numpy as np
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import InvalidInput, LocalProtocolError, RemoteProtocolError
-from nearfar.tensors import NUMPY_OF, datatype_of
+from nearfar.tensors import DATATYPES, EXTENDED, datatype_of, numpy_of
 from nearfar.wire import messages as wire
-from nearfar.wire.codec import decode, describe, encode
+from nearfar.wire.codec import decode, describe, encode, named, tensor_headers
 from nearfar.wire.limits import Limits
 from tests.support.wire import LIMITS, arrays, infer, messages, result
 
@@ -120,10 +121,12 @@ def test_decoding_what_was_encoded_gives_the_same_message(
             assert got.tobytes() == sent.tobytes()  # bit for bit, NaN included
 
 
-@pytest.mark.parametrize("datatype", [name for name in NUMPY_OF if name != "BYTES"])
+@pytest.mark.parametrize("datatype", [name for name in sorted(DATATYPES) if name != "BYTES"])
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3)])
 def test_every_datatype_travels_in_every_shape(datatype: str, shape: tuple[int, ...]) -> None:
-    array = np.ones(shape, NUMPY_OF[datatype])
+    if datatype in EXTENDED:
+        pytest.importorskip("ml_dtypes")
+    array = np.ones(shape).astype(numpy_of(datatype))
     _, (received,) = decode(joined(infer(arrays={"x": array}), array), LIMITS)
     assert datatype_of(received) == datatype
     assert received.shape == shape
@@ -132,7 +135,8 @@ def test_every_datatype_travels_in_every_shape(datatype: str, shape: tuple[int, 
 
 def test_arrays_in_any_memory_order_arrive_in_c_order() -> None:
     base = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    for array in (base.T, base[:, ::2], np.asfortranarray(base), base[::-1]):
+    flat = base.reshape(-1)
+    for array in (base.T, base[:, ::2], np.asfortranarray(base), base[::-1], flat[::2], flat[::-1]):
         _, (received,) = decode(joined(infer(arrays={"x": array}), array), LIMITS)
         assert np.array_equal(received, array)
 
@@ -170,6 +174,35 @@ def test_decoded_tensors_are_aligned_read_only_views_of_the_data() -> None:
             tensor[0] = 2
 
 
+def test_bfloat16_is_not_copied_and_4_bit_integers_travel_two_in_a_byte() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    named_arrays = {
+        "b": np.array([1.5, -2.0], ml_dtypes.bfloat16),
+        "i": np.array([[-8, 7, -1]], ml_dtypes.int4),
+        "u": np.array([1, 2, 3, 15], ml_dtypes.uint4),
+    }
+    parts = encode(infer(arrays=named_arrays), list(named_arrays.values()))
+    data = b"".join(parts)
+    sent = [bytes(part) for part in parts[1::2]]
+    assert sent == [bytes.fromhex("c03f00c0"), bytes.fromhex("780f"), bytes.fromhex("21f3")]
+    _, tensors = decode(data, LIMITS)
+    assert [tensor.tolist() for tensor in tensors] == [a.tolist() for a in named_arrays.values()]
+    assert np.shares_memory(tensors[0], np.frombuffer(data, np.uint8))
+    assert not any(tensor.flags.writeable for tensor in tensors)
+
+
+@pytest.mark.parametrize(("datatype", "size_bytes"), [("BF16", 6), ("INT4", 2), ("UINT4", 2)])
+def test_without_ml_dtypes_a_tensor_is_refused_where_it_is_taken_out(
+    monkeypatch: pytest.MonkeyPatch, datatype: str, size_bytes: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    data = _result(["x", datatype, [3], size_bytes], data=(bytes(size_bytes),))
+    message, tensors = decode(data, LIMITS)  # the connection lives on
+    assert tensors[0].shape == (3,)
+    with pytest.raises(InvalidInput, match="ml_dtypes"):
+        named(tensor_headers(message), tensors)
+
+
 def test_fields_added_by_a_newer_peer_are_skipped() -> None:
     header = msgspec.msgpack.encode([12, 7, "new", {"deep": [1]}])
     lead = struct.pack("<I", len(header)) + header
@@ -198,6 +231,9 @@ MALFORMED: dict[str, bytes] = {
     "length beyond the end": struct.pack("<I", 9) + bytes(8),
     "length beyond all bounds": b"\xff\xff\xff\xff" + bytes(60),
     "no header": struct.pack("<I", 0) + bytes(4),
+    "4-bit tensor of another size": _result(["x", "INT4", [3], 3], data=(bytes(3),)),
+    "4-bit tensor with a used half too many": _result(["x", "INT4", [1], 1], data=(b"\x10",)),
+    "BF16 of another size": _result(["x", "BF16", [3], 3], data=(bytes(3),)),
     "header is not msgpack": _message(b"\xc1"),
     "header is not a message": _message({"a": 1}),
     "unknown tag": _message([99, 1]),
