@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test lint types imports unit bench clean distclean
+.PHONY: help quickstart test lint types imports unit vectors bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ imports: $(VENV)/.ready-dev ## import-linter: imports run downwards only
 
 unit: $(VENV)/.ready-dev ## pytest, real models included
 	@$(BIN)/python -m pytest
+
+vectors: $(VENV)/.ready-dev ## Write the test vectors of wire and secure channel anew
+	@$(BIN)/python -m tests.vectors.generate
 
 bench: $(VENV)/.ready-dev ## The performance bars, on this machine
 	@$(BIN)/nearfar bench overhead --models $(WORKSPACE)/models --check
