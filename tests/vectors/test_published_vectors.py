@@ -1,4 +1,4 @@
-"""RFC 9180, X-Wing and ML-KEM by their published vectors: the library, and our vectors' own code."""
+"""RFC 9180, X-Wing and ML-KEM by published vectors: the library, and our vectors' own code."""
 
 from __future__ import annotations
 
