@@ -10,6 +10,9 @@ WORKSPACE ?= .nearfar
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# For each fuzz target.
+SECONDS ?= 60
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2
 PACKAGES := nearfar sdk edge_runtime cloud_runtime converters benchmarks
@@ -18,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test lint types imports unit vectors bench clean distclean
+.PHONY: help quickstart test lint types imports unit vectors fuzz bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +46,10 @@ unit: $(VENV)/.ready-dev ## pytest, real models included
 
 vectors: $(VENV)/.ready-dev ## Write the test vectors of wire and secure channel anew
 	@$(BIN)/python -m tests.vectors.generate
+
+# Not in `dev`: there are no wheels for every platform.
+fuzz: $(VENV)/.ready-dev $(VENV)/.ready-fuzz ## Fuzz every parser: SECONDS=60 each, stops at the first crash
+	@$(BIN)/python -m fuzz --seconds $(SECONDS)
 
 bench: $(VENV)/.ready-dev ## The performance bars, on this machine
 	@$(BIN)/nearfar bench overhead --models $(WORKSPACE)/models --check
