@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test lint types imports unit vectors fuzz bench clean distclean
+.PHONY: help quickstart test lint types imports unit vectors fuzz autobahn bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ vectors: $(VENV)/.ready-dev ## Write the test vectors of wire and secure channel
 # Not in `dev`: there are no wheels for every platform.
 fuzz: $(VENV)/.ready-dev $(VENV)/.ready-fuzz ## Fuzz every parser: SECONDS=60 each, stops at the first crash
 	@$(BIN)/python -m fuzz --seconds $(SECONDS)
+
+autobahn: $(VENV)/.ready-dev $(VENV)/.ready-autobahn ## The Autobahn websocket cases; expected outcomes in tests/autobahn
+	@$(BIN)/python -m tests.autobahn
 
 bench: $(VENV)/.ready-dev ## The performance bars, on this machine
 	@$(BIN)/nearfar bench overhead --models $(WORKSPACE)/models --check

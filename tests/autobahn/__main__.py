@@ -89,7 +89,9 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-async def outcomes(kind: type[CloudServer], options: argparse.Namespace) -> list[Any]:
+async def outcomes(
+    kind: type[CloudServer], cases: list[str], skipped: list[str], concurrency: int
+) -> list[Any]:
     """Result of every case against one kind of server."""
     from kosoku import FailureError, run_fuzzingclient
 
@@ -109,8 +111,9 @@ async def outcomes(kind: type[CloudServer], options: argparse.Namespace) -> list
                 try:
                     results = await run_fuzzingclient(
                         f"ws://127.0.0.1:{port}{WEBSOCKET_PATH}",
-                        cases=options.case,
-                        concurrency=PARALLELISM,
+                        cases=cases,
+                        exclude_cases=skipped,
+                        concurrency=concurrency,
                     )
                 except FailureError as failure:
                     results = failure.results
@@ -119,49 +122,62 @@ async def outcomes(kind: type[CloudServer], options: argparse.Namespace) -> list
     return list(results)
 
 
-def unexpected(results: list[Any], explained: list[dict[str, str]]) -> list[str]:
-    """Every outcome that is neither conforming nor explained."""
-    lines = []
-    for result in results:
-        outcome = f"{result.behavior.value} / {result.behavior_close.value}"
-        for entry in explained:
-            if fnmatch.fnmatchcase(result.case_id, entry["cases"]) and outcome == entry["outcome"]:
-                break
-        else:
-            if not result.passed:
-                lines.append(
-                    f"{result.case_id}: {outcome}; close code {result.remote_close_code}; "
-                    f"{result.result} {result.result_close}"
-                )
-    return lines
+def outcome_of(result: Any) -> str:
+    """Verdicts on the messages and on the close, and the close code that the server sent."""
+    code = result.remote_close_code or "-"
+    return f"{result.behavior.value} / {result.behavior_close.value} {code}"
+
+
+def is_explained(result: Any, explained: list[dict[str, Any]]) -> bool:
+    """Whether the case passed, or `expected.json` has its outcome."""
+    return result.passed or any(
+        any(fnmatch.fnmatchcase(result.case_id, cases) for cases in entry["cases"])
+        and any(fnmatch.fnmatchcase(outcome_of(result), text) for text in entry["outcomes"])
+        for entry in explained
+    )
+
+
+async def run(kind: type[CloudServer], cases: list[str], expected: dict[str, Any]) -> list[Any]:
+    """Every case; those with an unexpected outcome once more, one at a time.
+
+    The cases have time limits of their own, which a busy machine misses.
+    """
+    results = {
+        result.case_id: result
+        for result in await outcomes(kind, cases, expected["skipped"], PARALLELISM)
+    }
+    again = [n for n, found in results.items() if not is_explained(found, expected["explained"])]
+    if again:
+        repeated = await outcomes(kind, again, [], 1)
+        results.update({result.case_id: result for result in repeated})
+    return list(results.values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.autobahn", description=__doc__)
-    parser.add_argument("--case", action="append", help="only these, such as 5.* (repeatable)")
+    parser.add_argument("--case", action="append", help="only these, such as '5.*' (repeatable)")
     parser.add_argument("--list", action="store_true", help="print every outcome")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    expected = json.loads((DIRECTORY / "expected.json").read_text())
     is_clean = True
-    for name, kind in (("echo", EchoServer), ("cloud runtime", CloudServer)):
-        results = asyncio.run(outcomes(kind, options))
-        counts = collections.Counter(
-            f"{result.behavior.value} / {result.behavior_close.value}" for result in results
-        )
-        print(f"{name}: {len(results)} cases")
+    for name, expected in json.loads((DIRECTORY / "expected.json").read_text()).items():
+        results = asyncio.run(run(SERVERS[name], options.case or ["*"], expected))
+        counts = collections.Counter(outcome_of(result) for result in results)
+        passed = sum(result.passed for result in results)
+        print(f"{name}: {len(results)} cases, {passed} passed")
         for outcome, count in sorted(counts.items()):
             print(f"  {count:4d}  {outcome}")
-        if options.list:
-            for result in results:
-                print(f"    {result.case_id}  {result.behavior.value} / "
-                      f"{result.behavior_close.value}  {result.remote_close_code}")  # fmt: skip
-        problems = unexpected(results, expected[name])
-        for problem in problems:
-            print(f"  UNEXPECTED {problem}")
-        is_clean = is_clean and bool(results) and not problems
+        for result in results:
+            explained = is_explained(result, expected["explained"])
+            if options.list or not explained:
+                mark = "" if explained else "UNEXPECTED "
+                print(f"  {mark}{result.case_id}: {outcome_of(result)}. {result.result}")
+            is_clean = is_clean and explained
+        is_clean = is_clean and bool(results)
     return 0 if is_clean else 1
 
+
+SERVERS: dict[str, type[CloudServer]] = {"echo": EchoServer, "cloud runtime": CloudServer}
 
 if __name__ == "__main__":
     sys.exit(main())
