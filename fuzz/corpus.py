@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fuzz import targets
 from fuzz.targets import joined
 from nearfar.bundle.manifest import (
     FileEntry,
@@ -24,6 +25,7 @@ from nearfar.bundle.manifest import (
     encode_manifest,
 )
 from nearfar.secure.records import TYPE_MESSAGE
+from nearfar.wire import messages as wire
 
 ROOT = Path(__file__).resolve().parents[1]
 VECTORS = ROOT / "tests" / "vectors"
@@ -56,11 +58,48 @@ def _prefixed(prefixes: bytes, seeds: Iterator[bytes]) -> Iterator[bytes]:
             yield bytes([prefix]) + seed
 
 
+class _Listening:
+    """Stands before a sealer and writes down what is sealed."""
+
+    def __init__(self, sealer: Any) -> None:
+        self._sealer = sealer
+        self.heard: list[bytes] = []
+
+    def seal(self, record_type: int, plaintext: Any, **options: Any) -> Any:
+        self.heard.append(bytes([record_type]) + bytes(plaintext))
+        return self._sealer.seal(record_type, plaintext, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sealer, name)
+
+
 def _records() -> Iterator[bytes]:
+    """What two honest ends seal, whatever the layout; and what neither of them would."""
+    client, server = targets.connected()
+    ends: dict[bytes, tuple[Any, _Listening]] = {}
+    for victim, end in ((b"S", client), (b"C", server)):
+        ends[victim] = (end, _Listening(end._sealer))  # type: ignore[attr-defined]
+        end._sealer = ends[victim][1]  # type: ignore[attr-defined]
+    client.send(targets.generation(1))
+    client.send(targets.request(2))
+    client.send(wire.ListModels(stream=3))
+    targets.exchange(client, server)
+    client.send(wire.Credit(stream=1, tokens=9))
+    client.send(wire.Cancel(stream=2))
+    client.send(wire.Ping(id=1))
+    server.send(wire.Token(stream=1, index=0, text="near, far"))
+    server.send(wire.Error(stream=1, code="engine", problem="It broke"))
+    server.send(wire.GoAway(last_stream=9, reason="update"))
+    targets.exchange(client, server)
+    for victim, (_, listening) in ends.items():
+        assert listening.heard
+        yield victim + joined(*listening.heard)
+        for content in listening.heard:
+            yield victim + joined(content)
+            yield victim + joined(content, content)
     for message in _messages():
-        if len(message) < 2000:
-            for prefix in b"CS":
-                yield bytes([prefix]) + joined(bytes([TYPE_MESSAGE]) + message)
+        if len(message) < 500:
+            yield b"S" + joined(bytes([TYPE_MESSAGE]) + message)
 
 
 def _handshakes(*names: str) -> Iterator[bytes]:

@@ -75,11 +75,13 @@ def codec(data: bytes) -> None:
         assert got.tobytes() == sent.tobytes() if got.dtype != object else True
 
 
-def _request(stream: int) -> wire.Infer:
+def request(stream: int) -> wire.Infer:
+    """An `Infer` without tensors."""
     return wire.Infer(stream=stream, request_id=REQUEST_ID, model="m", tensors=())
 
 
-def _generation(stream: int) -> wire.Generate:
+def generation(stream: int) -> wire.Generate:
+    """A `Generate` with credit enough."""
     return wire.Generate(
         stream=stream,
         request_id=REQUEST_ID,
@@ -113,9 +115,9 @@ def opened(role: Role) -> Connection:
     deliver()
     server.send(_ready())
     deliver()
-    for request in (wire.ListModels(stream=1), _request(2), _generation(3), _generation(4)):
-        client.send(request)
-    client.send(_request(5))
+    for message in (wire.ListModels(stream=1), request(2), generation(3), generation(4)):
+        client.send(message)
+    client.send(request(5))
     client.send(wire.Cancel(stream=4))
     client.send(wire.Cancel(stream=5))
     ends[role].send(wire.Ping(id=1))
@@ -212,32 +214,39 @@ def session_client(data: bytes) -> None:
     assert not client.is_ready
 
 
+def exchange(client: ClientSession, server: ServerSession) -> None:
+    """Delivers what either end has queued."""
+    for sender, receiver in ((server, client), (client, server)):
+        for message in sender.data_to_send():
+            receiver.receive(message, now_s=NOW_S)
+
+
+def connected() -> tuple[ClientSession, ServerSession]:
+    """Both ends of a session that is ready."""
+    client, server = new_client(), new_server()
+    exchange(client, server)
+    exchange(client, server)
+    server.send(_ready())
+    exchange(client, server)
+    assert client.is_ready
+    return client, server
+
+
 def session_records(data: bytes) -> None:
     """What someone with the keys of a connection sends; the first byte chooses the end.
 
     Of each message the first byte is the type of the record and the rest what is sealed.
     """
-    client, server = new_client(), new_server()
-
-    def deliver() -> None:
-        for sender, receiver in ((server, client), (client, server)):
-            for message in sender.data_to_send():
-                receiver.receive(message, now_s=NOW_S)
-
-    deliver()
-    deliver()
-    server.send(_ready())
-    deliver()
-    assert client.is_ready
+    client, server = connected()
     attacker, victim = (server, client) if data[:1] == b"C" else (client, server)
     if victim is client:
-        client.send(_generation(1))
-        deliver()
+        client.send(generation(1))
+        exchange(client, server)
     sealer = attacker._sealer
     assert sealer is not None
     for message in pieces(data[1:]):
         record_type = message[0] if message else records.TYPE_MESSAGE
-        _hear(victim, sealer.seal(record_type, message[1:]))
+        _hear(victim, bytes(sealer.seal(record_type, message[1:])))
 
 
 def pin(data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nearfar.errors import RemoteProtocolError, SecurityError
+from nearfar.errors import SecurityError
 from nearfar.secure.records import OVERHEAD_BYTES
 from nearfar.wire import messages as wire
 from nearfar.wire.codec import encode
@@ -162,13 +162,3 @@ def test_telling_failures_apart(middle: Middle) -> None:
             middle.inject_to_server(attack(record))
         texts.add((str(caught.value), repr(caught.value.__cause__)))
     assert len(texts) == 1
-
-
-def test_server_that_answers_a_stream_nobody_opened(middle: Middle) -> None:
-    """The peer itself attacks, with the keys of the connection."""
-    forged = wire.Error(stream=7, code="internal", problem="x")
-    middle.pair.server._connection._outgoing.append(b"".join(encode(forged)))
-    middle.pair.server._flush_connection()
-    with pytest.raises(RemoteProtocolError, match="broke the wire protocol"):
-        middle.pair.to_client()
-    assert middle.pair.client.is_closed
