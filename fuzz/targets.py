@@ -6,7 +6,9 @@ A target returns when the code under test behaved, and raises when it did not. T
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,6 +266,7 @@ def pin(data: bytes) -> None:
 @functools.cache
 def _directory() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="nearfar-fuzz-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     for name in ("ca.pem", "policy.toml"):  # what the example configuration names
         (directory / name).touch()
     return directory
