@@ -10,6 +10,9 @@ WORKSPACE ?= .nearfar
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# For each fuzz target.
+SECONDS ?= 60
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2
 PACKAGES := nearfar sdk edge_runtime cloud_runtime converters benchmarks
@@ -18,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test lint types imports unit bench clean distclean
+.PHONY: help quickstart test lint types imports unit vectors fuzz autobahn bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +43,16 @@ imports: $(VENV)/.ready-dev ## import-linter: imports run downwards only
 
 unit: $(VENV)/.ready-dev ## pytest, real models included
 	@$(BIN)/python -m pytest
+
+vectors: $(VENV)/.ready-dev ## Write the test vectors of wire and secure channel anew
+	@$(BIN)/python -m tests.vectors.generate
+
+# Not in `dev`: there are no wheels for every platform.
+fuzz: $(VENV)/.ready-dev $(VENV)/.ready-fuzz ## Fuzz every parser: SECONDS=60 each, stops at the first crash
+	@$(BIN)/python -m fuzz --seconds $(SECONDS)
+
+autobahn: $(VENV)/.ready-dev $(VENV)/.ready-autobahn ## The Autobahn websocket cases; expected outcomes in tests/autobahn
+	@$(BIN)/python -m tests.autobahn
 
 bench: $(VENV)/.ready-dev ## The performance bars, on this machine
 	@$(BIN)/nearfar bench overhead --models $(WORKSPACE)/models --check

@@ -1,0 +1,1 @@
+"""The Autobahn test cases against the cloud runtime's websocket; see README.md."""

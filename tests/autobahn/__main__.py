@@ -1,0 +1,183 @@
+"""``make autobahn``: runs the cases and compares each outcome with `expected.json`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import fnmatch
+import json
+import logging
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+
+from cloud_runtime.auth import Authenticator
+from cloud_runtime.models import ServedModels
+from cloud_runtime.provision import WEBSOCKET_PATH, provision
+from cloud_runtime.server import CloudServer, GuardedConnection, tls_context
+from cloud_runtime.settings import ServerSettings
+from cloud_runtime.state import StateDir
+from nearfar.secure.identity import ServerIdentity
+from nearfar.secure.keys import KeyRing
+
+DIRECTORY = Path(__file__).parent
+#: More of these cases at once than this make each other late.
+PARALLELISM = 4
+#: The cases open more connections than a test machine has clients.
+SETTINGS = ServerSettings(max_connections=1000)
+
+
+class EchoServer(CloudServer):
+    """The cloud runtime's listener, with its settings; what comes goes back.
+
+    Autobahn's cases expect an echo, and only with one do they get to what they test.
+    """
+
+    async def _handle(self, websocket: ServerConnection) -> None:
+        assert isinstance(websocket, GuardedConnection)
+        websocket.allowance_bytes = None
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                parts = [fragment async for fragment in websocket.recv_streaming()]
+                is_text = isinstance(parts[0], str)
+                await websocket.send("".join(parts) if is_text else b"".join(parts))  # type: ignore[arg-type]
+
+
+class Bridge:
+    """Plain TCP on one side, TLS on the other: the cases do not speak TLS."""
+
+    def __init__(self, port: int, ca: Path) -> None:
+        self._port = port
+        self._tls = ssl.create_default_context(cafile=str(ca))
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection(
+                "127.0.0.1", self._port, ssl=self._tls, server_hostname="localhost"
+            )
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        if writer.can_write_eof():
+            writer.write_eof()
+            return
+    writer.close()
+
+
+async def outcomes(
+    kind: type[CloudServer], cases: list[str], skipped: list[str], concurrency: int
+) -> list[Any]:
+    """Result of every case against one kind of server."""
+    from kosoku import FailureError, run_fuzzingclient
+
+    with tempfile.TemporaryDirectory() as directory:
+        state = StateDir(Path(directory) / "state")
+        provision(state, ("localhost", "127.0.0.1"))
+        server = kind(
+            models=ServedModels([]),
+            keys=KeyRing(ServerIdentity.load(state.identity), now_s=time.time()),
+            authenticator=Authenticator(state.api_keys),
+            tls=tls_context(state.server_chain, state.server_key),
+            settings=SETTINGS,
+        )
+        async with server:
+            bridge = Bridge(await server.start("127.0.0.1", 0), state.ca_certificate)
+            async with bridge.listening() as port:
+                try:
+                    results = await run_fuzzingclient(
+                        f"ws://127.0.0.1:{port}{WEBSOCKET_PATH}",
+                        cases=cases,
+                        exclude_cases=skipped,
+                        concurrency=concurrency,
+                    )
+                except FailureError as failure:
+                    results = failure.results
+            await asyncio.sleep(0.5)
+            assert not server.connections, "a connection outlived its peer"
+    return list(results)
+
+
+def outcome_of(result: Any) -> str:
+    """Verdicts on the messages and on the close, and the close code that the server sent."""
+    code = result.remote_close_code or "-"
+    return f"{result.behavior.value} / {result.behavior_close.value} {code}"
+
+
+def is_explained(result: Any, explained: list[dict[str, Any]]) -> bool:
+    """Whether the case passed, or `expected.json` has its outcome."""
+    return result.passed or any(
+        any(fnmatch.fnmatchcase(result.case_id, cases) for cases in entry["cases"])
+        and any(fnmatch.fnmatchcase(outcome_of(result), text) for text in entry["outcomes"])
+        for entry in explained
+    )
+
+
+async def run(kind: type[CloudServer], cases: list[str], expected: dict[str, Any]) -> list[Any]:
+    """Every case; those with an unexpected outcome once more, one at a time.
+
+    The cases have time limits of their own, which a busy machine misses.
+    """
+    results = {
+        result.case_id: result
+        for result in await outcomes(kind, cases, expected["skipped"], PARALLELISM)
+    }
+    again = [n for n, found in results.items() if not is_explained(found, expected["explained"])]
+    if again:
+        repeated = await outcomes(kind, again, [], 1)
+        results.update({result.case_id: result for result in repeated})
+    return list(results.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.autobahn", description=__doc__)
+    parser.add_argument("--case", action="append", help="only these, such as '5.*' (repeatable)")
+    parser.add_argument("--list", action="store_true", help="print every outcome")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    is_clean = True
+    for name, expected in json.loads((DIRECTORY / "expected.json").read_text()).items():
+        results = asyncio.run(run(SERVERS[name], options.case or ["*"], expected))
+        counts = collections.Counter(outcome_of(result) for result in results)
+        passed = sum(result.passed for result in results)
+        print(f"{name}: {len(results)} cases, {passed} passed")
+        for outcome, count in sorted(counts.items()):
+            print(f"  {count:4d}  {outcome}")
+        for result in results:
+            explained = is_explained(result, expected["explained"])
+            if options.list or not explained:
+                mark = "" if explained else "UNEXPECTED "
+                print(f"  {mark}{result.case_id}: {outcome_of(result)}. {result.result}")
+            is_clean = is_clean and explained
+        is_clean = is_clean and bool(results)
+    return 0 if is_clean else 1
+
+
+SERVERS: dict[str, type[CloudServer]] = {"echo": EchoServer, "cloud runtime": CloudServer}
+
+if __name__ == "__main__":
+    sys.exit(main())
