@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from nearfar.errors import InvalidInput
@@ -83,7 +84,7 @@ def read_trace(path: Path) -> Link:
         raise InvalidInput(
             f"The trace {path} cannot be read ({exc})", field="--traces", fix=fix
         ) from exc
-    if not times or times[0] < 0 or any(a > b for a, b in zip(times, times[1:], strict=False)):
+    if not times or times[0] < 0 or any(a > b for a, b in pairwise(times)):
         raise InvalidInput(
             f"The trace {path} is empty, or its times do not ascend", field="--traces", fix=fix
         )

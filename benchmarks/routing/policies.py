@@ -27,6 +27,7 @@ from sdk.routing import (
     Route,
     RouteDecision,
     RouteState,
+    Ticket,
     attempts,
     decide,
 )
@@ -244,6 +245,7 @@ class Ours:
         self._breaker = CircuitBreaker(rng=rng)
         self._running: dict[int, tuple[float, float]] = {}  # device: job to (expected ms, since)
         self._decisions: dict[int, RouteDecision] = {}
+        self._tickets: dict[int, Ticket] = {}
         for route, speed in (("edge", nature.edge), ("cloud", nature.cloud)):
             p50_ms = 1000.0 * speed.service_s(16_000) * SEED_ERROR
             figure = LatencyFigure(
@@ -292,15 +294,19 @@ class Ours:
                 return
 
     def started(self, job: Job, route: Route, now_s: float) -> None:
+        expected = self._decisions[job.number].inputs.state(route).prediction
+        self._tickets[job.number] = self.predictor.start(
+            route, MODEL, size_of(job), expected, now_s=now_s
+        )
         if route == "edge":
-            prediction = self._decisions[job.number].inputs.edge.prediction
-            self._running[job.number] = (prediction.service_ms or 0.0, now_s)
+            self._running[job.number] = (expected.service_ms or 0.0, now_s)
         else:
             self._breaker.acquire(now_s)
 
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         now_s, visit = ended.visit.end_s, ended.visit
-        decision = self._decisions[job.number]
+        ticket = self._tickets.pop(job.number)
+        self.predictor.stop(ticket, now_s=now_s)
         if route == "edge":
             self._edge_ended(job.number, now_s)
         elif visit.ending == "unavailable":
@@ -313,12 +319,9 @@ class Ours:
             seen = Observation(
                 total_ms=ended.total_ms, queue_ms=visit.queue_ms, compute_ms=visit.compute_ms
             )
-            self.predictor.observe(route, MODEL, size_of(job), seen, now_s=now_s)
-        elif visit.ending == "late" and route == "cloud":
-            expected_ms = decision.inputs.cloud.prediction.p50_ms
-            if expected_ms is not None and ended.total_ms > expected_ms:
-                seen = Observation(total_ms=ended.total_ms, compute_ms=ended.total_ms)
-                self.predictor.observe(route, MODEL, size_of(job), seen, now_s=now_s)
+            self.predictor.observe(route, MODEL, size_of(job), seen, now_s=now_s, ticket=ticket)
+        elif visit.ending == "late":
+            self.predictor.observe_late(ticket, now_s=now_s)
 
     def _edge_wait_ms(self, now_s: float) -> float:
         """What is expected of those before it: the running one as far as it is not done."""
