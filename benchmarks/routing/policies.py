@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.routing.world import Job, Nature, Visit, World
+from benchmarks.routing.world import Job, Nature, Speed, Visit, World
 from nearfar.bundle.manifest import LatencyFigure
 from nearfar.errors import CloudUnavailable, DeadlineExceeded, NearfarError
 from sdk.policy import Verdict
@@ -246,7 +246,8 @@ class Ours:
         self._running: dict[int, tuple[float, float]] = {}  # device: job to (expected ms, since)
         self._decisions: dict[int, RouteDecision] = {}
         self._tickets: dict[int, Ticket] = {}
-        for route, speed in (("edge", nature.edge), ("cloud", nature.cloud)):
+        speeds: dict[Route, Speed] = {"edge": nature.edge, "cloud": nature.cloud}
+        for route, speed in speeds.items():
             p50_ms = 1000.0 * speed.service_s(16_000) * SEED_ERROR
             figure = LatencyFigure(
                 machine="another", execution_provider="CPUExecutionProvider", p50_ms=p50_ms,

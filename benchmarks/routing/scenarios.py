@@ -50,6 +50,7 @@ class Scenario:
         rate_s: Mean requests per second.
         rtt_ms: Median round trip without transfer.
         faults: Turns a drawn world into a faulty one.
+        is_recorded: Whether the link is a recording.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Scenario:
     rate_s: float = 4.0
     rtt_ms: float = 40.0
     faults: Callable[[Nature, random.Random], Nature] | None = None
+    is_recorded: bool = False
 
     def draw(self, seed: int) -> Nature:
         """Everything that happens in one run; the same for every policy."""

@@ -19,27 +19,34 @@ from collections.abc import Sequence
 from typing import Protocol
 
 #: Which quantiles are kept of everything; `Prediction` has one field for each.
-LEVELS = (0.05, 0.5, 0.8, 0.95, 0.99)
+LEVELS = (0.2, 0.5, 0.8, 0.95, 0.99)
 Quantiles = tuple[float, float, float, float, float]
 
-# Newest measurement's weight in the level, and in the shape once there are a few.
-LEVEL_WEIGHT = 0.3
-SHAPE_WEIGHT = 0.1
-# Errors kept. The second largest of 32 is the 95th percentile; older ones say little about now.
-WINDOW = 32
+# Newest measurement's weight in the level: when its forecast missed, and when it did not.
+LEVEL_WEIGHT, CALM_WEIGHT = 0.5, 0.2
+# The same for the shape once there are a few, and how far one measurement can pull it.
+SHAPE_WEIGHT, MAX_PULL = 0.1, 1.25
+# Errors kept; older ones say little about now. Fewer than this give a 95th percentile by chance.
+WINDOW = 64
 # A jump is believed after three forecasts in a row that missed on the same side of what 8 of 10
 # errors stay within, or after two that missed by so much more.
 JUMP_RUN = 3
 FAR = 1.5
+# A miss by less than this is none.
+NEAR = 1.05
 # A level that nobody confirms goes back to the usual one, so that a route that was slow is tried
 # again: phones that throttle and machines in use by something else do so for seconds to minutes.
 HALF_LIFE_S = 20.0
+# A shape that nobody confirms goes back to its seed, if it has one.
+SHAPE_HALF_LIFE_S = 300.0
+STALE_S = 10.0
 # One answer alone says no more about the level than this: it may have been an accident.
 MAX_RATIO = 8.0
 # Nothing is so much faster or slower than usual; keeps an accident from growing without bound.
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 100.0
 # Spread of a forecast that nobody has given one: standard deviation of its logarithm.
 DEFAULT_SIGMA = 0.25
+MIN_SIGMA = 0.02
 # Normal quantiles of a few equally likely values; a prior distribution in nine values.
 _PRIOR = (-1.59, -0.97, -0.59, -0.28, 0.0, 0.28, 0.59, 0.97, 1.59)
 
@@ -108,7 +115,7 @@ class Recent:
     def _refresh(self) -> None:
         ordered = self._ordered
         self.quantiles = (
-            _quantile(ordered, 0.05),
+            _quantile(ordered, 0.2),
             _quantile(ordered, 0.5),
             _quantile(ordered, 0.8),
             _quantile(ordered, 0.95),
@@ -136,7 +143,7 @@ class Level:
         half_life_s: How fast a level that nobody confirms goes back to the usual one.
     """
 
-    __slots__ = ("_half_life_s", "_last_s", "_run", "_side", "errors", "value")
+    __slots__ = ("_before", "_half_life_s", "_last_s", "_run", "_side", "errors", "value")
 
     def __init__(self, sigma: float = DEFAULT_SIGMA, *, half_life_s: float = HALF_LIFE_S) -> None:
         self.errors = Recent(sigma)
@@ -146,6 +153,7 @@ class Level:
         # The levels that forecasts in a row, missed on the same side, would have needed.
         self._run: deque[float] = deque(maxlen=JUMP_RUN)
         self._side = 0
+        self._before = 1.0, 1.0 / NEAR, NEAR
 
     def at(self, now_s: float) -> float:
         """The level now: the last one, aged."""
@@ -164,22 +172,32 @@ class Level:
         """
         level = self.at(now_s)
         cause = ratio if cause is None else cause
-        low, _, high, _, _ = self.errors.quantiles
-        low, high = min(low, 1 / 1.05), max(high, 1.05)
+        run = self._run
+        if not run:
+            # What the forecasts of a run are compared with: the level before it, and how far
+            # forecasts missed before it. A run must not hide itself.
+            low, _, high, _, _ = self.errors.quantiles
+            self._before = level, min(low, 1.0 / NEAR), max(high, NEAR)
         self.errors.add(ratio)
-        side = (ratio > high) - (ratio < low)
-        if side == 0 or side != self._side:
-            self._run.clear()
-        self._side = side
+        before, low, high = self._before
+        since = ratio * level / before
+        side = (since > high) - (since < low)
         cause = min(max(cause, 1.0 / MAX_RATIO), MAX_RATIO)
-        moved = level * (1.0 + LEVEL_WEIGHT * (cause - 1.0))
+        if run and side == 0:
+            moved = before  # an accident, and all is as it was
+        else:
+            moved = level * (1.0 + (LEVEL_WEIGHT if side else CALM_WEIGHT) * (cause - 1.0))
+        if side != self._side:
+            run.clear()
+        self._side = side
         if side:
-            run = self._run
             run.append(cause * level)
-            is_far = len(run) >= 2 and (ratio > FAR or ratio < 1.0 / FAR)
+            is_far = len(run) >= 2 and not 1.0 / FAR < since < FAR
             if len(run) >= JUMP_RUN or is_far:
                 # What was before the jump is forgotten.
-                moved = sorted(run)[len(run) // 2] if len(run) > 2 else run[-1]
+                moved = sorted(run)[1] if len(run) >= JUMP_RUN else run[-1]
+                if len(run) >= JUMP_RUN:
+                    run.clear()
         self.value = min(max(moved, LOWEST_LEVEL), HIGHEST_LEVEL)
         self._last_s = now_s
 
@@ -208,7 +226,7 @@ class Shape:
         point = self.points.get(index)
         if point is None:
             # A prior counts as one measurement: it came from another run or another machine.
-            prior = self.at(size)
+            prior = self.seed(size)
             self.points[index] = (
                 [size, value_ms, 1.0] if prior is None else [size, (prior + value_ms) / 2, 2.0]
             )
@@ -228,9 +246,9 @@ class Shape:
         """Usual duration for a size; `None` when nothing is known."""
         sizes, values = self._sizes, self._values
         if not sizes:
-            return self._prior(size)
+            return self.seed(size)
         if len(sizes) == 1:
-            prior, there = self._prior(size), self._prior(sizes[0])
+            prior, there = self.seed(size), self.seed(sizes[0])
             if prior is not None and there:
                 return values[0] * prior / there
             # Too cautious rather than too bold: larger ones in proportion, smaller ones no faster.
@@ -244,7 +262,8 @@ class Shape:
             return max(line, y1)
         return max(line, 0.25 * y0)
 
-    def _prior(self, size: float) -> float | None:
+    def seed(self, size: float) -> float | None:
+        """What the prior says of a size."""
         if self._prior_ms is None:
             return None
         # Short inputs still pay a fixed part; a quarter is what small prompts cost on CPUs.
@@ -261,7 +280,7 @@ class SizedLatency:
         sigma: Assumed spread (of the logarithm) until errors were seen.
     """
 
-    __slots__ = ("is_measured", "level", "shape")
+    __slots__ = ("_last_s", "is_measured", "level", "shape")
 
     def __init__(
         self,
@@ -273,42 +292,53 @@ class SizedLatency:
         self.shape = Shape(prior_ms, prior_size=prior_size)
         self.level = Level(sigma)
         self.is_measured = False
+        self._last_s = 0.0
 
     def observe(self, size: float, value_ms: float, *, now_s: float) -> None:
         usual_ms = self.shape.at(size)
-        if usual_ms is None or not self.is_measured:
-            # The first one says where the shape is, not that today is unusual.
-            self.shape.observe(size, value_ms)
+        self._last_s = now_s
+        if usual_ms is None or int(size).bit_length() not in self.shape.points:
+            # The first one of a size says where the shape is, not that today is unusual.
+            self.shape.observe(size, value_ms / self.level.at(now_s))
             self.is_measured = True
             return
         forecast_ms = usual_ms * self.level.at(now_s)
         self.level.observe(value_ms / max(forecast_ms, 1e-6), now_s=now_s)
-        self.shape.observe(size, value_ms / self.level.value)
+        # A jump belongs into the level, whichever size it was seen at.
+        typical_ms = value_ms / self.level.value
+        typical_ms = min(max(typical_ms, usual_ms / MAX_PULL), usual_ms * MAX_PULL)
+        self.shape.observe(size, typical_ms)
 
     def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
         usual_ms = self.shape.at(size)
         if usual_ms is None:
             return None
+        if self.is_measured and now_s - self._last_s > STALE_S:
+            seed_ms = self.shape.seed(size)
+            if seed_ms:
+                trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
+                usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
         scale = usual_ms * self.level.at(now_s) * factor
-        q05, q50, q80, q95, q99 = self.level.errors.quantiles
-        return scale * q05, scale * q50, scale * q80, scale * q95, scale * q99
+        q20, q50, q80, q95, q99 = self.level.errors.quantiles
+        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
 
 
 def sigma_of(p50: float, p99: float) -> float:
     """Spread of the logarithm that a median and a 99th percentile show."""
     if p50 <= 0 or p99 <= p50:
-        return 0.05
-    return min(1.0, math.log(p99 / p50) / 2.326)
+        return MIN_SIGMA
+    return min(1.0, max(MIN_SIGMA, math.log(p99 / p50) / 2.326))
 
 
 def share_in_time(quantiles: Quantiles, limit: float) -> float:
     """Probability that a duration stays within a limit, from its quantiles at `LEVELS`.
 
-    Linear between the quantiles; beyond them the tails end as far out again as they are long.
+    Linear between the quantiles; below the first down to nothing at twice its distance from the
+    median (a normal distribution's three sigma), above the last up to 1 as far out again.
     """
     if limit < quantiles[0]:
         reach = max(quantiles[1] - quantiles[0], 1e-9)
-        return max(0.0, LEVELS[0] * (1.0 - (quantiles[0] - limit) / reach))
+        return max(0.0, LEVELS[0] * (1.0 - (quantiles[0] - limit) / (2.0 * reach)))
     for index in range(1, len(LEVELS)):
         if limit < quantiles[index]:
             low, high = quantiles[index - 1], quantiles[index]

@@ -7,7 +7,7 @@ one that made up more of it by more.
 
 from __future__ import annotations
 
-from sdk.routing.estimates import Level, Quantiles
+from sdk.routing.estimates import MAX_RATIO, Level, Quantiles
 
 # Until the link is measured: a home or mobile connection to a far data centre, 10 Mbit/s up.
 ASSUMED_RTT_MS = 60.0
@@ -26,7 +26,15 @@ SHORTEST_DELAY_MS = 0.01
 class LinkLatency:
     """Round trip, bandwidth, and how far forecasts of both miss."""
 
-    __slots__ = ("_busy_until_s", "delay_ms", "is_measured", "level", "ms_per_byte")
+    __slots__ = (
+        "_busy_until_s",
+        "_silence",
+        "_silent_s",
+        "delay_ms",
+        "is_measured",
+        "level",
+        "ms_per_byte",
+    )
 
     def __init__(self) -> None:
         self.delay_ms = ASSUMED_RTT_MS
@@ -35,6 +43,9 @@ class LinkLatency:
         self.level = Level(ASSUMED_SIGMA, half_life_s=LINK_HALF_LIFE_S)
         self.is_measured = False
         self._busy_until_s = 0.0
+        # How much longer than expected the last request went without an answer, until one comes.
+        self._silence = 1.0
+        self._silent_s = 0.0
 
     def ahead_bytes(self, now_s: float) -> float:
         """Bytes of earlier uploads that are expected to be still under way."""
@@ -70,6 +81,7 @@ class LinkLatency:
             self.is_measured = True
             return
         self.is_measured = True
+        self._silence = 1.0
         level = self.level.at(now_s)
         transfer_ms = transferred_bytes * self.ms_per_byte * level
         forecast_ms = self.delay_ms + transfer_ms
@@ -88,9 +100,20 @@ class LinkLatency:
         self.ms_per_byte *= moved
         self.level.value /= moved
 
-    def observe_late(self, ratio: float, *, now_s: float) -> None:
-        """Learn from a request that was given up: it took at least so many times what was due."""
-        self.level.observe(ratio, now_s=now_s)
+    def observe_late(self, ratio: float, transferred_bytes: float, *, now_s: float) -> None:
+        """Learn from a request that was given up.
+
+        Args:
+            ratio: It took at least so many times what was due.
+            transferred_bytes: Its own bytes and those that were ahead of it.
+            now_s: Monotonic time.
+        """
+        transfer_ms = transferred_bytes * self._now(now_s)
+        part = transfer_ms / (transfer_ms + self.delay_ms)
+        self.level.observe(ratio, now_s=now_s, cause=1.0 + part * (ratio - 1.0))
+        # What bandwidth does not explain: whoever does not answer small requests is not slow.
+        self._silence = min(ratio, MAX_RATIO) ** (1.0 - part)
+        self._silent_s = now_s
 
     def quantiles(self, transferred_bytes: float, *, now_s: float, factor: float) -> Quantiles:
         """Quantiles at `LEVELS` of the network's part, in milliseconds.
@@ -100,10 +123,14 @@ class LinkLatency:
             now_s: Monotonic time.
             factor: How much slower it is at least, as far as requests in flight show.
         """
-        forecast_ms = (self.delay_ms + transferred_bytes * self._now(now_s)) * factor
-        q05, q50, q80, q95, q99 = self.level.errors.quantiles
+        silence = self._silence
+        if silence != 1.0:
+            silence = silence ** (0.5 ** ((now_s - self._silent_s) / LINK_HALF_LIFE_S))
+        forecast_ms = self.delay_ms + transferred_bytes * self._now(now_s)
+        forecast_ms *= max(factor, silence)
+        q20, q50, q80, q95, q99 = self.level.errors.quantiles
         return (
-            forecast_ms * q05,
+            forecast_ms * q20,
             forecast_ms * q50,
             forecast_ms * q80,
             forecast_ms * q95,

@@ -69,6 +69,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         started_s: When it started.
         expected_ms: What was predicted for it (median); `None` when nothing was.
         late_ms: What was predicted to be enough for 19 of 20 such requests.
+        queue_ms: What wait for a slot was predicted.
         ahead_bytes: Bytes of earlier uploads that were under way when it started.
     """
 
@@ -79,6 +80,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     started_s: float
     expected_ms: float | None
     late_ms: float | None
+    queue_ms: float
     ahead_bytes: float
 
 
@@ -143,6 +145,7 @@ class Predictor:
             started_s=now_s,
             expected_ms=prediction.p50_ms,
             late_ms=prediction.p95_ms,
+            queue_ms=prediction.queue_ms,
             ahead_bytes=self._link.ahead_bytes(now_s) if is_cloud else 0.0,
         )
         if is_cloud:
@@ -185,8 +188,7 @@ class Predictor:
             latency.compute.observe(size.work, seen.compute_ms, now_s=now_s)
             compute_ms = seen.compute_ms
         if route == "cloud":
-            latency.reported_queue_ms = seen.queue_ms
-            latency.reported_at_s = now_s
+            latency.learn_queue(seen.queue_ms, now_s, None if ticket is None else ticket.queue_ms)
             # A caller that reads slowly stretches the total; streams say nothing about the link.
             if seen.prefill_ms is None:
                 network_ms = seen.total_ms - seen.queue_ms - seen.load_ms - compute_ms
@@ -205,7 +207,9 @@ class Predictor:
             return
         ratio = elapsed_ms / max(ticket.expected_ms, 1e-6)
         if ticket.route == "cloud":
-            self._link.observe_late(ratio, now_s=now_s)
+            size = ticket.size
+            transferred = size.upload_bytes + size.download_bytes + ticket.ahead_bytes
+            self._link.observe_late(ratio, transferred, now_s=now_s)
         else:
             latency = self._models.get((ticket.route, ticket.model))
             if latency is not None and latency.compute.is_measured:
@@ -218,8 +222,7 @@ class Predictor:
     def report_queue(self, model: str, queue_ms: float, *, now_s: float) -> None:
         """Note the wait for a slot that the cloud runtime reports for a model."""
         latency = self._models.setdefault(("cloud", model), _ModelLatency(None, 0))
-        latency.reported_queue_ms = queue_ms
-        latency.reported_at_s = now_s
+        latency.learn_queue(queue_ms, now_s, None)
 
     # -- predicting ------------------------------------------------------------------------------
 
@@ -252,10 +255,13 @@ class Predictor:
         latency = self._models.get((route, model))
         if latency is None:
             return UNKNOWN
+        parts: list[Quantiles] = []
         if queue_ms is None:
             # The queue drains while nobody looks.
             elapsed_ms = (now_s - latency.reported_at_s) * 1000.0
             queue_ms = max(0.0, latency.reported_queue_ms - elapsed_ms)
+            if latency.queue_errors is not None:
+                parts.append(latency.queue_errors.quantiles)
         factor = self._overdue(route, now_s)
         here = factor if route == "edge" else 1.0
         first_ms: float | None = None
@@ -280,7 +286,7 @@ class Predictor:
             measured = latency.compute.is_measured
         if compute is None:
             return UNKNOWN
-        parts = [compute]
+        parts.append(compute)
         load_ms = network_ms = 0.0
         if not loaded:
             loading = latency.load.quantiles(0, now_s=now_s)
@@ -294,7 +300,7 @@ class Predictor:
             parts.append(network)
             measured = measured and self._link.is_measured
         before_ms = queue_ms + load_ms + network_ms
-        p05, p50, p80, p95, p99 = _sum(parts, queue_ms)
+        p20, p50, p80, p95, p99 = _sum(parts, queue_ms)
         basis: Basis = "measured" if measured else "seeded"
         return Prediction(
             basis=basis,
@@ -305,7 +311,7 @@ class Predictor:
             queue_ms=queue_ms,
             network_ms=network_ms,
             load_ms=load_ms,
-            p05_ms=p05,
+            p20_ms=p20,
             p80_ms=p80,
             p99_ms=p99,
         )
@@ -333,8 +339,8 @@ class Predictor:
         lengths = self._answers.get(model)
         if lengths is None or lengths.count < MIN_ANSWERS:
             return most, most, most, most, most
-        q05, q50, q80, q95, q99 = lengths.quantiles
-        return min(q05, most), min(q50, most), min(q80, most), min(q95, most), min(q99, most)
+        q20, q50, q80, q95, q99 = lengths.quantiles
+        return min(q20, most), min(q50, most), min(q80, most), min(q95, most), min(q99, most)
 
 
 def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
@@ -343,18 +349,19 @@ def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
         return parts[0]
     queue = QUEUE_SPREAD * queue_ms
     median = queue_ms
-    d05 = d80 = d95 = d99 = 0.0
+    d20 = d80 = d95 = d99 = 0.0
     if queue:
-        d05 = d95 = queue * queue
-        d80, d99 = d95 * _QUEUE_REACH_80**2, d95 * _QUEUE_REACH_99**2
-    for q05, q50, q80, q95, q99 in parts:
+        d95 = queue * queue
+        d20 = d80 = d95 * _QUEUE_REACH_80**2
+        d99 = d95 * _QUEUE_REACH_99**2
+    for q20, q50, q80, q95, q99 in parts:
         median += q50
-        d05 += (q50 - q05) * (q50 - q05)
+        d20 += (q50 - q20) * (q50 - q20)
         d80 += (q80 - q50) * (q80 - q50)
         d95 += (q95 - q50) * (q95 - q50)
         d99 += (q99 - q50) * (q99 - q50)
     return (
-        max(0.0, median - math.sqrt(d05)),
+        max(0.0, median - math.sqrt(d20)),
         median,
         median + math.sqrt(d80),
         median + math.sqrt(d95),
@@ -365,7 +372,15 @@ def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
 class _ModelLatency:
     """What is known about one model on one route."""
 
-    __slots__ = ("compute", "load", "per_token", "prefill", "reported_at_s", "reported_queue_ms")
+    __slots__ = (
+        "compute",
+        "load",
+        "per_token",
+        "prefill",
+        "queue_errors",
+        "reported_at_s",
+        "reported_queue_ms",
+    )
 
     def __init__(self, figure: LatencyFigure | None, size_bytes: int) -> None:
         self.load = SizedLatency(size_bytes / ASSUMED_LOAD_BYTES_PER_MS if size_bytes else None)
@@ -374,6 +389,8 @@ class _ModelLatency:
         self.per_token = SizedLatency()
         self.reported_queue_ms = 0.0
         self.reported_at_s = 0.0
+        #: By how many milliseconds forecasts of the cloud's queue missed.
+        self.queue_errors: Recent | None = None
         if figure is None:
             return
         seeded = SizedLatency(
@@ -386,3 +403,14 @@ class _ModelLatency:
         else:
             self.prefill = seeded
             self.per_token = SizedLatency(figure.ms_per_token, sigma=PER_TOKEN_SIGMA)
+
+    def learn_queue(self, queue_ms: float, now_s: float, expected_ms: float | None) -> None:
+        """Note the wait for a slot that the cloud reports, and how far its forecast missed."""
+        self.reported_queue_ms = queue_ms
+        self.reported_at_s = now_s
+        if expected_ms is None:
+            return
+        if self.queue_errors is None:
+            self.queue_errors = Recent(values=[queue_ms - expected_ms])
+        else:
+            self.queue_errors.add(queue_ms - expected_ms)

@@ -71,7 +71,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         queue_ms: Wait for a slot, part of the above.
         load_ms: Time to load the model first, part of the above; 0 when it is in memory.
         network_ms: Round trip and transfer, part of the above; 0 on the edge.
-        p05_ms: Time that 1 of 20 answers stays below.
+        p20_ms: Time that 1 of 5 answers stays below.
         p80_ms: Time within which 8 of 10 answers are complete.
         p99_ms: Time within which 99 of 100 answers are complete.
     """
@@ -84,7 +84,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     queue_ms: float = 0.0
     network_ms: float = 0.0
     load_ms: float = 0.0
-    p05_ms: float | None = None
+    p20_ms: float | None = None
     p80_ms: float | None = None
     p99_ms: float | None = None
 
@@ -103,11 +103,11 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         p50, p95 = self.p50_ms, self.p95_ms
         if p50 is None or p95 is None:
             return None
-        p05, p80, p99 = self.p05_ms, self.p80_ms, self.p99_ms
-        if p05 is None or p80 is None or p99 is None:
+        p20, p80, p99 = self.p20_ms, self.p80_ms, self.p99_ms
+        if p20 is None or p80 is None or p99 is None:
             spread = p95 - p50
-            return max(0.0, p50 - spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
-        return p05, p50, p80, p95, p99
+            return max(0.0, p50 - 0.51 * spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
+        return p20, p50, p80, p95, p99
 
     def probability_in_time(self, remaining_ms: float | None) -> float:
         """Probability of an answer within that time; 1 without a deadline or without knowledge."""
