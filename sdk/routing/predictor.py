@@ -89,12 +89,17 @@ class Predictor:
 
     Sans-IO: `now_s` is passed in. Not locked: callers on several threads may lose an observation
     to a race, never more.
+
+    Attributes:
+        models: What is known about each (route, model).
+        answers: Lengths of the last answers of each model, in tokens.
+        link: What is known about the link to the cloud.
     """
 
     def __init__(self) -> None:
-        self._models: dict[tuple[Route, str], _ModelLatency] = {}
-        self._answers: dict[str, Recent] = {}
-        self._link = LinkLatency()
+        self.models: dict[tuple[Route, str], ModelLatency] = {}
+        self.answers: dict[str, Recent] = {}
+        self.link = LinkLatency()
         self._numbers = itertools.count()
         self._in_flight: dict[Route, dict[int, Ticket]] = {"edge": {}, "cloud": {}}
 
@@ -116,8 +121,8 @@ class Predictor:
             figures: `Variant.latency` of the variant that would answer; the first is used.
             size_bytes: `Variant.size_bytes`; gives a first guess of the time to load it.
         """
-        if (route, model) not in self._models:
-            self._models[route, model] = _ModelLatency(next(iter(figures), None), size_bytes)
+        if (route, model) not in self.models:
+            self.models[route, model] = ModelLatency(next(iter(figures), None), size_bytes)
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -146,10 +151,10 @@ class Predictor:
             expected_ms=prediction.p50_ms,
             late_ms=prediction.p95_ms,
             queue_ms=prediction.queue_ms,
-            ahead_bytes=self._link.ahead_bytes(now_s) if is_cloud else 0.0,
+            ahead_bytes=self.link.ahead_bytes(now_s) if is_cloud else 0.0,
         )
         if is_cloud:
-            self._link.sending(size.upload_bytes, now_s=now_s)
+            self.link.sending(size.upload_bytes, now_s=now_s)
         self._in_flight[route][ticket.number] = ticket
         return ticket
 
@@ -158,7 +163,7 @@ class Predictor:
         in_flight = self._in_flight[ticket.route]
         in_flight.pop(ticket.number, None)
         if ticket.route == "cloud" and not in_flight:
-            self._link.idle(now_s=now_s)
+            self.link.idle(now_s=now_s)
 
     def observe(
         self,
@@ -171,7 +176,7 @@ class Predictor:
         ticket: Ticket | None = None,
     ) -> None:
         """Learn from one complete answer; `ticket` where its start was noted."""
-        latency = self._models.setdefault((route, model), _ModelLatency(None, 0))
+        latency = self.models.setdefault((route, model), ModelLatency(None, 0))
         seen = observation
         compute_ms = 0.0
         if seen.load_ms > 0:
@@ -195,7 +200,7 @@ class Predictor:
                 transferred: float = size.upload_bytes + size.download_bytes
                 if ticket is not None:
                     transferred += ticket.ahead_bytes
-                self._link.observe(max(0.0, network_ms), transferred, now_s=now_s)
+                self.link.observe(max(0.0, network_ms), transferred, now_s=now_s)
 
     def observe_late(self, ticket: Ticket, *, now_s: float) -> None:
         """Learn from an attempt that was given up: it would have taken longer still.
@@ -209,19 +214,19 @@ class Predictor:
         if ticket.route == "cloud":
             size = ticket.size
             transferred = size.upload_bytes + size.download_bytes + ticket.ahead_bytes
-            self._link.observe_late(ratio, transferred, now_s=now_s)
+            self.link.observe_late(ratio, transferred, now_s=now_s)
         else:
-            latency = self._models.get((ticket.route, ticket.model))
+            latency = self.models.get((ticket.route, ticket.model))
             if latency is not None and latency.compute.is_measured:
                 latency.compute.level.observe(ratio, now_s=now_s)
 
     def observe_round_trip(self, rtt_ms: float, *, now_s: float) -> None:
         """Learn the cloud link's round trip from a ping."""
-        self._link.observe_round_trip(rtt_ms)
+        self.link.observe_round_trip(rtt_ms)
 
     def report_queue(self, model: str, queue_ms: float, *, now_s: float) -> None:
         """Note the wait for a slot that the cloud runtime reports for a model."""
-        latency = self._models.setdefault(("cloud", model), _ModelLatency(None, 0))
+        latency = self.models.setdefault(("cloud", model), ModelLatency(None, 0))
         latency.learn_queue(queue_ms, now_s, None)
 
     # -- predicting ------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ class Predictor:
                 uses what the server last reported.
             loaded: Whether the model is in memory; when not, the time to load it is added.
         """
-        latency = self._models.get((route, model))
+        latency = self.models.get((route, model))
         if latency is None:
             return UNKNOWN
         parts: list[Quantiles] = []
@@ -294,11 +299,11 @@ class Predictor:
                 load_ms = loading[1]
                 parts.append(loading)
         if route == "cloud":
-            transferred = size.upload_bytes + size.download_bytes + self._link.ahead_bytes(now_s)
-            network = self._link.quantiles(transferred, now_s=now_s, factor=factor)
+            transferred = size.upload_bytes + size.download_bytes + self.link.ahead_bytes(now_s)
+            network = self.link.quantiles(transferred, now_s=now_s, factor=factor)
             network_ms = network[1]
             parts.append(network)
-            measured = measured and self._link.is_measured
+            measured = measured and self.link.is_measured
         before_ms = queue_ms + load_ms + network_ms
         p20, p50, p80, p95, p99 = _sum(parts, queue_ms)
         basis: Basis = "measured" if measured else "seeded"
@@ -327,16 +332,16 @@ class Predictor:
         return 1.0
 
     def _learn_length(self, model: str, tokens: int) -> None:
-        lengths = self._answers.get(model)
+        lengths = self.answers.get(model)
         if lengths is None:
-            self._answers[model] = Recent(values=[float(tokens)])
+            self.answers[model] = Recent(values=[float(tokens)])
         else:
             lengths.add(float(tokens))
 
     def _expected_tokens(self, model: str, limit: int) -> Quantiles:
         """Quantiles of the answer's length; the limit itself until some were seen."""
         most = float(limit)
-        lengths = self._answers.get(model)
+        lengths = self.answers.get(model)
         if lengths is None or lengths.count < MIN_ANSWERS:
             return most, most, most, most, most
         q20, q50, q80, q95, q99 = lengths.quantiles
@@ -369,7 +374,7 @@ def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
     )
 
 
-class _ModelLatency:
+class ModelLatency:
     """What is known about one model on one route."""
 
     __slots__ = (
