@@ -271,7 +271,7 @@ def scenarios(traces: Path | None) -> list[Scenario]:
                 found.append(
                     Scenario(
                         name=up.stem, group="varying", use=use, arrivals=arrivals, rtt_ms=50.0,
-                        links=_recorded(up, down), faults=_busy_device,
+                        links=_recorded(up, down), faults=_busy_device, is_recorded=True,
                     )
                 )  # fmt: skip
         if not found:

@@ -297,10 +297,10 @@ class SizedLatency:
     def observe(self, size: float, value_ms: float, *, now_s: float) -> None:
         usual_ms = self.shape.at(size)
         self._last_s = now_s
+        self.is_measured = True
         if usual_ms is None or int(size).bit_length() not in self.shape.points:
             # The first one of a size says where the shape is, not that today is unusual.
             self.shape.observe(size, value_ms / self.level.at(now_s))
-            self.is_measured = True
             return
         forecast_ms = usual_ms * self.level.at(now_s)
         self.level.observe(value_ms / max(forecast_ms, 1e-6), now_s=now_s)
