@@ -106,4 +106,48 @@ def wire(
     harness.conclude(report, json_path=json_file, check=check)
 
 
+#: Recorded links are used where they lie beside the checkout.
+_TRACES_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "traces"
+
+
+@app.command()
+def routing(
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of recorded links, NAME.up and NAME.down in Mahimahi's format; "
+            "without it ../shared/traces where that exists.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each scenario.")] = 5,
+    seed: Seed = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write routing.html with charts.", show_default=False),
+    ] = None,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """The router against fixed rules, others' rules and an oracle, in simulated worlds.
+
+    Drives the client's own prediction, decision, circuit breaker and repair with a virtual clock
+    over links that are generated or recorded; every policy meets the same requests.
+    """
+    from benchmarks import harness
+    from benchmarks.routing import bench as lab
+    from benchmarks.routing.plots import write_page
+
+    harness.check_json_path(json_file)
+    if traces is None and _TRACES_BESIDE.is_dir():
+        traces = _TRACES_BESIDE
+    settings = lab.Settings(seed=seed, seeds=seeds, traces=traces)
+    with harness.progress(is_quiet=check) as begin:
+        report, outcomes = lab.measure(settings, begin)
+    if plot is not None:
+        write_page(outcomes, plot)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
 __all__ = ["app"]

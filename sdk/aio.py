@@ -153,6 +153,8 @@ class AsyncClient(Calls):
 
     async def close(self) -> None:
         """Close connections, end worker threads, free models. Idempotent."""
+        if not self._is_closed:
+            self._known.save()
         self._is_closed = True
         if self._link is not None:
             await self._link.close()

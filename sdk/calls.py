@@ -146,13 +146,18 @@ class Calls:
                 field="sensitivity",
                 fix=f"Use one of: {', '.join(rules.classes)}",
             )
-        known = Knowledge(edge=self._edge, link=self._link)
+        known = Knowledge(edge=self._edge, link=self._link, state_file=config.routing.state)
         if self._link is not None:
             self._link.on_round_trip = known.observe_round_trip
         self._known = known
         self._plans = Plans(known)
         self._usual = self._settings(deadline_ms=math.inf)
-        self._core = Core(policy=rules, default_sensitivity=default, known=known)
+        self._core = Core(
+            policy=rules,
+            default_sensitivity=default,
+            known=known,
+            confidence=config.routing.confidence,
+        )
 
     @property
     def policy(self) -> Policy:

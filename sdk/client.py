@@ -236,6 +236,8 @@ class Client(Calls):
 
     def close(self) -> None:
         """Close connections, stop the background thread, free models. Idempotent."""
+        if not self._is_closed:
+            self._known.save()
         self._is_closed = True
         self._plans.clear()
         with _LOOP_LOCK:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from nearfar.errors import ConfigError
-from sdk.routing.types import MODES, OBJECTIVES, Mode, Objective
+from sdk.routing.types import CONFIDENCE, MODES, OBJECTIVES, Mode, Objective
 from sdk.toml_table import Table, parse_toml, read_text, suggestion
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
 _TOP_KEYS = ("models", "cloud", "routing", "policy")
+_ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
 )  # fmt: skip
@@ -239,6 +240,9 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
         mode: Which routes the app asks for, within policy.
         objective: What to prefer among routes that meet the deadline.
         deadline_ms: Time an answer may take; `None` for as long as it takes.
+        confidence: Probability with which a route must be expected within the deadline to count as
+            being in time; above 0 and below 1.
+        state: File in which the client keeps what routes took, across restarts; `None` for none.
 
     Raises:
         ConfigError: A field does not fit; `ConfigError.field` names it.
@@ -247,6 +251,8 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode = "auto"
     objective: Objective = "latency"
     deadline_ms: float | None = None
+    confidence: float = CONFIDENCE
+    state: Path | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -257,6 +263,12 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"'deadline_ms' is {deadline_ms!r}",
                 field="deadline_ms",
                 fix="Give a positive number of milliseconds, or leave it out",
+            )
+        if not 0 < self.confidence < 1:
+            raise ConfigError(
+                f"'confidence' is {self.confidence!r}",
+                field="confidence",
+                fix="Give a probability, as in confidence = 0.95",
             )
 
 
@@ -315,7 +327,7 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
     return Config(
         models_store=_path(models, "store", base, must_exist=False),
         clouds=_clouds(top, base),
-        routing=_routing(top.table("routing", known=("mode", "objective", "deadline_ms"))),
+        routing=_routing(top.table("routing", known=_ROUTING_KEYS), base),
         policy_file=_path(policy, "file", base, must_exist=True),
         default_sensitivity=policy.name(
             "default_sensitivity", max_length=24, fix="Name one of the policy's classes"
@@ -375,21 +387,18 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
     return config
 
 
-def _routing(table: Table) -> RoutingConfig:
+def _routing(table: Table, base: Path) -> RoutingConfig:
     for key in ("mode", "objective"):
         table.text(key, fix='Write a word in quotes, as in mode = "auto"')
-    deadline_ms = table.raw("deadline_ms")
-    if table.has("deadline_ms") and (
-        isinstance(deadline_ms, bool) or not isinstance(deadline_ms, (int, float))
-    ):
-        raise table.error(
-            "deadline_ms", "must be a number of milliseconds", fix="Write it without quotes"
-        )
+    deadline_ms = _number(table, "deadline_ms", "must be a number of milliseconds")
+    confidence = _number(table, "confidence", "must be a number between 0 and 1")
     try:
         return RoutingConfig(
             mode=check_mode(str(table.raw("mode") or "auto")),
             objective=check_objective(str(table.raw("objective") or "latency")),
-            deadline_ms=float(deadline_ms) if isinstance(deadline_ms, (int, float)) else None,
+            deadline_ms=None if deadline_ms is None else float(deadline_ms),
+            confidence=CONFIDENCE if confidence is None else float(confidence),
+            state=_path(table, "state", base, must_exist=False),
         )
     except OverflowError:
         raise table.error(
@@ -397,6 +406,15 @@ def _routing(table: Table) -> RoutingConfig:
         ) from None
     except ConfigError as exc:
         raise _in_table(exc, table) from exc
+
+
+def _number(table: Table, key: str, problem: str) -> int | float | None:
+    value = table.raw(key)
+    if not table.has(key):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise table.error(key, problem, fix="Write it without quotes")
+    return value
 
 
 def _in_table(error: ConfigError, table: Table) -> ConfigError:

@@ -30,6 +30,7 @@ from sdk.policy import Policy, RequestFacts, Verdict, evaluate
 from sdk.requests import Request, check
 from sdk.results import Route, RouteName
 from sdk.routing import Attempt, DecisionInputs, Outcome, RouteDecision, attempts, decide
+from sdk.routing.types import CONFIDENCE
 from sdk.steps import Answer, Connect, RunHere, RunThere, Step, Wait
 
 if TYPE_CHECKING:
@@ -63,12 +64,19 @@ class Core:
         policy: What may leave the device.
         default_sensitivity: Class of requests that state none; `None` takes the strictest.
         known: What is known about both routes.
+        confidence: Probability with which a route must be in time to count as being so.
     """
 
     def __init__(
-        self, *, policy: Policy, default_sensitivity: str | None, known: Knowledge
+        self,
+        *,
+        policy: Policy,
+        default_sensitivity: str | None,
+        known: Knowledge,
+        confidence: float = CONFIDENCE,
     ) -> None:
         self.policy = policy
+        self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
         self.known = known
         self._verdicts: dict[tuple[str | None, ...], Verdict] = {}
@@ -89,14 +97,10 @@ class Core:
         permits: list[Permit] = []
         ids: dict[str | None, bytes] = {}
         while True:
-            attempt_started_s = time.perf_counter()
             try:
                 answer = yield from self._attempt(request, attempt, permits, ids)
-                self.known.learn(request, attempt.route, answer)
                 request.deadline.check(*before, attempt.route)
             except NearfarError as error:
-                if isinstance(error, DeadlineExceeded) and attempt.route == "cloud":
-                    self.known.learn_lateness(attempt, request, attempt_started_s)
                 before.append(attempt.route)
                 attempt = plan.send(Outcome(now_s=time.monotonic(), error=error))
                 continue
@@ -121,15 +125,18 @@ class Core:
         if attempt.delay_s:
             yield Wait(attempt.delay_s)
         if attempt.route == "edge":
-            answer: Answer = yield RunHere(request, _expected_s(attempt))
+            with self.known.under_way(request, attempt) as ticket:
+                answer: Answer = yield RunHere(request, _expected_s(attempt))
+            self.known.learn(request, "edge", answer, ticket)
             return answer
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
-        with self.known.guarded():
-            # Asked for again under the same id, it is computed once; another variant is another.
-            variant = self.known.variant_wanted(request)
-            request_id = ids.setdefault(variant, os.urandom(16))
+        # Asked for again under the same id, it is computed once; another variant is another.
+        variant = self.known.variant_wanted(request)
+        request_id = ids.setdefault(variant, os.urandom(16))
+        with self.known.under_way(request, attempt) as ticket, self.known.guarded():
             answer = yield RunThere(request, permit, offer, variant, request_id)
+        self.known.learn(request, "cloud", answer, ticket)
         return answer
 
     # -- shared by batches and streams -----------------------------------------------------------
@@ -176,6 +183,7 @@ class Core:
                 remaining_ms=request.deadline.remaining_ms(),
                 size=size,
                 failed=failed,
+                confidence=self.confidence,
             )
         )
 

@@ -5,7 +5,10 @@ Reads the state of the edge runtime and of the cloud link; waits for nothing and
 
 from __future__ import annotations
 
+import logging
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,6 +31,7 @@ from sdk.routing import (
     Predictor,
     RequestSize,
     RouteState,
+    Ticket,
 )
 from sdk.steps import Answer
 
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
 
+logger = logging.getLogger(__name__)
+
 
 class Knowledge:
     """Both routes as far as they are known. Thread-safe as far as `Predictor` is.
@@ -44,9 +50,12 @@ class Knowledge:
     Args:
         edge: The near route; `None` when the client has none.
         link: The far route; `None` when the client has none. Only its state is read here.
+        state_file: Where what was measured is kept across restarts; `None` keeps nothing.
     """
 
-    def __init__(self, *, edge: EdgeRoute | None, link: CloudLink | None) -> None:
+    def __init__(
+        self, *, edge: EdgeRoute | None, link: CloudLink | None, state_file: Path | None = None
+    ) -> None:
         self.edge = edge
         self.link = link
         self.predictor = Predictor()
@@ -54,6 +63,14 @@ class Knowledge:
         self._pins: dict[str, str] = {}
         self._seeded: set[tuple[str, str, str]] = set()
         self._row_bytes: dict[tuple[str, str], int] = {}
+        self._state_file = state_file
+        if state_file is not None:
+            _recall(self.predictor, state_file)
+
+    def save(self) -> None:
+        """Write what was measured to the state file, if there is one; only warns when it cannot."""
+        if self._state_file is not None:
+            _remember(self.predictor, self._state_file)
 
     def manifest(self, request: Request, route: RouteName) -> Manifest:
         """Manifest of the model on the route that answered."""
@@ -65,13 +82,20 @@ class Knowledge:
         return offer.manifest
 
     def observe(
-        self, request: Request, route: RouteName, observation: Observation, received_bytes: int = 0
+        self,
+        request: Request,
+        route: RouteName,
+        observation: Observation,
+        received_bytes: int = 0,
+        ticket: Ticket | None = None,
     ) -> None:
         """Learn from one complete answer."""
         size = self.size(request)
         if received_bytes:
             size = msgspec.structs.replace(size, download_bytes=received_bytes)
-        self.predictor.observe(route, request.model, size, observation, now_s=time.monotonic())
+        self.predictor.observe(
+            route, request.model, size, observation, now_s=time.monotonic(), ticket=ticket
+        )
 
     def observe_round_trip(self, rtt_ms: float) -> None:
         """Learn the link's round trip."""
@@ -236,7 +260,7 @@ class Knowledge:
                 size = msgspec.structs.replace(size, input_elements=width * request.rows)
         return size
 
-    def learn(self, request: Request, route: RouteName, answer: Answer) -> None:
+    def learn(self, request: Request, route: RouteName, answer: Answer, ticket: Ticket) -> None:
         self.observe(
             request,
             route,
@@ -247,17 +271,12 @@ class Knowledge:
                 load_ms=answer.load_ms,
             ),
             answer.received_bytes,
+            ticket,
         )
 
-    def learn_lateness(self, attempt: Attempt, request: Request, started_s: float) -> None:
-        """Learn from a cloud that did not answer by the deadline: it takes at least this long.
-
-        Otherwise a cloud that has become slow would be asked again and again in vain.
-        """
-        elapsed_ms = (time.perf_counter() - started_s) * 1000.0
-        expected_ms = attempt.decision.inputs.cloud.prediction.p50_ms
-        if expected_ms is not None and elapsed_ms > expected_ms:
-            self.observe(request, "cloud", Observation(total_ms=elapsed_ms, compute_ms=elapsed_ms))
+    def under_way(self, request: Request, attempt: Attempt) -> _UnderWay:
+        """Tell the predictor that an attempt runs, and whether it was given up as late."""
+        return _UnderWay(self.predictor, request.model, self.size(request), attempt)
 
     def variant_wanted(self, request: Request) -> str | None:
         """The variant that this client's earlier vectors of the model came from, if that binds."""
@@ -301,6 +320,38 @@ class Knowledge:
         return f"Available {'; '.join(parts)}" if parts else "Configure a store or a cloud"
 
 
+class _UnderWay:
+    """An attempt as long as it runs. A cloud or a device that became slow shows before it answers;
+    otherwise it would be asked again and again in vain."""
+
+    __slots__ = ("_attempt", "_model", "_predictor", "_size", "_ticket")
+
+    def __init__(
+        self, predictor: Predictor, model: str, size: RequestSize, attempt: Attempt
+    ) -> None:
+        self._predictor = predictor
+        self._model = model
+        self._size = size
+        self._attempt = attempt
+
+    def __enter__(self) -> Ticket:
+        attempt = self._attempt
+        self._ticket = self._predictor.start(
+            attempt.route,
+            self._model,
+            self._size,
+            attempt.decision.inputs.state(attempt.route).prediction,
+            now_s=time.monotonic(),
+        )
+        return self._ticket
+
+    def __exit__(self, kind: type[BaseException] | None, exc: object, trace: object) -> None:
+        now_s = time.monotonic()
+        self._predictor.stop(self._ticket, now_s=now_s)
+        if kind is not None and issubclass(kind, DeadlineExceeded):
+            self._predictor.observe_late(self._ticket, now_s=now_s)
+
+
 class _Guard:
     """Reports the outcome of using the link to the circuit breaker."""
 
@@ -322,6 +373,32 @@ class _Guard:
             self._breaker.release(now_s)
         else:
             self._breaker.record_success(now_s)  # it answered, if only to refuse
+
+
+def _recall(predictor: Predictor, path: Path) -> None:
+    from sdk.routing.memory import MAX_BYTES, recall
+
+    try:
+        with path.open("rb") as file:
+            recall(predictor, file.read(MAX_BYTES + 1))
+    except FileNotFoundError:
+        return
+    except (OSError, NearfarError) as exc:
+        logger.warning("what routes took before is not known: %s: %s", path, exc)
+
+
+def _remember(predictor: Predictor, path: Path) -> None:
+    from sdk.routing.memory import remember
+
+    # A file of its own first, so that a reader or a crash never meets half of one.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        fresh.write_bytes(remember(predictor))
+        fresh.chmod(0o600)
+        fresh.replace(path)
+    except OSError as exc:
+        logger.warning("what routes took cannot be kept: %s", exc)
+        fresh.unlink(missing_ok=True)
 
 
 def _other_variant(model: str, here: str, wanted: str) -> str:

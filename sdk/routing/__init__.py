@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sdk.routing.attempts import Attempt, Outcome, attempts
 from sdk.routing.breaker import BreakerState, CircuitBreaker
-from sdk.routing.predictor import Observation, Predictor
+from sdk.routing.predictor import Observation, Predictor, Ticket
 from sdk.routing.router import decide, replay
 from sdk.routing.types import (
     MODES,
@@ -41,6 +41,7 @@ __all__ = [
     "Route",
     "RouteDecision",
     "RouteState",
+    "Ticket",
     "attempts",
     "decide",
     "replay",

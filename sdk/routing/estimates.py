@@ -1,21 +1,54 @@
-"""Online estimates of latency: small, decayed, O(1).
+"""Online estimates of durations as distributions: small, decayed, cheap to read.
 
-`LatencyEstimate` is the seam for better statistics: a quantile sketch fits behind it.
+What is forecast is learned in three layers, because they change at different speeds:
+
+- the *shape*: how the duration grows with size, slowly;
+- the *level*: how much slower than that everything is just now, fast, at once after a jump;
+- the *error*: the last few ratios of what came to what was forecast, as they are.
+
+The third is the distribution. A quantile sketch (DDSketch) was tried in its place: it forgets
+nothing by itself, and one quantile of it costs 8 µs in Python, of which a decision needs ten.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
-# Newest measurement's weight once there are a few: a jump is two thirds learned after 3 answers.
-WEIGHT = 0.3
-# An estimate that nobody confirms moves back to its prior, so that a route that was slow once is
-# tried again some day.
-HALF_LIFE_S = 300.0
-# 95th percentile of a normal distribution over its mean absolute deviation: 1.645 / 0.798.
-P95_DEVIATIONS = 2.06
-# Before a second measurement says how much the first one varies (TCP takes 1/2, RFC 6298).
-FIRST_DEVIATION = 0.25
+#: Which quantiles are kept of everything; `Prediction` has one field for each.
+LEVELS = (0.2, 0.5, 0.8, 0.95, 0.99)
+Quantiles = tuple[float, float, float, float, float]
+
+# Newest measurement's weight in the level: when its forecast missed, and when it did not.
+LEVEL_WEIGHT, CALM_WEIGHT = 0.5, 0.2
+# The same for the shape once there are a few, and how far one measurement can pull it.
+SHAPE_WEIGHT, MAX_PULL = 0.1, 1.25
+# Errors kept; older ones say little about now. Fewer than this give a 95th percentile by chance.
+WINDOW = 64
+# A jump is believed after three forecasts in a row that missed on the same side of what 8 of 10
+# errors stay within, or after two that missed by so much more.
+JUMP_RUN = 3
+FAR = 1.5
+# A miss by less than this is none.
+NEAR = 1.05
+# A level that nobody confirms goes back to the usual one, so that a route that was slow is tried
+# again: phones that throttle and machines in use by something else do so for seconds to minutes.
+HALF_LIFE_S = 20.0
+# A shape that nobody confirms goes back to its seed, if it has one.
+SHAPE_HALF_LIFE_S = 300.0
+STALE_S = 10.0
+# One answer alone says no more about the level than this: it may have been an accident.
+MAX_RATIO = 8.0
+# Nothing is so much faster or slower than usual; keeps an accident from growing without bound.
+LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 100.0
+# Spread of a forecast that nobody has given one: standard deviation of its logarithm.
+DEFAULT_SIGMA = 0.25
+MIN_SIGMA = 0.02
+# Normal quantiles of a few equally likely values; a prior distribution in nine values.
+_PRIOR = (-1.59, -0.97, -0.59, -0.28, 0.0, 0.28, 0.59, 0.97, 1.59)
 
 
 class LatencyEstimate(Protocol):
@@ -28,116 +61,288 @@ class LatencyEstimate(Protocol):
     def observe(self, size: float, value_ms: float, *, now_s: float) -> None:
         """Learn one measurement."""
 
-    def quantiles(self, size: float, *, now_s: float) -> tuple[float, float] | None:
-        """(p50, p95) in milliseconds for that size; `None` when nothing is known."""
+    def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
+        """Quantiles at `LEVELS` in milliseconds; `None` when nothing is known.
+
+        Args:
+            size: What the duration is a function of.
+            now_s: Monotonic time.
+            factor: How much slower it is at least, as far as requests in flight show.
+        """
 
 
-class MeanDeviation:
-    """Exponentially weighted mean and mean absolute deviation of one quantity.
+class Recent:
+    """The last values of something, with quantiles that cost nothing to read.
 
     Args:
-        prior: What to assume before anything is measured, and to return to with time.
-        prior_deviation: Mean absolute deviation of the prior.
+        sigma: Spread (of the logarithm) that is assumed around 1 until values replace it.
+        values: What to begin with instead, oldest first.
     """
 
-    __slots__ = ("count", "deviation", "last_s", "mean", "prior", "prior_deviation")
+    __slots__ = ("_ordered", "_ring", "assumed", "quantiles")
 
-    def __init__(self, prior: float | None = None, prior_deviation: float = 0.0) -> None:
-        self.prior = prior
-        self.prior_deviation = prior_deviation
-        self.mean = 0.0
-        self.deviation = 0.0
-        self.count = 0
-        self.last_s = 0.0
+    def __init__(self, sigma: float = DEFAULT_SIGMA, values: Sequence[float] = ()) -> None:
+        start = values or [math.exp(sigma * z) for z in _PRIOR]
+        #: Quantiles at `LEVELS`.
+        self.quantiles: Quantiles
+        #: How many of the values nobody has measured.
+        self.assumed = 0 if values else len(_PRIOR)
+        self._ring: deque[float] = deque(start[-WINDOW:])
+        self._ordered = sorted(self._ring)
+        self._refresh()
 
-    def observe(self, value: float, *, now_s: float) -> None:
-        """Learn one measurement."""
-        if self.count == 0:
-            # A prior counts as one measurement: it came from another run or another machine.
-            if self.prior is None:
-                self.mean = value
-                self.deviation = value * FIRST_DEVIATION
-            else:
-                self.mean = (self.prior + value) / 2
-                self.deviation = max(self.prior_deviation, abs(value - self.prior) / 2)
-        else:
-            seen = self.count + (self.prior is not None)
-            weight = max(WEIGHT, 1.0 / (seen + 1))
-            error = value - self.mean
-            self.mean += weight * error
-            self.deviation += weight * (abs(error) - self.deviation)
-        self.count += 1
-        self.last_s = now_s
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Measured values, oldest first."""
+        return tuple(self._ring)[self.assumed :]
 
-    def quantiles(self, *, now_s: float) -> tuple[float, float] | None:
-        """(p50, p95), aged towards the prior; `None` when nothing is known."""
-        mean, deviation = self.mean, self.deviation
-        if self.count == 0:
-            if self.prior is None:
-                return None
-            mean, deviation = self.prior, self.prior_deviation
-        elif self.prior is not None and now_s > self.last_s:
-            trust = 0.5 ** ((now_s - self.last_s) / HALF_LIFE_S)
-            mean = trust * mean + (1.0 - trust) * self.prior
-        return mean, mean + P95_DEVIATIONS * deviation
+    @property
+    def count(self) -> int:
+        """How many were measured."""
+        return len(self._ring) - self.assumed
+
+    def add(self, value: float) -> None:
+        """Take in a value; drops the oldest, and two assumed ones."""
+        ring, ordered = self._ring, self._ordered
+        drop = min(2, self.assumed) or (len(ring) >= WINDOW)
+        for _ in range(drop):
+            del ordered[bisect_left(ordered, ring.popleft())]
+        self.assumed = max(0, self.assumed - 2)
+        ring.append(value)
+        insort(ordered, value)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        ordered = self._ordered
+        self.quantiles = (
+            _quantile(ordered, 0.2),
+            _quantile(ordered, 0.5),
+            _quantile(ordered, 0.8),
+            _quantile(ordered, 0.95),
+            _quantile(ordered, 0.99),
+        )
+
+    def share_below(self, value: float) -> float:
+        """Which part of the values is at most this one."""
+        return bisect_right(self._ordered, value) / len(self._ordered)
 
 
-class SizeBuckets:
-    """A duration as a function of size: one `MeanDeviation` per power of two.
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    # (n + 1) q, the median-unbiased kind for small samples: the largest of few is not the p99.
+    position = min(max((len(ordered) + 1) * q - 1.0, 0.0), len(ordered) - 1.0)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
-    Between known sizes it takes the next larger one, beyond them it scales with size: too
-    cautious rather than too bold, and exact again after one answer of that size.
+
+class Level:
+    """How much slower than usual something is, and how far forecasts of it miss.
 
     Args:
-        prior_ms: Median at `prior_size`, before anything is measured.
-        prior_deviation_ms: Its mean absolute deviation.
+        sigma: Assumed spread of errors until some were seen.
+        half_life_s: How fast a level that nobody confirms goes back to the usual one.
+    """
+
+    __slots__ = ("_before", "_half_life_s", "_last_s", "_run", "_side", "errors", "value")
+
+    def __init__(self, sigma: float = DEFAULT_SIGMA, *, half_life_s: float = HALF_LIFE_S) -> None:
+        self.errors = Recent(sigma)
+        self.value = 1.0
+        self._half_life_s = half_life_s
+        self._last_s = 0.0
+        # The levels that forecasts in a row, missed on the same side, would have needed.
+        self._run: deque[float] = deque(maxlen=JUMP_RUN)
+        self._side = 0
+        self._before = 1.0, 1.0 / NEAR, NEAR
+
+    def at(self, now_s: float) -> float:
+        """The level now: the last one, aged."""
+        if self.value == 1.0 or now_s <= self._last_s:
+            return self.value
+        return float(self.value ** (0.5 ** ((now_s - self._last_s) / self._half_life_s)))
+
+    def observe(self, ratio: float, *, now_s: float, cause: float | None = None) -> None:
+        """Learn how far a forecast missed.
+
+        Args:
+            ratio: What came, divided by what was forecast (the usual one times `at`).
+            now_s: Monotonic time.
+            cause: How much of that is due to the level, where it had only a part in the forecast:
+                the level it would have taken, divided by `at`.
+        """
+        level = self.at(now_s)
+        cause = ratio if cause is None else cause
+        run = self._run
+        if not run:
+            # What the forecasts of a run are compared with: the level before it, and how far
+            # forecasts missed before it. A run must not hide itself.
+            low, _, high, _, _ = self.errors.quantiles
+            self._before = level, min(low, 1.0 / NEAR), max(high, NEAR)
+        self.errors.add(ratio)
+        before, low, high = self._before
+        since = ratio * level / before
+        side = (since > high) - (since < low)
+        cause = min(max(cause, 1.0 / MAX_RATIO), MAX_RATIO)
+        if run and side == 0:
+            moved = before  # an accident, and all is as it was
+        else:
+            moved = level * (1.0 + (LEVEL_WEIGHT if side else CALM_WEIGHT) * (cause - 1.0))
+        if side != self._side:
+            run.clear()
+        self._side = side
+        if side:
+            run.append(cause * level)
+            is_far = len(run) >= 2 and not 1.0 / FAR < since < FAR
+            if len(run) >= JUMP_RUN or is_far:
+                # What was before the jump is forgotten.
+                moved = sorted(run)[1] if len(run) >= JUMP_RUN else run[-1]
+                if len(run) >= JUMP_RUN:
+                    run.clear()
+        self.value = min(max(moved, LOWEST_LEVEL), HIGHEST_LEVEL)
+        self._last_s = now_s
+
+
+class Shape:
+    """A duration as a function of size: one point for each power of two, lines between them.
+
+    Args:
+        prior_ms: Duration at `prior_size`, before anything is measured.
         prior_size: Size that the prior was measured at; 0 when it holds for any size.
     """
 
-    __slots__ = ("_buckets", "_prior_deviation_ms", "_prior_ms", "_prior_size")
+    __slots__ = ("_prior_ms", "_prior_size", "_sizes", "_values", "points")
+
+    def __init__(self, prior_ms: float | None = None, *, prior_size: float = 0.0) -> None:
+        self._prior_ms = prior_ms
+        self._prior_size = prior_size
+        #: Power of two to [mean size, mean value, measurements].
+        self.points: dict[int, list[float]] = {}
+        self._sizes: list[float] = []
+        self._values: list[float] = []
+
+    def observe(self, size: float, value_ms: float) -> None:
+        """Move the point of that size."""
+        index = int(size).bit_length()
+        point = self.points.get(index)
+        if point is None:
+            # A prior counts as one measurement: it came from another run or another machine.
+            prior = self.seed(size)
+            self.points[index] = (
+                [size, value_ms, 1.0] if prior is None else [size, (prior + value_ms) / 2, 2.0]
+            )
+        else:
+            point[2] += 1.0
+            weight = max(SHAPE_WEIGHT, 1.0 / point[2])
+            point[0] += weight * (size - point[0])
+            point[1] += weight * (value_ms - point[1])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make `at` see the points as they are."""
+        ordered = [self.points[index] for index in sorted(self.points)]
+        self._sizes, self._values = [p[0] for p in ordered], [p[1] for p in ordered]
+
+    def at(self, size: float) -> float | None:
+        """Usual duration for a size; `None` when nothing is known."""
+        sizes, values = self._sizes, self._values
+        if not sizes:
+            return self.seed(size)
+        if len(sizes) == 1:
+            prior, there = self.seed(size), self.seed(sizes[0])
+            if prior is not None and there:
+                return values[0] * prior / there
+            # Too cautious rather than too bold: larger ones in proportion, smaller ones no faster.
+            if int(size).bit_length() <= int(sizes[0]).bit_length():
+                return values[0]
+            return values[0] * size / max(sizes[0], 1.0)
+        right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
+        x0, x1, y0, y1 = sizes[right - 1], sizes[right], values[right - 1], values[right]
+        line = y0 + (y1 - y0) * (size - x0) / max(x1 - x0, 1e-9)
+        if size > x1:
+            return max(line, y1)
+        return max(line, 0.25 * y0)
+
+    def seed(self, size: float) -> float | None:
+        """What the prior says of a size."""
+        if self._prior_ms is None:
+            return None
+        # Short inputs still pay a fixed part; a quarter is what small prompts cost on CPUs.
+        scale = max(0.25, size / self._prior_size) if self._prior_size else 1.0
+        return self._prior_ms * scale
+
+
+class SizedLatency:
+    """A duration as a function of size, as a distribution: a `LatencyEstimate`.
+
+    Args:
+        prior_ms: Median at `prior_size`, before anything is measured.
+        prior_size: Size that the prior was measured at; 0 when it holds for any size.
+        sigma: Assumed spread (of the logarithm) until errors were seen.
+    """
+
+    __slots__ = ("_last_s", "is_measured", "level", "shape")
 
     def __init__(
         self,
         prior_ms: float | None = None,
-        prior_deviation_ms: float = 0.0,
         *,
         prior_size: float = 0.0,
+        sigma: float = DEFAULT_SIGMA,
     ) -> None:
-        self._buckets: dict[int, MeanDeviation] = {}
-        self._prior_ms = prior_ms
-        self._prior_deviation_ms = prior_deviation_ms
-        self._prior_size = prior_size
-
-    @property
-    def is_measured(self) -> bool:
-        return bool(self._buckets)
+        self.shape = Shape(prior_ms, prior_size=prior_size)
+        self.level = Level(sigma)
+        self.is_measured = False
+        self._last_s = 0.0
 
     def observe(self, size: float, value_ms: float, *, now_s: float) -> None:
-        index = int(size).bit_length()
-        bucket = self._buckets.get(index)
-        if bucket is None:
-            bucket = self._buckets[index] = self._fresh(size)
-        bucket.observe(value_ms, now_s=now_s)
+        usual_ms = self.shape.at(size)
+        self._last_s = now_s
+        self.is_measured = True
+        if usual_ms is None or int(size).bit_length() not in self.shape.points:
+            # The first one of a size says where the shape is, not that today is unusual.
+            self.shape.observe(size, value_ms / self.level.at(now_s))
+            return
+        forecast_ms = usual_ms * self.level.at(now_s)
+        self.level.observe(value_ms / max(forecast_ms, 1e-6), now_s=now_s)
+        # A jump belongs into the level, whichever size it was seen at.
+        typical_ms = value_ms / self.level.value
+        typical_ms = min(max(typical_ms, usual_ms / MAX_PULL), usual_ms * MAX_PULL)
+        self.shape.observe(size, typical_ms)
 
-    def quantiles(self, size: float, *, now_s: float) -> tuple[float, float] | None:
-        index = int(size).bit_length()
-        bucket = self._buckets.get(index)
-        if bucket is not None:
-            return bucket.quantiles(now_s=now_s)
-        if not self._buckets:
-            return self._fresh(size).quantiles(now_s=now_s)
-        larger = min((i for i in self._buckets if i > index), default=None)
-        if larger is not None:
-            return self._buckets[larger].quantiles(now_s=now_s)
-        smaller = max(self._buckets)
-        found = self._buckets[smaller].quantiles(now_s=now_s)
-        assert found is not None
-        scale = float(2 ** (index - smaller))
-        return found[0] * scale, found[1] * scale
+    def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
+        usual_ms = self.shape.at(size)
+        if usual_ms is None:
+            return None
+        if self.is_measured and now_s - self._last_s > STALE_S:
+            seed_ms = self.shape.seed(size)
+            if seed_ms:
+                trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
+                usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
+        scale = usual_ms * self.level.at(now_s) * factor
+        q20, q50, q80, q95, q99 = self.level.errors.quantiles
+        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
 
-    def _fresh(self, size: float) -> MeanDeviation:
-        if self._prior_ms is None:
-            return MeanDeviation()
-        # Short inputs still pay a fixed part; a quarter is what small prompts cost on CPUs.
-        scale = max(0.25, size / self._prior_size) if self._prior_size else 1.0
-        return MeanDeviation(self._prior_ms * scale, self._prior_deviation_ms * scale)
+
+def sigma_of(p50: float, p99: float) -> float:
+    """Spread of the logarithm that a median and a 99th percentile show."""
+    if p50 <= 0 or p99 <= p50:
+        return MIN_SIGMA
+    return min(1.0, max(MIN_SIGMA, math.log(p99 / p50) / 2.326))
+
+
+def share_in_time(quantiles: Quantiles, limit: float) -> float:
+    """Probability that a duration stays within a limit, from its quantiles at `LEVELS`.
+
+    Linear between the quantiles; below the first down to nothing at twice its distance from the
+    median (a normal distribution's three sigma), above the last up to 1 as far out again.
+    """
+    if limit < quantiles[0]:
+        reach = max(quantiles[1] - quantiles[0], 1e-9)
+        return max(0.0, LEVELS[0] * (1.0 - (quantiles[0] - limit) / (2.0 * reach)))
+    for index in range(1, len(LEVELS)):
+        if limit < quantiles[index]:
+            low, high = quantiles[index - 1], quantiles[index]
+            part = (limit - low) / max(high - low, 1e-9)
+            return LEVELS[index - 1] + part * (LEVELS[index] - LEVELS[index - 1])
+    reach = max(quantiles[4] - quantiles[3], 1e-9)
+    return min(1.0, LEVELS[4] + (1.0 - LEVELS[4]) * (limit - quantiles[4]) / reach)

@@ -8,32 +8,30 @@ For text generation compute = prefill(input tokens) + output tokens x time per t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from sdk.routing.estimates import MeanDeviation, SizeBuckets
+from sdk.routing.estimates import Quantiles, Recent, SizedLatency, sigma_of
+from sdk.routing.network import LinkLatency
 from sdk.routing.types import UNKNOWN, Basis, Prediction, RequestSize, Route
 
 if TYPE_CHECKING:  # routing alone stays light to import
     from nearfar.bundle.manifest import LatencyFigure
 
-# Until the link is measured: a home or mobile connection to a far data centre, 10 Mbit/s up.
-ASSUMED_RTT_MS = 60.0
-ASSUMED_MS_PER_BYTE = 8.0 / 10_000.0
-# Smaller messages say something about the round trip, larger ones about bandwidth.
-SMALL_TRANSFER_BYTES = 16 * 1024
-LARGE_TRANSFER_BYTES = 64 * 1024
 # Reading and preparing a model, before it was ever measured here; a slow disk gives this.
 ASSUMED_LOAD_BYTES_PER_MS = 250_000.0
-# How far off a known queue may be, as a part of it.
+# How far off a known queue may be, as a part of it: p95 - p50.
 QUEUE_SPREAD = 0.5
-# p99 - p50 of a normal distribution, in mean absolute deviations: 2.326 / 0.798.
-P99_DEVIATIONS = 2.92
 # Answers of a model that must have been seen before their length counts as expected.
 MIN_ANSWERS = 3
+# Seeds' times per token vary little from answer to answer.
+PER_TOKEN_SIGMA = 0.1
+# How far that reaches at p80 and p99, in p95 - p50 (normal distribution).
+_QUEUE_REACH_80, _QUEUE_REACH_99 = 0.51, 1.41
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,17 +58,50 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     finished: bool = True
 
 
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """An attempt that has started; see `Predictor.start`.
+
+    Attributes:
+        number: Unique in its predictor.
+        route: Where it runs.
+        model: Name of the model.
+        size: Size of the request.
+        started_s: When it started.
+        expected_ms: What was predicted for it (median); `None` when nothing was.
+        late_ms: What was predicted to be enough for 19 of 20 such requests.
+        queue_ms: What wait for a slot was predicted.
+        ahead_bytes: Bytes of earlier uploads that were under way when it started.
+    """
+
+    number: int
+    route: Route
+    model: str
+    size: RequestSize
+    started_s: float
+    expected_ms: float | None
+    late_ms: float | None
+    queue_ms: float
+    ahead_bytes: float
+
+
 class Predictor:
     """Latency of every (route, model) and of the cloud link.
 
     Sans-IO: `now_s` is passed in. Not locked: callers on several threads may lose an observation
     to a race, never more.
+
+    Attributes:
+        models: What is known about each (route, model).
+        answers: Lengths of the last answers of each model, in tokens.
+        link: What is known about the link to the cloud.
     """
 
     def __init__(self) -> None:
-        self._models: dict[tuple[Route, str], _ModelLatency] = {}
-        self._answers: dict[str, MeanDeviation] = {}
-        self._link = _Link()
+        self.models: dict[tuple[Route, str], ModelLatency] = {}
+        self.answers: dict[str, Recent] = {}
+        self.link = LinkLatency()
+        self._numbers = itertools.count()
+        self._in_flight: dict[Route, dict[int, Ticket]] = {"edge": {}, "cloud": {}}
 
     def seed(
         self,
@@ -90,8 +121,49 @@ class Predictor:
             figures: `Variant.latency` of the variant that would answer; the first is used.
             size_bytes: `Variant.size_bytes`; gives a first guess of the time to load it.
         """
-        if (route, model) not in self._models:
-            self._models[route, model] = _ModelLatency(next(iter(figures), None), size_bytes)
+        if (route, model) not in self.models:
+            self.models[route, model] = ModelLatency(next(iter(figures), None), size_bytes)
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def start(
+        self, route: Route, model: str, size: RequestSize, prediction: Prediction, *, now_s: float
+    ) -> Ticket:
+        """Note that an attempt starts; `stop` must be called when it ends, however it does.
+
+        What is in flight is known before its answer: uploads that are under way delay those after
+        them, and a request that is overdue says that its route is slower than it was.
+
+        Args:
+            route: Where it runs.
+            model: Name of the model.
+            size: Size of the request.
+            prediction: What the decision expected of the route.
+            now_s: Monotonic time.
+        """
+        is_cloud = route == "cloud"
+        ticket = Ticket(
+            number=next(self._numbers),
+            route=route,
+            model=model,
+            size=size,
+            started_s=now_s,
+            expected_ms=prediction.p50_ms,
+            late_ms=prediction.p95_ms,
+            queue_ms=prediction.queue_ms,
+            ahead_bytes=self.link.ahead_bytes(now_s) if is_cloud else 0.0,
+        )
+        if is_cloud:
+            self.link.sending(size.upload_bytes, now_s=now_s)
+        self._in_flight[route][ticket.number] = ticket
+        return ticket
+
+    def stop(self, ticket: Ticket, *, now_s: float) -> None:
+        """The attempt has ended."""
+        in_flight = self._in_flight[ticket.route]
+        in_flight.pop(ticket.number, None)
+        if ticket.route == "cloud" and not in_flight:
+            self.link.idle(now_s=now_s)
 
     def observe(
         self,
@@ -101,43 +173,63 @@ class Predictor:
         observation: Observation,
         *,
         now_s: float,
+        ticket: Ticket | None = None,
     ) -> None:
-        """Learn from one complete answer."""
-        latency = self._models.setdefault((route, model), _ModelLatency(None, 0))
+        """Learn from one complete answer; `ticket` where its start was noted."""
+        latency = self.models.setdefault((route, model), ModelLatency(None, 0))
         seen = observation
         compute_ms = 0.0
         if seen.load_ms > 0:
-            latency.load.observe(seen.load_ms, now_s=now_s)
+            latency.load.observe(0, seen.load_ms, now_s=now_s)
         if seen.prefill_ms is not None:
             latency.prefill.observe(size.input_tokens, seen.prefill_ms, now_s=now_s)
             compute_ms = seen.prefill_ms + (seen.decode_ms or 0.0)
             if seen.decode_ms is not None and seen.completion_tokens > 1:
                 per_token = seen.decode_ms / (seen.completion_tokens - 1)
-                latency.per_token.observe(per_token, now_s=now_s)
+                latency.per_token.observe(0, per_token, now_s=now_s)
             if seen.finished and seen.completion_tokens > 0:
-                answers = self._answers.setdefault(model, MeanDeviation())
-                answers.observe(seen.completion_tokens, now_s=now_s)
+                self._learn_length(model, seen.completion_tokens)
         elif seen.compute_ms is not None:
             latency.compute.observe(size.work, seen.compute_ms, now_s=now_s)
             compute_ms = seen.compute_ms
         if route == "cloud":
-            latency.reported_queue_ms = seen.queue_ms
-            latency.reported_at_s = now_s
+            latency.learn_queue(seen.queue_ms, now_s, None if ticket is None else ticket.queue_ms)
             # A caller that reads slowly stretches the total; streams say nothing about the link.
             if seen.prefill_ms is None:
                 network_ms = seen.total_ms - seen.queue_ms - seen.load_ms - compute_ms
-                transferred = size.upload_bytes + size.download_bytes
-                self._link.observe(max(0.0, network_ms), transferred, now_s=now_s)
+                transferred: float = size.upload_bytes + size.download_bytes
+                if ticket is not None:
+                    transferred += ticket.ahead_bytes
+                self.link.observe(max(0.0, network_ms), transferred, now_s=now_s)
+
+    def observe_late(self, ticket: Ticket, *, now_s: float) -> None:
+        """Learn from an attempt that was given up: it would have taken longer still.
+
+        On the cloud that is held against the link, whose silence it was.
+        """
+        elapsed_ms = (now_s - ticket.started_s) * 1000.0
+        if ticket.expected_ms is None or elapsed_ms <= ticket.expected_ms:
+            return
+        ratio = elapsed_ms / max(ticket.expected_ms, 1e-6)
+        if ticket.route == "cloud":
+            size = ticket.size
+            transferred = size.upload_bytes + size.download_bytes + ticket.ahead_bytes
+            self.link.observe_late(ratio, transferred, now_s=now_s)
+        else:
+            latency = self.models.get((ticket.route, ticket.model))
+            if latency is not None and latency.compute.is_measured:
+                latency.compute.level.observe(ratio, now_s=now_s)
 
     def observe_round_trip(self, rtt_ms: float, *, now_s: float) -> None:
         """Learn the cloud link's round trip from a ping."""
-        self._link.observe(rtt_ms, 0, now_s=now_s)
+        self.link.observe_round_trip(rtt_ms)
 
     def report_queue(self, model: str, queue_ms: float, *, now_s: float) -> None:
         """Note the wait for a slot that the cloud runtime reports for a model."""
-        latency = self._models.setdefault(("cloud", model), _ModelLatency(None, 0))
-        latency.reported_queue_ms = queue_ms
-        latency.reported_at_s = now_s
+        latency = self.models.setdefault(("cloud", model), ModelLatency(None, 0))
+        latency.learn_queue(queue_ms, now_s, None)
+
+    # -- predicting ------------------------------------------------------------------------------
 
     def predict(
         self,
@@ -151,6 +243,11 @@ class Predictor:
     ) -> Prediction:
         """Predict one request.
 
+        The medians of the parts are added. Their spreads are added in quadrature, at each quantile
+        for itself: exact for independent normal parts, and close where one part outweighs the
+        others. Parts of text generation that share a cause (time per token and tokens) are
+        multiplied quantile by quantile, which is cautious.
+
         Args:
             route: Where it would run.
             model: Name of the model.
@@ -160,127 +257,165 @@ class Predictor:
                 uses what the server last reported.
             loaded: Whether the model is in memory; when not, the time to load it is added.
         """
-        latency = self._models.get((route, model))
+        latency = self.models.get((route, model))
         if latency is None:
             return UNKNOWN
+        parts: list[Quantiles] = []
         if queue_ms is None:
             # The queue drains while nobody looks.
             elapsed_ms = (now_s - latency.reported_at_s) * 1000.0
             queue_ms = max(0.0, latency.reported_queue_ms - elapsed_ms)
+            if latency.queue_errors is not None:
+                parts.append(latency.queue_errors.quantiles)
+        factor = self._overdue(route, now_s)
+        here = factor if route == "edge" else 1.0
         first_ms: float | None = None
         per_token_ms: float | None = None
         if size.max_new_tokens > 0:
-            prefill = latency.prefill.quantiles(size.input_tokens, now_s=now_s)
-            per_token = latency.per_token.quantiles(now_s=now_s)
+            prefill = latency.prefill.quantiles(size.input_tokens, now_s=now_s, factor=here)
+            per_token = latency.per_token.quantiles(0, now_s=now_s, factor=here)
             if prefill is None or per_token is None:
                 return UNKNOWN
-            tokens = self._expected_tokens(model, size.max_new_tokens, now_s)
-            p50 = prefill[0] + per_token[0] * (tokens[0] - 1.0)
-            p95 = prefill[1] + per_token[1] * (tokens[1] - 1.0)
-            first_ms, per_token_ms = prefill[0], per_token[0]
+            tokens = self._expected_tokens(model, size.max_new_tokens)
+            first_ms, per_token_ms = prefill[1], per_token[1]
+            compute: Quantiles | None = (
+                prefill[0] + per_token[0] * (tokens[0] - 1.0),
+                prefill[1] + per_token[1] * (tokens[1] - 1.0),
+                prefill[2] + per_token[2] * (tokens[2] - 1.0),
+                prefill[3] + per_token[3] * (tokens[3] - 1.0),
+                prefill[4] + per_token[4] * (tokens[4] - 1.0),
+            )
             measured = latency.prefill.is_measured
         else:
-            compute = latency.compute.quantiles(size.work, now_s=now_s)
-            if compute is None:
-                return UNKNOWN
-            p50, p95 = compute
+            compute = latency.compute.quantiles(size.work, now_s=now_s, factor=here)
             measured = latency.compute.is_measured
-        spread = (p95 - p50) ** 2 + (QUEUE_SPREAD * queue_ms) ** 2
+        if compute is None:
+            return UNKNOWN
+        parts.append(compute)
         load_ms = network_ms = 0.0
         if not loaded:
-            loading = latency.load.quantiles(now_s=now_s)
+            loading = latency.load.quantiles(0, now_s=now_s)
             if loading is not None:
-                load_ms = loading[0]
-                spread += (loading[1] - load_ms) ** 2
+                load_ms = loading[1]
+                parts.append(loading)
         if route == "cloud":
-            network_ms, network_p95 = self._link.quantiles(
-                size.upload_bytes + size.download_bytes, now_s=now_s
-            )
-            spread += (network_p95 - network_ms) ** 2
-            measured = measured and self._link.is_measured
+            transferred = size.upload_bytes + size.download_bytes + self.link.ahead_bytes(now_s)
+            network = self.link.quantiles(transferred, now_s=now_s, factor=factor)
+            network_ms = network[1]
+            parts.append(network)
+            measured = measured and self.link.is_measured
         before_ms = queue_ms + load_ms + network_ms
+        p20, p50, p80, p95, p99 = _sum(parts, queue_ms)
         basis: Basis = "measured" if measured else "seeded"
         return Prediction(
             basis=basis,
-            p50_ms=before_ms + p50,
-            # The parts vary independently, so their spreads add in quadrature.
-            p95_ms=before_ms + p50 + math.sqrt(spread),
+            p50_ms=p50,
+            p95_ms=p95,
             ttft_ms=None if first_ms is None else before_ms + first_ms,
             ms_per_token=per_token_ms,
             queue_ms=queue_ms,
             network_ms=network_ms,
             load_ms=load_ms,
+            p20_ms=p20,
+            p80_ms=p80,
+            p99_ms=p99,
         )
 
-    def _expected_tokens(self, model: str, limit: int, now_s: float) -> tuple[float, float]:
-        """(p50, p95) of the answer's length; the limit itself until some were seen."""
-        answers = self._answers.get(model)
-        if answers is None or answers.count < MIN_ANSWERS:
-            return float(limit), float(limit)
-        found = answers.quantiles(now_s=now_s)
-        assert found is not None
-        return min(found[0], float(limit)), min(found[1], float(limit))
+    def _overdue(self, route: Route, now_s: float) -> float:
+        """How much slower a route is at least than it was: the oldest request in flight says."""
+        for ticket in tuple(self._in_flight[route].values())[:1]:
+            if ticket.expected_ms is None or ticket.late_ms is None:
+                break
+            elapsed_ms = (now_s - ticket.started_s) * 1000.0
+            if elapsed_ms > ticket.late_ms:
+                return elapsed_ms / max(ticket.expected_ms, 1e-6)
+        return 1.0
+
+    def _learn_length(self, model: str, tokens: int) -> None:
+        lengths = self.answers.get(model)
+        if lengths is None:
+            self.answers[model] = Recent(values=[float(tokens)])
+        else:
+            lengths.add(float(tokens))
+
+    def _expected_tokens(self, model: str, limit: int) -> Quantiles:
+        """Quantiles of the answer's length; the limit itself until some were seen."""
+        most = float(limit)
+        lengths = self.answers.get(model)
+        if lengths is None or lengths.count < MIN_ANSWERS:
+            return most, most, most, most, most
+        q20, q50, q80, q95, q99 = lengths.quantiles
+        return min(q20, most), min(q50, most), min(q80, most), min(q95, most), min(q99, most)
 
 
-class _ModelLatency:
+def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
+    """Quantiles of a sum of independent parts: medians added, distances from them in quadrature."""
+    if len(parts) == 1 and queue_ms == 0.0:
+        return parts[0]
+    queue = QUEUE_SPREAD * queue_ms
+    median = queue_ms
+    d20 = d80 = d95 = d99 = 0.0
+    if queue:
+        d95 = queue * queue
+        d20 = d80 = d95 * _QUEUE_REACH_80**2
+        d99 = d95 * _QUEUE_REACH_99**2
+    for q20, q50, q80, q95, q99 in parts:
+        median += q50
+        d20 += (q50 - q20) * (q50 - q20)
+        d80 += (q80 - q50) * (q80 - q50)
+        d95 += (q95 - q50) * (q95 - q50)
+        d99 += (q99 - q50) * (q99 - q50)
+    return (
+        max(0.0, median - math.sqrt(d20)),
+        median,
+        median + math.sqrt(d80),
+        median + math.sqrt(d95),
+        median + math.sqrt(d99),
+    )
+
+
+class ModelLatency:
     """What is known about one model on one route."""
 
-    __slots__ = ("compute", "load", "per_token", "prefill", "reported_at_s", "reported_queue_ms")
+    __slots__ = (
+        "compute",
+        "load",
+        "per_token",
+        "prefill",
+        "queue_errors",
+        "reported_at_s",
+        "reported_queue_ms",
+    )
 
     def __init__(self, figure: LatencyFigure | None, size_bytes: int) -> None:
-        self.load = MeanDeviation(
-            size_bytes / ASSUMED_LOAD_BYTES_PER_MS if size_bytes else None,
-            0.25 * size_bytes / ASSUMED_LOAD_BYTES_PER_MS,
-        )
-        self.compute = SizeBuckets()
-        self.prefill = SizeBuckets()
-        self.per_token = MeanDeviation()
+        self.load = SizedLatency(size_bytes / ASSUMED_LOAD_BYTES_PER_MS if size_bytes else None)
+        self.compute = SizedLatency()
+        self.prefill = SizedLatency()
+        self.per_token = SizedLatency()
         self.reported_queue_ms = 0.0
         self.reported_at_s = 0.0
+        #: By how many milliseconds forecasts of the cloud's queue missed.
+        self.queue_errors: Recent | None = None
         if figure is None:
             return
-        deviation_ms = max(0.0, figure.p99_ms - figure.p50_ms) / P99_DEVIATIONS
-        if figure.ms_per_token is None:
-            self.compute = SizeBuckets(
-                figure.p50_ms, deviation_ms, prior_size=figure.input_tokens or 0
-            )
-        else:
-            self.prefill = SizeBuckets(
-                figure.p50_ms, deviation_ms, prior_size=figure.input_tokens or 0
-            )
-            self.per_token = MeanDeviation(figure.ms_per_token, 0.1 * figure.ms_per_token)
-
-
-class _Link:
-    """Round trip and bandwidth of the cloud link."""
-
-    __slots__ = ("_per_byte", "_rtt")
-
-    def __init__(self) -> None:
-        self._rtt = MeanDeviation(ASSUMED_RTT_MS, ASSUMED_RTT_MS / 4)
-        self._per_byte = MeanDeviation(ASSUMED_MS_PER_BYTE, ASSUMED_MS_PER_BYTE / 4)
-
-    @property
-    def is_measured(self) -> bool:
-        return self._rtt.count > 0
-
-    def observe(self, network_ms: float, transferred_bytes: int, *, now_s: float) -> None:
-        if transferred_bytes <= SMALL_TRANSFER_BYTES:
-            if self._rtt.count == 0 or network_ms < (self._rtt.prior or 0.0):
-                # What an old estimate returns to: the best round trip seen, as BBR keeps it.
-                self._rtt.prior, self._rtt.prior_deviation = network_ms, network_ms / 4
-            self._rtt.observe(network_ms, now_s=now_s)
-        elif transferred_bytes >= LARGE_TRANSFER_BYTES:
-            rtt_ms = self.quantiles(0, now_s=now_s)[0]
-            per_byte = max(0.0, network_ms - rtt_ms) / transferred_bytes
-            self._per_byte.observe(per_byte, now_s=now_s)
-
-    def quantiles(self, transferred_bytes: int, *, now_s: float) -> tuple[float, float]:
-        rtt = self._rtt.quantiles(now_s=now_s)
-        per_byte = self._per_byte.quantiles(now_s=now_s)
-        assert rtt is not None
-        assert per_byte is not None  # both have priors
-        return (
-            rtt[0] + per_byte[0] * transferred_bytes,
-            rtt[1] + per_byte[1] * transferred_bytes,
+        seeded = SizedLatency(
+            figure.p50_ms,
+            prior_size=figure.input_tokens or 0,
+            sigma=sigma_of(figure.p50_ms, figure.p99_ms),
         )
+        if figure.ms_per_token is None:
+            self.compute = seeded
+        else:
+            self.prefill = seeded
+            self.per_token = SizedLatency(figure.ms_per_token, sigma=PER_TOKEN_SIGMA)
+
+    def learn_queue(self, queue_ms: float, now_s: float, expected_ms: float | None) -> None:
+        """Note the wait for a slot that the cloud reports, and how far its forecast missed."""
+        self.reported_queue_ms = queue_ms
+        self.reported_at_s = now_s
+        if expected_ms is None:
+            return
+        if self.queue_errors is None:
+            self.queue_errors = Recent(values=[queue_ms - expected_ms])
+        else:
+            self.queue_errors.add(queue_ms - expected_ms)

@@ -17,7 +17,6 @@ from sdk.routing.types import (
     RouteDecision,
     RouteState,
     exclusion,
-    meets_deadline,
     obstacle_text,
     refusal,
 )
@@ -63,7 +62,7 @@ def decide(inputs: DecisionInputs) -> RouteDecision:
     return RouteDecision(
         route=route,
         fallback=fallback,
-        meets_deadline=meets_deadline(inputs.state(route).prediction, inputs.remaining_ms),
+        meets_deadline=inputs.meets_deadline(route),
         reason=_clip(f"{route}: {why}", MAX_REASON_BYTES),
         inputs=inputs,
     )
@@ -109,7 +108,7 @@ def _other(route: Route) -> Route:
 def _why_alone(route: Route, inputs: DecisionInputs) -> str:
     """Why the only route that can be taken is the only one, and whether it will be late."""
     why = obstacle_text(_other(route), inputs)
-    if meets_deadline(inputs.state(route).prediction, inputs.remaining_ms):
+    if inputs.meets_deadline(route):
         return why
     return f"{why}; it {_too_slow(inputs.state(route), inputs)}"
 
@@ -120,22 +119,34 @@ def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
     edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
     if edge_failed != cloud_failed:
         return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
-    edge_in_time = meets_deadline(edge, inputs.remaining_ms)
-    cloud_in_time = meets_deadline(cloud, inputs.remaining_ms)
+    edge_likely, cloud_likely = (
+        inputs.probability_in_time("edge"),
+        inputs.probability_in_time("cloud"),
+    )
+    edge_in_time, cloud_in_time = (
+        edge_likely >= inputs.confidence,
+        cloud_likely >= inputs.confidence,
+    )
     if edge_in_time and cloud_in_time:
         return _choose_freely(inputs, edge, cloud)
     if edge_in_time:
         return "edge", f"the cloud {_too_slow(inputs.cloud, inputs)}"
     if cloud_in_time:
         return "cloud", f"the edge {_too_slow(inputs.edge, inputs)}"
-    # Not in time means known, see `meets_deadline`.
+    # Not in time means known, see `Prediction.probability_in_time`.
+    assert inputs.remaining_ms is not None
     assert edge.p95_ms is not None
     assert cloud.p95_ms is not None
-    route: Route = "edge" if edge.p95_ms <= cloud.p95_ms else "cloud"
-    return route, (
+    neither = (
         f"neither route is expected to meet the deadline of {format_ms(inputs.remaining_ms)}, "
-        f"this one comes closest ({format_ms(min(edge.p95_ms, cloud.p95_ms))})"
     )
+    route: Route
+    if edge_likely != cloud_likely:
+        route = "edge" if edge_likely > cloud_likely else "cloud"
+        likely = max(edge_likely, cloud_likely)
+        return route, f"{neither}this one is the most likely to ({100 * likely:.0f} %)"
+    route = "edge" if edge.p95_ms <= cloud.p95_ms else "cloud"
+    return route, (f"{neither}this one comes closest ({format_ms(min(edge.p95_ms, cloud.p95_ms))})")
 
 
 def _choose_freely(

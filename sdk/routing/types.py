@@ -18,12 +18,16 @@ from nearfar.errors import (
     PolicyDenied,
 )
 from sdk.policy.model import Verdict
+from sdk.routing.estimates import Quantiles, share_in_time
 
 Route = Literal["edge", "cloud"]
 Mode = Literal["auto", "edge_only", "prefer_edge", "prefer_cloud", "cloud_only"]
 Objective = Literal["latency", "quality"]
 Basis = Literal["measured", "seeded", "unknown"]
 Obstacle = Literal["", "no_model", "not_configured", "unreachable"]
+
+#: Part of the answers that must be expected in time before a route counts as being in time.
+CONFIDENCE = 0.95
 
 ROUTES: tuple[Route, ...] = get_args(Route)
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -67,6 +71,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         queue_ms: Wait for a slot, part of the above.
         load_ms: Time to load the model first, part of the above; 0 when it is in memory.
         network_ms: Round trip and transfer, part of the above; 0 on the edge.
+        p20_ms: Time that 1 of 5 answers stays below.
+        p80_ms: Time within which 8 of 10 answers are complete.
+        p99_ms: Time within which 99 of 100 answers are complete.
     """
 
     basis: Basis = "unknown"
@@ -77,6 +84,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     queue_ms: float = 0.0
     network_ms: float = 0.0
     load_ms: float = 0.0
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    p99_ms: float | None = None
 
     @property
     def service_ms(self) -> float | None:
@@ -84,6 +94,27 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         if self.p50_ms is None:
             return None
         return max(0.0, self.p50_ms - self.queue_ms - self.load_ms - self.network_ms)
+
+    def quantiles(self) -> Quantiles | None:
+        """The distribution at `estimates.LEVELS`; `None` when nothing is known.
+
+        Of a prediction that states only p50 and p95, the rest follows from a normal distribution.
+        """
+        p50, p95 = self.p50_ms, self.p95_ms
+        if p50 is None or p95 is None:
+            return None
+        p20, p80, p99 = self.p20_ms, self.p80_ms, self.p99_ms
+        if p20 is None or p80 is None or p99 is None:
+            spread = p95 - p50
+            return max(0.0, p50 - 0.51 * spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
+        return p20, p50, p80, p95, p99
+
+    def probability_in_time(self, remaining_ms: float | None) -> float:
+        """Probability of an answer within that time; 1 without a deadline or without knowledge."""
+        if remaining_ms is None:
+            return 1.0
+        quantiles = self.quantiles()
+        return 1.0 if quantiles is None else share_in_time(quantiles, remaining_ms)
 
 
 UNKNOWN = Prediction()
@@ -126,6 +157,7 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         size: Size of the request; recorded with the decision.
         failed: Routes that were already tried for this request and failed; taken again only when
             nothing else is left.
+        confidence: Probability with which a route must be in time to count as being so.
     """
 
     model: str
@@ -138,10 +170,19 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     remaining_ms: float | None = None
     size: RequestSize = RequestSize()
     failed: tuple[Route, ...] = ()
+    confidence: float = CONFIDENCE
 
     def state(self, route: Route) -> RouteState:
         """State of one route."""
         return self.edge if route == "edge" else self.cloud
+
+    def probability_in_time(self, route: Route) -> float:
+        """Probability that the route answers in time."""
+        return self.state(route).prediction.probability_in_time(self.remaining_ms)
+
+    def meets_deadline(self, route: Route) -> bool:
+        """Whether the route answers in time with the wished probability."""
+        return self.probability_in_time(route) >= self.confidence
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,13 +192,15 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         route: Which.
         note: Why it could not take part: ``policy``, ``mode`` or an obstacle; ``""`` when it could.
         prediction: How long it would take.
-        meets_deadline: Whether p95 fits into the time left; `True` without a deadline, and `True`
-            when nothing is known (a route that nobody has tried is not held to be late).
+        probability: Of an answer in time; 1 without a deadline, and 1 when nothing is known (a
+            route that nobody has tried is not held to be late).
+        meets_deadline: Whether that reaches the wished probability.
     """
 
     route: Route
     note: str
     prediction: Prediction
+    probability: float
     meets_deadline: bool
 
     @property
@@ -218,12 +261,13 @@ class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 def candidate(route: Route, inputs: DecisionInputs) -> Candidate:
     """How one route fares with these inputs."""
-    prediction = inputs.state(route).prediction
+    probability = inputs.probability_in_time(route)
     return Candidate(
         route=route,
         note=exclusion(route, inputs),
-        prediction=prediction,
-        meets_deadline=meets_deadline(prediction, inputs.remaining_ms),
+        prediction=inputs.state(route).prediction,
+        probability=probability,
+        meets_deadline=probability >= inputs.confidence,
     )
 
 
@@ -239,11 +283,6 @@ def exclusion(route: Route, inputs: DecisionInputs) -> str:
 def mode_permits(route: Route, mode: Mode) -> bool:
     """Whether the mode lets a request take the route at all."""
     return mode != ("cloud_only" if route == "edge" else "edge_only")
-
-
-def meets_deadline(prediction: Prediction, remaining_ms: float | None) -> bool:
-    """Whether 19 of 20 such answers would come in time; `True` when nothing is known."""
-    return remaining_ms is None or prediction.p95_ms is None or prediction.p95_ms <= remaining_ms
 
 
 def refusal(inputs: DecisionInputs) -> NearfarError:

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from nearfar.bundle.manifest import LatencyFigure
-from sdk.routing import Observation, Predictor, RequestSize
-from sdk.routing.estimates import HALF_LIFE_S, MeanDeviation, SizeBuckets
+from sdk.routing import Observation, Predictor, RequestSize, Route
+from sdk.routing.estimates import SHAPE_HALF_LIFE_S
 
 SMALL = RequestSize(upload_bytes=1_000, input_elements=64)
 CHAT = RequestSize(input_tokens=64, max_new_tokens=100, upload_bytes=400)
@@ -80,17 +80,107 @@ def test_p50_and_p95_hold_on_noisy_latencies() -> None:
     assert 0.88 < below95 / calls < 0.98
 
 
-def test_a_jump_is_mostly_learned_within_three_answers() -> None:
+@pytest.mark.parametrize("factor", [0.1, 0.5, 2, 10])
+def test_a_jump_is_learned_within_three_answers(factor: float) -> None:
+    rng = random.Random(1)
     predictor = Predictor()
     for call in range(50):
-        predictor.observe("edge", "m", SMALL, compute(10), now_s=call)
+        predictor.observe("edge", "m", SMALL, compute(rng.gauss(10, 0.3)), now_s=call)
     for call in range(3):
-        predictor.observe("edge", "m", SMALL, compute(100), now_s=50 + call)
-    found = predictor.predict("edge", "m", SMALL, now_s=53)
-    assert found.p50_ms is not None
-    assert found.p95_ms is not None
-    assert found.p50_ms > 60
-    assert found.p95_ms > 100
+        predictor.observe("edge", "m", SMALL, compute(rng.gauss(10, 0.3) * factor), now_s=50 + call)
+    found = predictor.predict("edge", "m", SMALL, now_s=52)
+    assert found.p50_ms == pytest.approx(10 * factor, rel=0.15)
+
+
+def test_a_request_that_is_overdue_says_so_before_it_is_answered() -> None:
+    predictor = Predictor()
+    for call in range(30):
+        predictor.observe("cloud", "m", SMALL, cloud_call(25), now_s=call)
+    before = predictor.predict("cloud", "m", SMALL, now_s=30)
+    ticket = predictor.start("cloud", "m", SMALL, before, now_s=30)
+    assert predictor.predict("cloud", "m", SMALL, now_s=30.01).p50_ms == pytest.approx(
+        before.p50_ms, rel=0.1
+    )
+    assert predictor.predict("cloud", "m", SMALL, now_s=31).p50_ms > 500
+    predictor.stop(ticket, now_s=31)
+    assert predictor.predict("cloud", "m", SMALL, now_s=31).p50_ms == pytest.approx(25, rel=0.1)
+
+
+@pytest.mark.parametrize("route", ["edge", "cloud"])
+def test_a_request_that_was_given_up_counts_as_slow(route: Route) -> None:
+    predictor = Predictor()
+    for call in range(30):
+        predictor.observe(route, "m", SMALL, cloud_call(25), now_s=call)
+    before = predictor.predict(route, "m", SMALL, now_s=30)
+    for second in range(3):
+        ticket = predictor.start(route, "m", SMALL, before, now_s=30 + second)
+        predictor.stop(ticket, now_s=30.5 + second)
+        predictor.observe_late(ticket, now_s=30.5 + second)
+    after = predictor.predict(route, "m", SMALL, now_s=33)
+    assert before.p50_ms is not None
+    assert after.p50_ms is not None
+    assert after.p50_ms > 3 * before.p50_ms
+
+
+def test_a_request_that_was_given_up_early_says_nothing() -> None:
+    predictor = Predictor()
+    for call in range(30):
+        predictor.observe("cloud", "m", SMALL, cloud_call(25), now_s=call)
+    before = predictor.predict("cloud", "m", SMALL, now_s=30)
+    ticket = predictor.start("cloud", "m", SMALL, before, now_s=30)
+    predictor.stop(ticket, now_s=30.001)
+    predictor.observe_late(ticket, now_s=30.001)
+    after = predictor.predict("cloud", "m", SMALL, now_s=30.1)
+    assert after.p99_ms == pytest.approx(before.p99_ms, rel=0.01)
+
+
+def test_uploads_under_way_delay_those_after_them() -> None:
+    large = RequestSize(upload_bytes=1_000_000)
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    for call in range(20):
+        predictor.observe("cloud", "m", large, cloud_call(525), now_s=call)
+    alone = predictor.predict("cloud", "m", large, now_s=20)
+    ticket = predictor.start("cloud", "m", large, alone, now_s=20)
+    behind = predictor.predict("cloud", "m", large, now_s=20)
+    assert alone.p50_ms is not None
+    assert behind.p50_ms is not None
+    assert behind.p50_ms > 1.7 * alone.p50_ms
+    half = predictor.predict("cloud", "m", large, now_s=20.25)
+    assert half.p50_ms is not None
+    assert alone.p50_ms < half.p50_ms < behind.p50_ms
+    predictor.stop(ticket, now_s=20.3)
+    assert predictor.predict("cloud", "m", large, now_s=20.3).p50_ms == pytest.approx(
+        alone.p50_ms, rel=0.02
+    )
+
+
+def test_the_probability_of_being_in_time_holds_on_noisy_answers() -> None:
+    rng = random.Random(3)
+    predictor = Predictor()
+    promised = kept = 0.0
+    for call in range(3000):
+        value, limit = rng.lognormvariate(4, 0.3), rng.uniform(40, 90)
+        found = predictor.predict("edge", "m", SMALL, now_s=call)
+        if call > 50:
+            promised += found.probability_in_time(limit)
+            kept += value <= limit
+        predictor.observe("edge", "m", SMALL, compute(value), now_s=call)
+    assert promised / 2950 == pytest.approx(kept / 2950, abs=0.05)
+
+
+def test_forecasts_that_miss_the_clouds_queue_widen_the_prediction() -> None:
+    rng = random.Random(5)
+    calm, crowded = Predictor(), Predictor()
+    for call in range(60):
+        for predictor, queue_ms in ((calm, 0.0), (crowded, rng.choice([0.0, 0.0, 200.0]))):
+            found = predictor.predict("cloud", "m", SMALL, now_s=call)
+            ticket = predictor.start("cloud", "m", SMALL, found, now_s=call)
+            predictor.stop(ticket, now_s=call + 0.1)
+            seen = cloud_call(25 + queue_ms, queue_ms)
+            predictor.observe("cloud", "m", SMALL, seen, now_s=call + 0.1, ticket=ticket)
+    assert calm.predict("cloud", "m", SMALL, now_s=90).p95_ms < 50
+    assert crowded.predict("cloud", "m", SMALL, now_s=90).p95_ms > 150
 
 
 def test_queue_and_load_come_on_top() -> None:
@@ -183,25 +273,8 @@ def test_a_bad_estimate_that_nobody_confirms_returns_to_its_seed() -> None:
     for call in range(9):
         predictor.observe("cloud", "m", SMALL, compute(3000, total_ms=3010), now_s=call)
     bad = predictor.predict("cloud", "m", SMALL, now_s=9).p50_ms
-    later = predictor.predict("cloud", "m", SMALL, now_s=9 + 8 * HALF_LIFE_S).p50_ms
+    later = predictor.predict("cloud", "m", SMALL, now_s=9 + 8 * SHAPE_HALF_LIFE_S).p50_ms
     assert bad is not None
     assert later is not None
     assert bad > 2500
     assert later < 50
-
-
-def test_sizes_nobody_measured_are_taken_from_the_next_larger_or_scaled_up() -> None:
-    buckets = SizeBuckets()
-    assert buckets.quantiles(100, now_s=0) is None
-    buckets.observe(1000, 10, now_s=0)
-    buckets.observe(64_000, 200, now_s=0)
-    assert buckets.quantiles(1000, now_s=0) == (10, pytest.approx(15.15))
-    assert buckets.quantiles(8_000, now_s=0)[0] == 200  # type: ignore[index]
-    assert buckets.quantiles(256_000, now_s=0)[0] == 800  # type: ignore[index]
-    assert buckets.quantiles(0, now_s=0)[0] == 10  # type: ignore[index]
-
-
-def test_one_measurement_counts_as_much_as_the_seed() -> None:
-    estimate = MeanDeviation(10, 1)
-    estimate.observe(30, now_s=0)
-    assert estimate.mean == 20

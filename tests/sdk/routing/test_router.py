@@ -109,8 +109,11 @@ DOWN = RouteState(obstacle="unreachable", detail="failed 3 times, next try in 4.
          "edge: the cloud would take about 90 ms, the deadline is 50 ms"),
         (inputs(takes(40, 70), takes(45, 48), remaining_ms=50), "cloud", "edge", True,
          "cloud: the edge may take 70 ms, the deadline is 50 ms"),
-        (inputs(takes(200, 300), takes(90, 400), remaining_ms=50), "edge", "cloud", False,
-         "edge: neither route is expected to meet the deadline of 50 ms, this one comes closest "
+        (inputs(takes(200, 300), takes(90, 400), remaining_ms=50), "cloud", "edge", False,
+         "cloud: neither route is expected to meet the deadline of 50 ms, this one is the most "
+         "likely to (37 %)"),
+        (inputs(takes(200, 300), takes(900, 990), remaining_ms=5), "edge", "cloud", False,
+         "edge: neither route is expected to meet the deadline of 5.00 ms, this one comes closest "
          "(300 ms)"),
         # objective
         (inputs(takes(12), takes(85)), "edge", "cloud", True,

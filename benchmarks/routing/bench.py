@@ -1,0 +1,271 @@
+"""`nearfar bench routing`: the client's router against fixed rules, others' rules and an oracle."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.harness import Bar, Direction, Figure, Report, Run
+from benchmarks.routing.policies import (
+    MeanOfTen,
+    Oracle,
+    Ours,
+    PeakEwma,
+    Policy,
+    fixed_policies,
+)
+from benchmarks.routing.scenarios import Scenario, Use, of_group, scenarios
+from benchmarks.routing.simulate import Score, simulate
+from benchmarks.routing.world import Nature, World
+from benchmarks.subjects import Begin
+
+OURS, ORACLE = "nearfar", "oracle"
+ADAPTIVE = (MeanOfTen.name, PeakEwma.name, OURS, ORACLE)
+
+MAX_BEHIND_ORACLE = -2.0  # points of SLO attainment
+MIN_AHEAD_OF_STATIC = 10.0  # points, where links vary
+MAX_BEHIND_STATIC = -1.0  # points, where they do not
+MAX_REGRET = 10.0  # percent of the oracle's p95
+MAX_DECISION_P50_US, MAX_DECISION_P99_US = 20.0, 100.0
+
+#: Held-out scenarios are drawn from other seeds than tuned ones.
+HELD_OUT_SEEDS = 1000
+#: Calls in one sample of the decision's time: more than the clock's own noise.
+DECISION_CALLS = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is simulated.
+
+    Attributes:
+        seed: First seed; each scenario runs with this many and the following ones.
+        seeds: How many runs of each scenario.
+        traces: Folder of Mahimahi traces; `None` for generated links only.
+    """
+
+    seed: int = 0
+    seeds: int = 5
+    traces: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """All runs of one scenario.
+
+    Attributes:
+        scenario: Which.
+        scores: Policy to one score per seed; the same index is the same world.
+    """
+
+    scenario: Scenario
+    scores: dict[str, list[Score]]
+
+    @property
+    def best_static(self) -> str:
+        """The fixed rule that attained most, known only afterwards."""
+        fixed = [name for name in self.scores if name not in ADAPTIVE]
+        return max(fixed, key=lambda name: (self.mean(name), -self.mean(name, "p95_ms")))
+
+    def mean(self, policy: str, field: str = "attainment") -> float:
+        return fmean(getattr(score, field) for score in self.scores[policy])
+
+    def ahead(self, policy: str, of: str) -> list[float]:
+        """Points of attainment by which one policy is ahead of another, run by run."""
+        return [
+            ours.attainment - theirs.attainment
+            for ours, theirs in zip(self.scores[policy], self.scores[of], strict=True)
+        ]
+
+    def regret(self, policy: str) -> list[float]:
+        """Percent by which a policy's p95 is above the oracle's, run by run."""
+        return [
+            100.0 * (ours.p95_ms / best.p95_ms - 1.0)
+            for ours, best in zip(self.scores[policy], self.scores[ORACLE], strict=True)
+        ]
+
+
+def run_scenario(scenario: Scenario, seeds: Sequence[int], step: Callable[[], None]) -> Outcome:
+    """Let all policies run through the same worlds of a scenario."""
+    scores: dict[str, list[Score]] = {}
+    for seed in seeds:
+        nature = scenario.draw(seed)
+        for make in _policies(nature, seed):
+            world = World(nature)
+            policy = make(world)
+            scores.setdefault(policy.name, []).append(Score.of(simulate(world, policy)))
+        step()
+    return Outcome(scenario, scores)
+
+
+def _fixed(policy: Policy, world: World) -> Policy:
+    return policy
+
+
+def _policies(nature: Nature, seed: int) -> list[Callable[[World], Policy]]:
+    fixed: list[Callable[[World], Policy]] = [
+        functools.partial(_fixed, policy) for policy in fixed_policies()
+    ]
+    return [
+        *fixed,
+        lambda world: MeanOfTen(random.Random(seed)),
+        lambda world: PeakEwma(),
+        lambda world: Ours(nature, random.Random(seed)),
+        Oracle,
+    ]
+
+
+def measure(settings: Settings, begin: Begin) -> tuple[Report, list[Outcome]]:
+    """Run everything.
+
+    Raises:
+        InvalidInput: The traces cannot be read.
+    """
+    run = Run("routing", seed=settings.seed)
+    outcomes = []
+    for scenario in scenarios(settings.traces):
+        first = settings.seed + (HELD_OUT_SEEDS if scenario.use == "held_out" else 0)
+        step = begin(scenario.name, settings.seeds)
+        outcomes.append(run_scenario(scenario, range(first, first + settings.seeds), step))
+    decisions = time_decisions(begin)
+    bars = [
+        *_bars(outcomes, "tuned"),
+        *_bars(outcomes, "held_out"),
+        *_decision_bars(decisions),
+    ]
+    figures = [
+        *(figure for outcome in outcomes for figure in _figures(outcome)),
+        decisions,
+    ]
+    report = run.report(
+        bars=bars,
+        figures=figures,
+        settings={
+            "seeds": settings.seeds,
+            "traces": ", ".join(
+                o.scenario.name for o in outcomes if o.scenario.is_recorded
+            ) or "none",
+            **{f"{o.scenario.name}: best static": o.best_static for o in outcomes},
+        },
+    )  # fmt: skip
+    return report, outcomes
+
+
+def _bars(outcomes: Sequence[Outcome], use: Use) -> list[Bar]:
+    """The promises, on the scenarios of one use. Wedges and outages need hedging: no bar here."""
+    label = use.replace("_", " ")
+    by_name = {outcome.scenario.name: outcome for outcome in outcomes}
+    all_of = [outcome.scenario for outcome in outcomes]
+    varying = [by_name[s.name] for s in of_group(all_of, "varying", use)]
+    steady = [by_name[s.name] for s in of_group(all_of, "steady", use)]
+    both = varying + steady
+    return [
+        _bar(
+            f"{label}: SLO attainment above the oracle's",
+            [o.ahead(OURS, ORACLE) for o in both], MAX_BEHIND_ORACLE, "at_least", "points",
+        ),
+        _bar(
+            f"{label}: above the best static, links vary",
+            [o.ahead(OURS, o.best_static) for o in varying],
+            MIN_AHEAD_OF_STATIC, "at_least", "points",
+        ),
+        _bar(
+            f"{label}: above the best static, links do not vary",
+            [o.ahead(OURS, o.best_static) for o in steady],
+            MAX_BEHIND_STATIC, "at_least", "points", worst=True,
+        ),
+        _bar(
+            f"{label}: p95 regret to the oracle",
+            [o.regret(OURS) for o in both], MAX_REGRET, "at_most", "%",
+        ),
+    ]  # fmt: skip
+
+
+def _bar(
+    name: str,
+    values: Sequence[Sequence[float]],
+    limit: float,
+    direction: Direction,
+    unit: str,
+    *,
+    worst: bool = False,
+) -> Bar:
+    """A bar on the mean over scenarios and seeds, or on the worst scenario's mean."""
+    means = [fmean(each) for each in values]
+    return Bar(
+        name=name,
+        value=min(means) if worst else fmean(means),
+        limit=limit,
+        direction=direction,
+        unit=unit,
+        lowest=min(means),
+        highest=max(means),
+    )
+
+
+def _figures(outcome: Outcome) -> list[Figure]:
+    figures = []
+    best = outcome.best_static
+    for policy in dict.fromkeys(("edge only", "cloud only", best, *ADAPTIVE)):
+        title = f"{outcome.scenario.name}: {'best static' if policy == best else policy}"
+        scores = outcome.scores[policy]
+        for field, text, unit in (
+            ("attainment", "SLO attainment", "%"),
+            ("p50_ms", "p50", "ms"),
+            ("p95_ms", "p95", "ms"),
+            ("p99_ms", "p99", "ms"),
+            ("extra", "extra requests", "%"),
+            ("on_cloud", "on the cloud", "%"),
+        ):
+            values = [getattr(score, field) for score in scores]
+            figures.append(Figure.of_rounds(f"{title}: {text}", unit, values))
+        if policy != ORACLE:
+            figures.append(Figure.of_rounds(f"{title}: p95 regret", "%", outcome.regret(policy)))
+    lead = outcome.ahead(ORACLE, best)
+    figures.append(
+        Figure.of_rounds(f"{outcome.scenario.name}: oracle above best static", "points", lead)
+    )
+    return figures
+
+
+def time_decisions(begin: Begin) -> Figure:
+    """What predicting both routes and deciding takes, call by call, on a router that has learned.
+
+    The clock's own cost is included (about 0.1 µs).
+    """
+    step = begin("decisions", 1)
+    nature = _lesson().draw(0)
+    world = World(nature)
+    policy = Ours(nature, random.Random(0))
+    simulate(world, policy)
+    last_s = nature.jobs[-1].arrival_s + 1.0
+    calls_us = []
+    for index in range(DECISION_CALLS):
+        job = nature.jobs[index % len(nature.jobs)]
+        began_ns = time.perf_counter_ns()
+        policy.decide(job, last_s)
+        calls_us.append((time.perf_counter_ns() - began_ns) / 1000.0)
+    step()
+    return Figure.of_calls("decision: both predictions and the choice", "µs", calls_us)
+
+
+def _lesson() -> Scenario:
+    return next(s for s in scenarios(None) if s.group == "varying")
+
+
+def _decision_bars(figure: Figure) -> list[Bar]:
+    return [
+        Bar(
+            name=f"{figure.name} ({text})", value=value, limit=limit, direction="at_most",
+            unit=figure.unit,
+        )
+        for text, value, limit in (
+            ("p50", figure.summary.p50, MAX_DECISION_P50_US),
+            ("p99", figure.summary.p99, MAX_DECISION_P99_US),
+        )
+    ]  # fmt: skip
