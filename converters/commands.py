@@ -77,6 +77,14 @@ def convert(
             help="Measure speed and memory on this machine; the router starts from the figures.",
         ),
     ] = True,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEY",
+            help="Sign the bundle with this private key (`nearfar bundle keygen`).",
+            show_default=False,
+        ),
+    ] = None,
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep intermediate files in OUTPUT.work.")
     ] = False,
@@ -124,6 +132,7 @@ def convert(
         replace=force,
         measure=measure,
         keep_work=keep_work,
+        sign=sign,
     )
     with _terminate_like_ctrl_c():
         bundle = convert_model(model, output, options, reporter=Reporter(Console(highlight=False)))

@@ -25,6 +25,7 @@ class ConversionOptions:
         replace: Whether an existing bundle may be replaced.
         measure: Whether to measure speed and memory on this machine.
         keep_work: Whether to keep the intermediate files beside the bundle.
+        sign: File of the private key to sign the bundle with; `None` leaves it unsigned.
     """
 
     name: str | None = None
@@ -39,3 +40,4 @@ class ConversionOptions:
     replace: bool = False
     measure: bool = True
     keep_work: bool = False
+    sign: Path | None = None

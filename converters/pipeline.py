@@ -16,6 +16,7 @@ from converters.reporting import Reporter
 from converters.sources.base import Source, slug
 from converters.sources.detect import open_source
 from nearfar.bundle import Bundle, BundleWriter
+from nearfar.bundle.keys import SigningKey
 from nearfar.bundle.manifest import Manifest
 from nearfar.bundle.versions import is_version
 from nearfar.bundle.writer import check_target
@@ -44,13 +45,15 @@ def convert_model(
         The opened bundle.
 
     Raises:
-        InvalidInput: Name or version are not of the right form.
+        InvalidInput: Name or version are not of the right form, or the key cannot be read.
         BundleError: `bundle_path` is taken or cannot be written.
         ConversionError: The source cannot be converted, or a step failed.
     """
     options = options or ConversionOptions()
     reporter = reporter or Reporter()
     _check_options(options)
+    # Minutes of work must not end with a key that cannot be read.
+    signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
     with reporter.step(f"check {source_path.name}") as step:
         source = open_source(source_path)
@@ -63,7 +66,7 @@ def convert_model(
         shop = Workshop(writer=writer, work=work, options=options, reporter=reporter)
         manifest = _recipe(source, name, shop)
         with reporter.step("hash and write the bundle") as step:
-            bundle = writer.finish(manifest)
+            bundle = writer.finish(manifest, signing_key=signing_key)
             step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
                       f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
     return bundle
