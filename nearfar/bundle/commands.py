@@ -122,6 +122,84 @@ def sign(
     )
 
 
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A bundle.", show_default=False)],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Compare the files, and no figures or texts.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per difference.")
+    ] = False,
+) -> None:
+    """Show where two bundles differ: manifest, variants, files, sizes, quality, speed.
+
+    Exit status 0 when they do not, 1 when they do. Compares what the manifests state, which
+    `nearfar bundle verify` holds against the files. Signatures are not compared.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from nearfar.bundle import open_bundle
+    from nearfar.bundle.diff import differences
+    from nearfar.bundle.tables import differences_table
+
+    found = differences(
+        open_bundle(before).manifest, open_bundle(after).manifest, files_only=files_only
+    )
+    if as_json:
+        for one in found:
+            sys.stdout.write(msgspec.json.encode(one).decode() + "\n")
+    elif found:
+        Console(highlight=False).print(differences_table(found))
+    else:
+        typer.echo("no difference")
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    path: BundlePath,
+    variant: Annotated[str, typer.Option(help="Id of the variant to keep.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the new bundle.", show_default=False)
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle that is already there.")
+    ] = False,
+    sign_with: Annotated[
+        Path | None,
+        typer.Option("--sign", metavar="KEY", help="Sign the new bundle.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a bundle with one variant only, for a device that runs no other.
+
+    The signature is dropped, since it is one of the whole bundle; --sign makes a new one.
+    """
+    from nearfar.bundle import open_bundle
+    from nearfar.bundle.bundle import read_signature
+    from nearfar.bundle.extract import extract_variant
+    from nearfar.bundle.keys import SigningKey
+    from nearfar.bundle.sealing import sign_bundle
+    from nearfar.units import format_bytes
+
+    key = SigningKey.load(sign_with) if sign_with is not None else None
+    bundle = open_bundle(path)
+    with _bar(f"verifying {variant}", bundle.size_bytes(variant)) as advance:
+        new = extract_variant(bundle, variant, output, replace=force, progress=advance)
+    typer.echo(
+        f"{new.path}: {new.manifest.name} {new.manifest.version}, {variant} only, "
+        f"{format_bytes(new.size_bytes())} of {format_bytes(bundle.size_bytes())}"
+    )
+    if key is not None:
+        sign_bundle(new.path, key)
+        _say(f"signed by {key.public.id[:16]}")
+    elif read_signature(bundle.path) is not None:
+        _say("The signature was dropped: it is one of the whole bundle. Sign with --sign KEY.")
+
+
 @contextmanager
 def _bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 from rich.text import Text
 
 from nearfar.bundle.bundle import Bundle, read_signature
+from nearfar.bundle.diff import Difference
 from nearfar.bundle.manifest import Manifest, Variant
 from nearfar.bundle.signature import key_ids
 from nearfar.units import format_bytes, format_ms
@@ -111,6 +114,35 @@ def quality_table(manifest: Manifest) -> Table:
         if not variant.quality:
             table.add_row(text(name, style="bold"), "not measured")
     return table
+
+
+def differences_table(found: Sequence[Difference]) -> Table:
+    """One row a field; numbers with how much more or less they are."""
+    table = Table(box=None)
+    for column in ("field", "A", "B", "change"):
+        table.add_column(column, justify="right" if column == "change" else "left")
+    for one in found:
+        table.add_row(
+            text(one.field, style="bold"), _shown(one.before), _shown(one.after), _change(one)
+        )
+    return table
+
+
+def _shown(value: object) -> Text:
+    if value is None:
+        return Text("–", style="dim")
+    shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+    # The beginning of a hash tells that it is another one; --json has it whole.
+    return text(shown if len(shown) <= 40 else shown[:16] + "…")
+
+
+def _change(one: Difference) -> str:
+    before, after = one.before, one.after
+    if isinstance(before, (bool, str)) or isinstance(after, (bool, str)):
+        return ""
+    if not before or after is None:
+        return ""
+    return f"{after / before - 1:+.1%}"
 
 
 def text(foreign: str, style: str = "") -> Text:
