@@ -11,6 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converters.options import ConversionOptions
+from converters.recipe_file import (
+    Recipe,
+    changed_files,
+    check_source,
+    recipe_of,
+    write_recipe,
+)
 from converters.recipes.base import Workshop
 from converters.reporting import Reporter
 from converters.sources.base import Source, slug
@@ -32,6 +39,8 @@ def convert_model(
     options: ConversionOptions | None = None,
     *,
     reporter: Reporter | None = None,
+    recipe: Recipe | None = None,
+    save_recipe: Path | None = None,
 ) -> Bundle:
     """Convert a model into a bundle; at `bundle_path` there is a whole bundle afterwards or none.
 
@@ -40,6 +49,9 @@ def convert_model(
         bundle_path: Folder to make.
         options: What to choose differently from the defaults.
         reporter: Where progress goes; `None` says nothing.
+        recipe: The recipe that `options` were taken from (`recipe_file.options_of`); what came out
+            is compared with what it states.
+        save_recipe: Where to write down what was done.
 
     Returns:
         The opened bundle.
@@ -58,6 +70,8 @@ def convert_model(
     with reporter.step(f"check {source_path.name}") as step:
         source = open_source(source_path)
         step.note(source.title)
+    for line in check_source(recipe, source) if recipe is not None else ():
+        reporter.say(f"! {line}: the files may differ from the recipe's")
     name = options.name or source.default_name
     with (
         BundleWriter(bundle_path, replace=options.replace) as writer,
@@ -69,6 +83,16 @@ def convert_model(
             bundle = writer.finish(manifest, signing_key=signing_key)
             step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
                       f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
+    if recipe is not None and recipe.files:
+        changed = changed_files(recipe, bundle)
+        reporter.say(
+            f"! other files than the recipe states: {', '.join(changed)}"
+            if changed
+            else "✓ the files are those that the recipe states, by their SHA-256"
+        )
+    if save_recipe is not None:
+        write_recipe(recipe_of(source, options, bundle, save_recipe), save_recipe)
+        reporter.say(f"✓ the recipe is in {save_recipe}")
     return bundle
 
 

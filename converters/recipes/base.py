@@ -9,6 +9,7 @@ from pathlib import Path
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
 from converters.reporting import Reporter
+from converters.settings import Settings
 from converters.sources.base import Source
 from converters.steps.measure import measure
 from nearfar.bundle.manifest import (
@@ -44,13 +45,25 @@ class Workshop:
     options: ConversionOptions
     reporter: Reporter
 
+    @property
+    def settings(self) -> Settings:
+        """The numbers to go by."""
+        return self.options.settings
+
     def variant_ids(self, default: Sequence[str], possible: Sequence[str]) -> tuple[str, ...]:
         """Wished variants, best quality first.
 
         Raises:
             ConversionError: One is not possible for this kind of model.
         """
-        wished = self.options.variants or tuple(default)
+        return self.choose(self.options, default, possible)
+
+    @staticmethod
+    def choose(
+        options: ConversionOptions, default: Sequence[str], possible: Sequence[str]
+    ) -> tuple[str, ...]:
+        """As `variant_ids`, before there is a workshop."""
+        wished = options.variants or tuple(default)
         for variant_id in wished:
             if variant_id not in possible:
                 raise ConversionError(

@@ -38,8 +38,6 @@ _ENGINE: EngineName = "onnxruntime"
 _TOOLS = ("onnx", "onnxruntime", "onnxslim")
 #: How magika's published models describe their input and output, beside the model.
 _MAGIKA_CONFIG = "config.min.json"
-#: An optimised graph may differ from its source by float rounding only.
-_MAX_OPTIMISE_ERROR = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +71,7 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
             shutil.copyfile(full, paths[own])
     if "int8" in ids and own != "int8":
         with shop.reporter.step("quantize to INT8"):
-            quantize_int8(full or source.path, paths["int8"], shop.work)
+            quantize_int8(full or source.path, paths["int8"], shop.work, shop.settings.int8)
     quality: dict[str, tuple[QualityFigure, ...]]
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
         quality = verify_tensors(
@@ -82,6 +80,7 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
             samples,
             source_name=source.label,
             label_output=meaning.label_output,
+            min_top1_agreement=shop.settings.gates.min_top1_agreement,
         )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     latency: dict[str, tuple[LatencyFigure, int]] = {}
@@ -115,8 +114,10 @@ def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
     magika = source.path.parent / _MAGIKA_CONFIG
     if magika.is_file():
         labels, preprocessing = _read_magika(magika)
-    if options.labels is not None:
+    if isinstance(options.labels, Path):
         labels = _read_labels(options.labels)
+    elif options.labels is not None:
+        labels = options.labels
     if options.preprocessing is not None:
         preprocessing = _read_preprocessing(options.preprocessing, source, shop)
     task = options.task or ("classification" if labels else "tensor")
@@ -228,7 +229,9 @@ def _samples(source: OnnxSource, meaning: Meaning, shop: Workshop) -> tuple[list
         return file_samples(source.inputs[0].name, spec, batch=batch), "real files"
     if isinstance(spec, TextPreprocessing):
         return _text_samples(shop.writer.folder / spec.tokenizer, spec), "real passages"
-    return synthetic_samples(source.inputs), "synthetic inputs (real ones: --samples)"
+    return synthetic_samples(
+        source.inputs, shop.settings.seed
+    ), "synthetic inputs (real ones: --samples)"
 
 
 def _text_samples(tokenizer: Path, spec: TextPreprocessing) -> list[Feeds]:
@@ -244,6 +247,7 @@ def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path
     if source.external_files:
         return None  # two gigabytes and more: nothing to gain from rewriting them
     target = shop.work / "optimised.onnx"
+    limit = shop.settings.gates.max_optimise_error
     with shop.reporter.step("optimise the graph") as step:
         if not slim(source.path, target):
             step.note("left as it is")
@@ -251,11 +255,11 @@ def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path
         try:
             figures = verify_tensors(
                 source.path, {"optimised": target}, samples[:8],
-                source_name="source", label_output=None,
+                source_name="source", label_output=None, min_top1_agreement=0.0,
             )["optimised"]  # fmt: skip
         except ConversionError:
             figures = ()
-        if not figures or figures[0].value > _MAX_OPTIMISE_ERROR or not _same_io(source, target):
+        if not figures or figures[0].value > limit or not _same_io(source, target):
             step.note("left as it is: the optimised graph differs")
             return None
     return target

@@ -39,7 +39,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, tuple(PRECISIONS))
+    ids = shop.variant_ids(DEFAULT_VARIANTS, PRECISIONS)
     with shop.reporter.step("load the source") as step:
         model, tokenizer = _load(source)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -57,7 +57,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
     with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
-        build_genai(folder, targets, shop.work)
+        build_genai(folder, targets, shop.work, shop.settings.int4)
         step.note(", ".join(f"{key} {format_bytes(_size(path))}" for key, path in targets.items()))
     quality = _verify(shop, targets, token_windows, truth)
     latency: dict[str, tuple[LatencyFigure, int]] = {}
@@ -96,7 +96,7 @@ def _verify(
     shop: Workshop, targets: dict[str, Path], token_windows: Any, truth: SourceLogits
 ) -> dict[str, Any]:
     with shop.reporter.step(f"verify on {token_windows.size} tokens of English text") as step:
-        quality = verify_generation(targets, token_windows, truth)
+        quality = verify_generation(targets, token_windows, truth, shop.settings.gates)
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     return quality
 
