@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,12 +32,12 @@ class TaskName(str, Enum):
 def convert(
     context: typer.Context,
     model: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="GGUF file, Hugging Face folder with safetensors, or ONNX file.",
             show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder of the new bundle.", show_default=False),
@@ -109,6 +110,24 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show steps, time and disk; convert nothing.")
     ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where results of steps are kept, for the next time. "
+            "Default: ~/.cache/nearfar/convert.",
+            show_default=False,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Do every step, and keep no results of steps.")
+    ] = False,
+    show_cache: Annotated[
+        bool, typer.Option("--show-cache", help="Show what the cache holds, and end.")
+    ] = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Empty the cache, and end.")
+    ] = False,
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep intermediate files in OUTPUT.work.")
     ] = False,
@@ -145,12 +164,19 @@ def convert(
     """
     from rich.console import Console
 
+    from converters.cache import default_root
     from converters.options import ConversionOptions
     from converters.pipeline import convert_model
     from converters.recipe_file import options_of, overridden, read_recipe
     from converters.reporting import Reporter
     from nearfar.errors import ConfigError
 
+    root = cache or default_root()
+    if show_cache or clear_cache:
+        _tend_cache(root, is_cleared=clear_cache)
+        return
+    if model is None:
+        raise ConfigError("No model is given", field="model", fix="See `nearfar convert --help`")
     stated: dict[str, object] = {
         "name": name,
         "version": version,
@@ -169,6 +195,7 @@ def convert(
         options = options_of(known, recipe)
         stated = {key: value for key, value in stated.items() if _is_stated(context, key)}
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
+    options = replace(options, cache=None if no_cache else root)
     console = Console(highlight=False)
     if dry_run:
         _show_plan(console, model, options)
@@ -218,6 +245,20 @@ def _show_plan(console: Console, model: Path, options: ConversionOptions) -> Non
     console.print(f"{source.label}: {', '.join(planned.variants)}", markup=False)
     console.print(table)
     console.print(f"The bundle will have about {format_bytes(planned.bundle_bytes)}.")
+
+
+def _tend_cache(root: Path, *, is_cleared: bool) -> None:
+    from converters.cache import clear, contents
+    from nearfar.units import format_bytes
+
+    if is_cleared:
+        typer.echo(f"{format_bytes(clear(root))} freed in {root}")
+        return
+    found = contents(root)
+    for step, (count, size) in found.items():
+        typer.echo(f"{step:<16} {count:>5} {format_bytes(size):>10}")
+    total = sum(size for _, size in found.values())
+    typer.echo(f"{format_bytes(total)} in {root}")
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class ConversionOptions:
         measure: Whether to measure speed and memory on this machine.
         keep_work: Whether to keep the intermediate files beside the bundle.
         sign: File of the private key to sign the bundle with; `None` leaves it unsigned.
+        cache: Folder with results of earlier steps, to take and to add to; `None` for none.
         settings: Numbers of the steps: quantization, gates, seed.
     """
 
@@ -43,4 +44,5 @@ class ConversionOptions:
     measure: bool = True
     keep_work: bool = False
     sign: Path | None = None
+    cache: Path | None = None
     settings: Settings = field(default_factory=Settings)

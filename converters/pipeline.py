@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from converters.cache import StepCache
 from converters.options import ConversionOptions
 from converters.recipe_file import (
     Recipe,
@@ -31,6 +34,9 @@ from nearfar.errors import ConversionError, InvalidInput
 from nearfar.units import format_bytes
 
 logger = logging.getLogger(__name__)
+
+#: A left-over folder younger than this may belong to a conversion that is just starting.
+_STALE_AFTER_S = 60.0
 
 
 def convert_model(
@@ -77,12 +83,15 @@ def convert_model(
         BundleWriter(bundle_path, replace=options.replace) as writer,
         _work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
     ):
-        shop = Workshop(writer=writer, work=work, options=options, reporter=reporter)
+        cache = StepCache(options.cache)
+        shop = Workshop(writer=writer, work=work, options=options, reporter=reporter, cache=cache)
         manifest = _recipe(source, name, shop)
         with reporter.step("hash and write the bundle") as step:
             bundle = writer.finish(manifest, signing_key=signing_key)
             step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
                       f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
+    if cache.hits:
+        reporter.say(f"✓ {cache.hits} results of earlier steps were taken from {options.cache}")
     if recipe is not None and recipe.files:
         changed = changed_files(recipe, bundle)
         reporter.say(
@@ -134,11 +143,16 @@ def _check_options(options: ConversionOptions) -> None:
 @contextmanager
 def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
     """Folder for intermediate files beside the bundle: they are large, and `/tmp` may be memory."""
-    work = bundle_path.parent / f".{bundle_path.name}.work-{secrets.token_hex(6)}"
+    prefix = f".{bundle_path.name}.work-"
+    _remove_stale(bundle_path.parent, prefix)
+    work = bundle_path.parent / (prefix + secrets.token_hex(6))
     work.mkdir(parents=True)
+    lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield work
     finally:
+        os.close(lock)
         if keep:
             kept = bundle_path.parent / f"{bundle_path.name}.work"
             shutil.rmtree(kept, ignore_errors=True)
@@ -146,3 +160,24 @@ def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
             logger.info("intermediate files are in %s", kept)
         else:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    """Remove intermediate files of killed conversions; a living one holds a lock on its folder."""
+    for work in parent.iterdir() if parent.is_dir() else ():
+        if not work.name.startswith(prefix):
+            continue
+        try:
+            if time.time() - work.stat().st_mtime < _STALE_AFTER_S:
+                continue
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(work, ignore_errors=True)
+            logger.info("removed left-over folder %s", work.name)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)

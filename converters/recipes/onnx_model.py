@@ -9,11 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from converters.cache import digest_of_arrays, digest_of_path
+from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.optimise import slim
-from converters.steps.quantize import quantize_int8
 from converters.steps.verify_tensors import (
     Feeds,
     file_samples,
@@ -70,18 +71,13 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
         else:
             shutil.copyfile(full, paths[own])
     if "int8" in ids and own != "int8":
-        with shop.reporter.step("quantize to INT8"):
-            quantize_int8(full or source.path, paths["int8"], shop.work, shop.settings.int8)
+        shop.quantize_int8(full or source.path, paths["int8"])
     quality: dict[str, tuple[QualityFigure, ...]]
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
-        quality = verify_tensors(
-            source.path,
-            paths,
-            samples,
-            source_name=source.label,
-            label_output=meaning.label_output,
-            min_top1_agreement=shop.settings.gates.min_top1_agreement,
-        )
+        quality = {
+            variant_id: _verified(source, samples, meaning, shop, variant_id, path)
+            for variant_id, path in paths.items()
+        }
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     latency: dict[str, tuple[LatencyFigure, int]] = {}
     if shop.options.measure:
@@ -248,21 +244,58 @@ def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path
         return None  # two gigabytes and more: nothing to gain from rewriting them
     target = shop.work / "optimised.onnx"
     limit = shop.settings.gates.max_optimise_error
-    with shop.reporter.step("optimise the graph") as step:
-        if not slim(source.path, target):
-            step.note("left as it is")
-            return None
+
+    def optimise(path: Path) -> bool:
+        if not slim(source.path, path):
+            return False
         try:
             figures = verify_tensors(
-                source.path, {"optimised": target}, samples[:8],
+                source.path, {"optimised": path}, samples[:8],
                 source_name="source", label_output=None, min_top1_agreement=0.0,
             )["optimised"]  # fmt: skip
         except ConversionError:
-            figures = ()
-        if not figures or figures[0].value > limit or not _same_io(source, target):
-            step.note("left as it is: the optimised graph differs")
+            return False
+        return bool(figures) and figures[0].value <= limit and _same_io(source, path)
+
+    with shop.reporter.step("optimise the graph") as step:
+        parts = {
+            "source": fingerprint(source),
+            "samples": digest_of_arrays(samples[:8]),
+            "limit": limit,
+        }
+        if not shop.cache.output("optimise", parts, target, optimise, tools=_TOOLS):
+            step.note("left as it is")
             return None
     return target
+
+
+def _verified(
+    source: OnnxSource,
+    samples: list[Feeds],
+    meaning: Meaning,
+    shop: Workshop,
+    variant_id: str,
+    path: Path,
+) -> tuple[QualityFigure, ...]:
+    gate = shop.settings.gates.min_top1_agreement
+    parts = {
+        "source": fingerprint(source),
+        "source_name": source.label,
+        "variant": [variant_id, digest_of_path(path.parent)],
+        "samples": digest_of_arrays(samples),
+        "label_output": meaning.label_output,
+        "min_top1_agreement": gate,
+    }
+
+    def verify() -> tuple[QualityFigure, ...]:
+        return verify_tensors(
+            source.path, {variant_id: path}, samples,
+            source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
+        )[variant_id]  # fmt: skip
+
+    return shop.cache.value(
+        "verify-tensors", parts, tuple[QualityFigure, ...], verify, tools=("onnxruntime", "numpy")
+    )
 
 
 def _same_io(source: OnnxSource, target: Path) -> bool:
