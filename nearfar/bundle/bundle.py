@@ -173,13 +173,13 @@ class Bundle:
 def open_bundle(
     path: str | os.PathLike[str], *, trusted_keys: Sequence[PublicKey] | None = None
 ) -> Bundle:
-    """Open the bundle in a folder.
+    """Open the bundle in a folder, or in one ``.nfb`` file (see `nearfar.bundle.archive`).
 
     Reads and checks the manifest, then that every file exists inside the folder with its size.
     Contents are hashed later, before they are used: see `Bundle.verify`.
 
     Args:
-        path: The bundle's folder.
+        path: The bundle's folder or file.
         trusted_keys: When given, one of them must have signed the bundle; that is checked before
             the manifest is parsed. `None` opens unsigned bundles too.
 
@@ -188,6 +188,10 @@ def open_bundle(
         SecurityError: It is not signed by a trusted key.
     """
     root = Path(path).absolute()
+    if root.suffix == ".nfb" and root.is_file():
+        from nearfar.bundle.archive import open_archive
+
+        return open_archive(root, trusted_keys=trusted_keys)
     manifest, signed = read_manifest(root, trusted_keys)
     bundle = Bundle(root, manifest, signed)
     for entry in bundle._files(manifest.variants):

@@ -18,7 +18,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
+BundlePath = Annotated[
+    Path, typer.Argument(help="The bundle's folder or .nfb file.", show_default=False)
+]
 
 
 @app.command()
@@ -198,6 +200,46 @@ def extract(
         _say(f"signed by {key.public.id[:16]}")
     elif read_signature(bundle.path) is not None:
         _say("The signature was dropped: it is one of the whole bundle. Sign with --sign KEY.")
+
+
+@app.command()
+def pack(
+    path: BundlePath,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Default: NAME-VERSION.nfb.", show_default=False),
+    ] = None,
+) -> None:
+    """Check a bundle and write it as one file, its signature included."""
+    from nearfar.bundle import archive, open_bundle
+
+    bundle = open_bundle(path)
+    name = f"{bundle.manifest.name}-{bundle.manifest.version}{archive.SUFFIX}"
+    with _bar(f"verifying {bundle.manifest.name}", bundle.size_bytes()) as advance:
+        target = archive.pack(bundle, output or Path(name), progress=advance)
+    typer.echo(str(target))
+
+
+@app.command()
+def unpack(
+    archive_path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The .nfb file.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the bundle.", show_default=False)
+    ],
+    key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PUBLIC_KEY", help="Require a signature of this key; repeatable."),
+    ] = None,
+) -> None:
+    """Write the bundle of one file into a folder, checked."""
+    from nearfar.bundle import archive
+    from nearfar.bundle.keys import trusted
+
+    keys = trusted(key) if key else None
+    bundle = archive.unpack(archive_path, output, trusted_keys=keys)
+    typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
 
 
 @contextmanager

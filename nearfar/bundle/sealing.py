@@ -34,6 +34,11 @@ def sign_bundle(
     Raises:
         BundleError: It is not whole, or the signature cannot be written.
     """
+    if Path(path).is_file():
+        raise BundleError(
+            f"{path} is an archive, which is signed as a folder",
+            fix="Unpack it, sign the folder, and pack that",
+        )
     bundle = open_bundle(path)
     bundle.verify(progress=progress)
     data = signature_of(bundle, key, beside=read_signature(bundle.path))

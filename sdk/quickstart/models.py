@@ -133,7 +133,7 @@ def convert(
     """
     command = [
         sys.executable, "-m", "converters", str(source), "-o", str(bundle),
-        # Bundles that are there are not converted again; a second copy of them would only take room.
+        # Bundles that are there are not converted again: a second copy would only take room.
         "--name", model.bundle, "--no-cache", *model.options,
     ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
