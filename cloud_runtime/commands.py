@@ -126,6 +126,13 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Serve only this model; repeatable. Default: all."),
     ] = None,
+    trusted_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PUBLIC_KEY",
+            help="Serve only bundles signed by this key (.pub file or ed25519:…); repeatable.",
+        ),
+    ] = None,
     slots: Annotated[
         int, typer.Option(min=1, max=256, help="Requests per model that compute at once.")
     ] = 1,
@@ -224,6 +231,7 @@ def serve(
             host=host,
             port=listen_port if port is None else port,
             names=tuple(model or ()),
+            trusted_keys=tuple(trusted_key or ()),
             certificate=certificate,
             certificate_key=certificate_key,
             allow_anonymous=allow_anonymous,

@@ -49,6 +49,7 @@ class ServePlan:
         host: Address to bind.
         port: 0 lets the system choose.
         names: Models to serve; empty means all.
+        trusted_keys: When there are any, only bundles that one of them signed are served.
         certificate: PEM chain, instead of the state directory's.
         certificate_key: Its private key.
         allow_anonymous: Whether clients without an API key are let in.
@@ -62,6 +63,7 @@ class ServePlan:
     host: str
     port: int
     names: tuple[str, ...] = ()
+    trusted_keys: tuple[str, ...] = ()
     certificate: Path | None = None
     certificate_key: Path | None = None
     allow_anonymous: bool = False
@@ -104,7 +106,10 @@ def run(plan: ServePlan) -> None:
 
     with _end_on_sigterm():
         models = ServedModels.load(
-            BundleStore(plan.models), plan.serving, names=plan.names, progress=_say
+            BundleStore(plan.models, trusted_keys=plan.trusted_keys or None),
+            plan.serving,
+            names=plan.names,
+            progress=_say,
         )
     keys = KeyRing(identity, now_s=time.time(), attester=attester)
     server = CloudServer(

@@ -6,11 +6,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from converters.options import ConversionOptions
 
 
 class TaskName(str, Enum):
@@ -24,16 +30,18 @@ class TaskName(str, Enum):
 
 
 def convert(
+    context: typer.Context,
     model: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="GGUF file, Hugging Face folder with safetensors, or ONNX file.",
             show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder of the new bundle.", show_default=False)
-    ],
+        Path | None,
+        typer.Option("-o", "--output", help="Folder of the new bundle.", show_default=False),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the bundle. Default: from the source.")
     ] = None,
@@ -77,6 +85,49 @@ def convert(
             help="Measure speed and memory on this machine; the router starts from the figures.",
         ),
     ] = True,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEY",
+            help="Sign the bundle with this private key (`nearfar bundle keygen`).",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Do as this recipe says; options beside it win.",
+            show_default=False,
+        ),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write down what was done, as a recipe.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show steps, time and disk; convert nothing.")
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where results of steps are kept, for the next time. "
+            "Default: ~/.cache/nearfar/convert.",
+            show_default=False,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Do every step, and keep no results of steps.")
+    ] = False,
+    show_cache: Annotated[
+        bool, typer.Option("--show-cache", help="Show what the cache holds, and end.")
+    ] = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Empty the cache, and end.")
+    ] = False,
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep intermediate files in OUTPUT.work.")
     ] = False,
@@ -103,31 +154,111 @@ def convert(
         nearfar convert bytes.onnx -o models/bytes --labels labels.txt --preprocessing
         '{"kind":"head-tail","head_bytes":1024,"tail_bytes":1024,"block_bytes":4096,"padding_value":256}'
 
+    The same again, to the same files, and on another model of the kind:
+
+        nearfar convert digits.onnx -o models/digits --save-recipe digits.toml
+
+        nearfar convert digits.onnx -o again --recipe digits.toml
+
     Then look at it with `nearfar bundle inspect models/assistant`.
     """
     from rich.console import Console
 
+    from converters.cache import default_root
     from converters.options import ConversionOptions
     from converters.pipeline import convert_model
+    from converters.recipe_file import options_of, overridden, read_recipe
     from converters.reporting import Reporter
+    from nearfar.errors import ConfigError
 
-    options = ConversionOptions(
-        name=name,
-        version=version,
-        task=None if task is TaskName.auto else task.value,
-        variants=tuple(part.strip() for part in variants.split(",") if part.strip()),
-        labels=labels,
-        preprocessing=preprocessing,
-        samples=samples,
-        license=license_,
-        description=description,
-        replace=force,
-        measure=measure,
-        keep_work=keep_work,
-    )
+    root = cache or default_root()
+    if show_cache or clear_cache:
+        _tend_cache(root, is_cleared=clear_cache)
+        return
+    if model is None:
+        raise ConfigError("No model is given", field="model", fix="See `nearfar convert --help`")
+    stated: dict[str, object] = {
+        "name": name,
+        "version": version,
+        "task": None if task is TaskName.auto else task.value,
+        "variants": tuple(part.strip() for part in variants.split(",") if part.strip()),
+        "labels": labels,
+        "preprocessing": preprocessing,
+        "samples": samples,
+        "license": license_,
+        "description": description,
+        "measure": measure,
+    }
+    options, known = ConversionOptions(), None
+    if recipe is not None:
+        known = read_recipe(recipe)
+        options = options_of(known, recipe)
+        stated = {key: value for key, value in stated.items() if _is_stated(context, key)}
+    options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
+    options = replace(options, cache=None if no_cache else root)
+    console = Console(highlight=False)
+    if dry_run:
+        _show_plan(console, model, options)
+        return
+    if output is None:
+        raise ConfigError(
+            "It is not said where the bundle shall be", field="output", fix="Give -o FOLDER"
+        )
     with _terminate_like_ctrl_c():
-        bundle = convert_model(model, output, options, reporter=Reporter(Console(highlight=False)))
+        bundle = convert_model(
+            model,
+            output,
+            options,
+            reporter=Reporter(console),
+            recipe=known,
+            save_recipe=save_recipe,
+        )
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
+
+
+def _is_stated(context: typer.Context, option: str) -> bool:
+    """Whether a person gave the option, so that it wins over the recipe."""
+    parameter = "license_" if option == "license" else option
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _show_plan(console: Console, model: Path, options: ConversionOptions) -> None:
+    from rich.table import Table
+
+    from converters.plan import plan
+    from converters.sources.detect import open_source
+    from nearfar.units import format_bytes
+
+    source = open_source(model)
+    planned = plan(source, options)
+    table = Table(box=None)
+    table.add_column("step")
+    table.add_column("time", justify="right")
+    table.add_column("disk", justify="right")
+    for step in planned.steps:
+        disk = format_bytes(step.disk_bytes) if step.disk_bytes else ""
+        table.add_row(step.title, f"{step.time_s:.0f} s", disk)
+    table.add_row(
+        "together, about", f"{planned.time_s:.0f} s", format_bytes(planned.disk_bytes), style="bold"
+    )
+    console.print(f"{source.label}: {', '.join(planned.variants)}", markup=False)
+    console.print(table)
+    console.print(f"The bundle will have about {format_bytes(planned.bundle_bytes)}.")
+
+
+def _tend_cache(root: Path, *, is_cleared: bool) -> None:
+    from converters.cache import clear, contents
+    from nearfar.units import format_bytes
+
+    if is_cleared:
+        typer.echo(f"{format_bytes(clear(root))} freed in {root}")
+        return
+    found = contents(root)
+    for step, (count, size) in found.items():
+        typer.echo(f"{step:<16} {count:>5} {format_bytes(size):>10}")
+    total = sum(size for _, size in found.values())
+    typer.echo(f"{format_bytes(total)} in {root}")
 
 
 @contextmanager

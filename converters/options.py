@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from converters.settings import Settings
 from nearfar.bundle.manifest import Task
 
 
@@ -17,7 +18,7 @@ class ConversionOptions:
         version: The bundle's semantic version.
         task: `None` finds it out from the source.
         variants: Ids of the variants to make, such as ``int4``; empty takes the task's default.
-        labels: File with the class names of an ONNX classifier: one a line, or a JSON list.
+        labels: Class names of an ONNX classifier, or a file with them: one a line, or a JSON list.
         preprocessing: JSON text, or a file with it, in the form the manifest has.
         samples: ``.npz`` with real inputs to verify an ONNX model with, one row each.
         license: SPDX expression; empty takes what the source states.
@@ -25,13 +26,16 @@ class ConversionOptions:
         replace: Whether an existing bundle may be replaced.
         measure: Whether to measure speed and memory on this machine.
         keep_work: Whether to keep the intermediate files beside the bundle.
+        sign: File of the private key to sign the bundle with; `None` leaves it unsigned.
+        cache: Folder with results of earlier steps, to take and to add to; `None` for none.
+        settings: Numbers of the steps: quantization, gates, seed.
     """
 
     name: str | None = None
     version: str = "1.0.0"
     task: Task | None = None
     variants: tuple[str, ...] = ()
-    labels: Path | None = None
+    labels: Path | tuple[str, ...] | None = None
     preprocessing: str | None = None
     samples: Path | None = None
     license: str = ""
@@ -39,3 +43,6 @@ class ConversionOptions:
     replace: bool = False
     measure: bool = True
     keep_work: bool = False
+    sign: Path | None = None
+    cache: Path | None = None
+    settings: Settings = field(default_factory=Settings)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from converters.cache import StepCache
 from converters.options import ConversionOptions
+from converters.recipe_file import (
+    Recipe,
+    changed_files,
+    check_source,
+    recipe_of,
+    write_recipe,
+)
 from converters.recipes.base import Workshop
 from converters.reporting import Reporter
 from converters.sources.base import Source, slug
 from converters.sources.detect import open_source
 from nearfar.bundle import Bundle, BundleWriter
+from nearfar.bundle.keys import SigningKey
 from nearfar.bundle.manifest import Manifest
 from nearfar.bundle.versions import is_version
 from nearfar.bundle.writer import check_target
@@ -24,6 +35,9 @@ from nearfar.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
+#: A left-over folder younger than this may belong to a conversion that is just starting.
+_STALE_AFTER_S = 60.0
+
 
 def convert_model(
     source_path: Path,
@@ -31,6 +45,8 @@ def convert_model(
     options: ConversionOptions | None = None,
     *,
     reporter: Reporter | None = None,
+    recipe: Recipe | None = None,
+    save_recipe: Path | None = None,
 ) -> Bundle:
     """Convert a model into a bundle; at `bundle_path` there is a whole bundle afterwards or none.
 
@@ -39,33 +55,53 @@ def convert_model(
         bundle_path: Folder to make.
         options: What to choose differently from the defaults.
         reporter: Where progress goes; `None` says nothing.
+        recipe: The recipe that `options` were taken from (`recipe_file.options_of`); what came out
+            is compared with what it states.
+        save_recipe: Where to write down what was done.
 
     Returns:
         The opened bundle.
 
     Raises:
-        InvalidInput: Name or version are not of the right form.
+        InvalidInput: Name or version are not of the right form, or the key cannot be read.
         BundleError: `bundle_path` is taken or cannot be written.
         ConversionError: The source cannot be converted, or a step failed.
     """
     options = options or ConversionOptions()
     reporter = reporter or Reporter()
     _check_options(options)
+    # Minutes of work must not end with a key that cannot be read.
+    signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
     with reporter.step(f"check {source_path.name}") as step:
         source = open_source(source_path)
         step.note(source.title)
+    for line in check_source(recipe, source) if recipe is not None else ():
+        reporter.say(f"! {line}: the files may differ from the recipe's")
     name = options.name or source.default_name
     with (
         BundleWriter(bundle_path, replace=options.replace) as writer,
         _work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
     ):
-        shop = Workshop(writer=writer, work=work, options=options, reporter=reporter)
+        cache = StepCache(options.cache)
+        shop = Workshop(writer=writer, work=work, options=options, reporter=reporter, cache=cache)
         manifest = _recipe(source, name, shop)
         with reporter.step("hash and write the bundle") as step:
-            bundle = writer.finish(manifest)
+            bundle = writer.finish(manifest, signing_key=signing_key)
             step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
                       f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
+    if cache.hits:
+        reporter.say(f"✓ {cache.hits} results of earlier steps were taken from {options.cache}")
+    if recipe is not None and recipe.files:
+        changed = changed_files(recipe, bundle)
+        reporter.say(
+            f"! other files than the recipe states: {', '.join(changed)}"
+            if changed
+            else "✓ the files are those that the recipe states, by their SHA-256"
+        )
+    if save_recipe is not None:
+        write_recipe(recipe_of(source, options, bundle, save_recipe), save_recipe)
+        reporter.say(f"✓ the recipe is in {save_recipe}")
     return bundle
 
 
@@ -107,11 +143,16 @@ def _check_options(options: ConversionOptions) -> None:
 @contextmanager
 def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
     """Folder for intermediate files beside the bundle: they are large, and `/tmp` may be memory."""
-    work = bundle_path.parent / f".{bundle_path.name}.work-{secrets.token_hex(6)}"
+    prefix = f".{bundle_path.name}.work-"
+    _remove_stale(bundle_path.parent, prefix)
+    work = bundle_path.parent / (prefix + secrets.token_hex(6))
     work.mkdir(parents=True)
+    lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield work
     finally:
+        os.close(lock)
         if keep:
             kept = bundle_path.parent / f"{bundle_path.name}.work"
             shutil.rmtree(kept, ignore_errors=True)
@@ -119,3 +160,24 @@ def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
             logger.info("intermediate files are in %s", kept)
         else:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    """Remove intermediate files of killed conversions; a living one holds a lock on its folder."""
+    for work in parent.iterdir() if parent.is_dir() else ():
+        if not work.name.startswith(prefix):
+            continue
+        try:
+            if time.time() - work.stat().st_mtime < _STALE_AFTER_S:
+                continue
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(work, ignore_errors=True)
+            logger.info("removed left-over folder %s", work.name)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)

@@ -23,11 +23,19 @@ app = typer.Typer(
 )
 
 Models = Annotated[Path, typer.Option("--models", "-m", help="Folder of bundles.")]
+TrustedKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted-key",
+        metavar="PUBLIC_KEY",
+        help="Use only bundles signed by this key (.pub file or ed25519:…); repeatable.",
+    ),
+]
 _DEFAULT_MODELS = Path(".nearfar/models")
 
 
 @app.command("list")
-def list_models(models: Models = _DEFAULT_MODELS) -> None:
+def list_models(models: Models = _DEFAULT_MODELS, trusted_key: TrustedKeys = None) -> None:
     """The models of a store, and the variant of each that this device would run."""
     from rich.console import Console
     from rich.table import Table
@@ -39,7 +47,7 @@ def list_models(models: Models = _DEFAULT_MODELS) -> None:
     table = Table(box=None)
     for column in ("model", "version", "task", "runs here", "size"):
         table.add_column(column, justify="right" if column == "size" else "left")
-    for manifest in _manifests(models):
+    for manifest in _manifests(models, trusted_key):
         runnable = runnable_variants(manifest, probe(), "edge")
         size = format_bytes(runnable[0].size_bytes) if runnable else ""
         variant = runnable[0].id if runnable else "none (see `nearfar edge check`)"
@@ -48,7 +56,7 @@ def list_models(models: Models = _DEFAULT_MODELS) -> None:
 
 
 @app.command()
-def check(models: Models = _DEFAULT_MODELS) -> None:
+def check(models: Models = _DEFAULT_MODELS, trusted_key: TrustedKeys = None) -> None:
     """This device, and for every variant whether it runs here, or why not.
 
     Exit status 1 when a model has no variant that runs here. Loads no model.
@@ -69,7 +77,7 @@ def check(models: Models = _DEFAULT_MODELS) -> None:
     for column in ("model", "variant", "size", "here"):
         table.add_column(column, justify="right" if column == "size" else "left")
     is_complete = True
-    for manifest in _manifests(models):
+    for manifest in _manifests(models, trusted_key):
         found = candidates(manifest, device, "edge")
         is_complete &= found[0].excluded is None
         for position, candidate in enumerate(found):
@@ -107,6 +115,7 @@ def run(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Text models: longest answer.")] = 256,
     top_k: Annotated[int, typer.Option(help="Classifiers: labels to show.")] = 3,
+    trusted_key: TrustedKeys = None,
 ) -> None:
     """Run one model once, on this device.
 
@@ -117,7 +126,7 @@ def run(
     from nearfar.bundle import BundleStore
     from nearfar.bundle.manifest import HeadTailPreprocessing, TextPreprocessing
 
-    with EdgeRuntime(BundleStore(models)) as runtime:
+    with EdgeRuntime(BundleStore(models, trusted_keys=trusted_key or None)) as runtime:
         manifest = runtime.describe(model).manifest
         if manifest.task == "text-generation":
             _answer(runtime, model, " ".join(inputs), max_new_tokens)
@@ -134,14 +143,14 @@ def run(
             _save(output, result.outputs)
 
 
-def _manifests(models: Path) -> list[Manifest]:
+def _manifests(models: Path, trusted_keys: list[str] | None) -> list[Manifest]:
     from nearfar.bundle import BundleStore
     from nearfar.errors import ModelNotFound
 
-    found = BundleStore(models).models()
+    found = BundleStore(models, trusted_keys=trusted_keys or None).models()
     if not found:
         raise ModelNotFound(
-            f"There is no model in {models}",
+            f"There is no model in {models}" + (" that a trusted key signed" * bool(trusted_keys)),
             fix="Name another folder with --models, or make bundles with `nearfar convert`",
         )
     return found

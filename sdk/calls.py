@@ -131,7 +131,11 @@ class Calls:
         store = Path(models).expanduser() if models is not None else config.models_store
         cloud = cloud or config.cloud
         rules = _policy_of(policy if policy is not None else config.policy_file)
-        self._edge = _edge_of(store, edge_options) if edge and store is not None else None
+        self._edge = (
+            _edge_of(store, edge_options, config.trusted_keys)
+            if edge and store is not None
+            else None
+        )
         self._link = _link_of(cloud) if cloud is not None else None
         if self._edge is None and self._link is None:
             raise ConfigError(
@@ -354,10 +358,10 @@ def _policy_of(policy: Policy | str | Path | None) -> Policy:
     return policy if isinstance(policy, Policy) else load_policy(policy)
 
 
-def _edge_of(store: Path, options: SessionOptions | None) -> EdgeRoute:
+def _edge_of(store: Path, options: SessionOptions | None, trusted_keys: Sequence[str]) -> EdgeRoute:
     from sdk.edge import EdgeRoute
 
-    return EdgeRoute(store, options=options)
+    return EdgeRoute(store, options=options, trusted_keys=trusted_keys)
 
 
 def _link_of(cloud: CloudConfig) -> CloudLink:

@@ -277,6 +277,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         models_store: Directory of bundles; `None` when the app runs no local models.
+        trusted_keys: Public keys, as text (``ed25519:…``) or paths; when there are any, only
+            bundles that one of them signed run on this device.
         clouds: Cloud runtimes by name; at most one in this version, see `cloud`.
         routing: Defaults for every request.
         policy_file: Policy; `None` keeps everything on the device.
@@ -285,6 +287,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     models_store: Path | None = None
+    trusted_keys: tuple[str, ...] = ()
     clouds: dict[str, CloudConfig] = {}
     routing: RoutingConfig = RoutingConfig()
     policy_file: Path | None = None
@@ -322,10 +325,11 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
     """
     base = base or Path.cwd()
     top = Table(parse_toml(text, source=source), where=source, known=_TOP_KEYS)
-    models = top.table("models", known=("store",))
+    models = top.table("models", known=("store", "trusted_keys"))
     policy = top.table("policy", known=("file", "default_sensitivity"))
     return Config(
         models_store=_path(models, "store", base, must_exist=False),
+        trusted_keys=_trusted_keys(models, base),
         clouds=_clouds(top, base),
         routing=_routing(top.table("routing", known=_ROUTING_KEYS), base),
         policy_file=_path(policy, "file", base, must_exist=True),
@@ -437,6 +441,29 @@ def _path(table: Table, key: str, base: Path, *, must_exist: bool) -> Path | Non
             key, f"names {path}, and there is no such file", fix="Check the path, or create it"
         )
     return path
+
+
+def _trusted_keys(table: Table, base: Path) -> tuple[str, ...]:
+    if not table.has("trusted_keys"):
+        return ()
+    fix = 'Write a list of keys, as in trusted_keys = ["release.pub"]; without it, all bundles run'
+    value = table.raw("trusted_keys")
+    # An empty list could be meant as "nobody", and would be read as "everybody".
+    if not isinstance(value, list) or not value:
+        raise table.error("trusted_keys", "must be a list with at least one key", fix=fix)
+    keys = []
+    for key in value:
+        if not isinstance(key, str) or not key.strip() or "\0" in key:
+            raise table.error("trusted_keys", "holds something that is not a key", fix=fix)
+        if not key.startswith("ed25519:"):
+            path = _resolve(key, base)
+            if not path.is_file():
+                raise table.error(
+                    "trusted_keys", f"names {path}, and there is no such file", fix=fix
+                )
+            key = str(path)
+        keys.append(key)
+    return tuple(keys)
 
 
 def _resolve(text: str, base: Path) -> Path:

@@ -198,7 +198,7 @@ def _store(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "models", "no store configured: everything goes to the cloud")
         return
     try:
-        route = EdgeRoute(config.models_store)
+        route = EdgeRoute(config.models_store, trusted_keys=config.trusted_keys)
         manifests = route.models()
     except NearfarError as error:
         yield Finding("fail", "models", error.problem, error.fix)
@@ -217,8 +217,24 @@ def _store(config: Config) -> Iterator[Finding]:
         except NearfarError as error:
             yield Finding("warn", "model", f"{label}: {error.problem}", error.fix)
         else:
-            yield Finding("ok", "model", f"{label} runs here as {variant.id}")
+            origin = _signature(config, manifest.name)
+            yield Finding("ok", "model", f"{label} runs here as {variant.id}; {origin}")
     route.close()
+
+
+def _signature(config: Config, model: str) -> str:
+    """Whether the model's bundle is signed, and by a key that this configuration trusts."""
+    from nearfar.bundle import BundleStore
+    from nearfar.bundle.bundle import read_signature
+
+    assert config.models_store is not None
+    store = BundleStore(config.models_store, trusted_keys=config.trusted_keys or None)
+    bundle = store.open(model)
+    if bundle.signed is not None:
+        return f"signed by the trusted key {bundle.signed.key_id[:16]}"
+    if read_signature(bundle.path) is None:
+        return "unsigned"
+    return "signed, not checked ([models] trusted_keys is not set)"
 
 
 def _cloud(config: CloudConfig, *, is_only_route: bool) -> Iterator[Finding]:

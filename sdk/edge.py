@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,19 @@ class EdgeRoute:
     Args:
         store: Directory of bundles.
         options: Engine settings; `None` takes the defaults.
+        trusted_keys: When there are any, only bundles that one of these keys signed are run.
 
     Raises:
         BundleError: There is no such directory.
     """
 
-    def __init__(self, store: Path, *, options: SessionOptions | None = None) -> None:
+    def __init__(
+        self,
+        store: Path,
+        *,
+        options: SessionOptions | None = None,
+        trusted_keys: Sequence[str] = (),
+    ) -> None:
         self.store = store
         if not store.is_dir():
             raise BundleError(
@@ -34,6 +42,7 @@ class EdgeRoute:
                 "[models] store, or use edge=False",
             )
         self._options = options
+        self._trusted_keys = tuple(trusted_keys) or None
         self._making = threading.Lock()
         self._runtime: EdgeRuntime | None = None
         self._found: dict[tuple[str, str | None], EdgeModel] = {}
@@ -49,6 +58,7 @@ class EdgeRoute:
 
         Raises:
             EngineError: Its packages are not installed.
+            ConfigError: A trusted key cannot be read.
         """
         runtime = self._runtime
         if runtime is not None:
@@ -68,7 +78,8 @@ class EdgeRoute:
                 f"Models cannot run on this device: {exc.name} is not installed",
                 fix="pip install 'nearfar[edge]', or use the cloud only (edge=False)",
             ) from exc
-        return EdgeRuntime(BundleStore(self.store), options=self._options or SessionOptions())
+        store = BundleStore(self.store, trusted_keys=self._trusted_keys)
+        return EdgeRuntime(store, options=self._options or SessionOptions())
 
     def find(self, model: str, version: str | None) -> EdgeModel:
         """What would run here; reads the manifest once, loads nothing.

@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import to_builtins
+
+from converters.cache import StepCache, digest_of_arrays, digest_of_path
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
 from converters.reporting import Reporter
+from converters.settings import Settings
 from converters.sources.base import Source
 from converters.steps.measure import measure
+from converters.steps.quantize import quantize_int8
 from nearfar.bundle.manifest import (
     EngineName,
     LatencyFigure,
@@ -37,12 +42,19 @@ class Workshop:
         work: Folder for intermediate files.
         options: What the person chose.
         reporter: Where progress goes.
+        cache: Results of earlier steps.
     """
 
     writer: BundleWriter
     work: Path
     options: ConversionOptions
     reporter: Reporter
+    cache: StepCache
+
+    @property
+    def settings(self) -> Settings:
+        """The numbers to go by."""
+        return self.options.settings
 
     def variant_ids(self, default: Sequence[str], possible: Sequence[str]) -> tuple[str, ...]:
         """Wished variants, best quality first.
@@ -50,7 +62,14 @@ class Workshop:
         Raises:
             ConversionError: One is not possible for this kind of model.
         """
-        wished = self.options.variants or tuple(default)
+        return self.choose(self.options, default, possible)
+
+    @staticmethod
+    def choose(
+        options: ConversionOptions, default: Sequence[str], possible: Sequence[str]
+    ) -> tuple[str, ...]:
+        """As `variant_ids`, before there is a workshop."""
+        wished = options.variants or tuple(default)
         for variant_id in wished:
             if variant_id not in possible:
                 raise ConversionError(
@@ -99,13 +118,48 @@ class Workshop:
             )
         return tuple(found)
 
+    def quantize_int8(self, source: Path, target: Path) -> None:
+        """Quantize, with a line of progress; see `converters.steps.quantize`.
+
+        Raises:
+            ConversionError: The model cannot be quantized.
+        """
+        with self.reporter.step("quantize to INT8"):
+            self.cache.output(
+                "quantize-int8",
+                {"source": digest_of_path(source), "settings": to_builtins(self.settings.int8)},
+                target,
+                lambda path: quantize_int8(source, path, self.work, self.settings.int8),
+                tools=("onnx", "onnxruntime"),
+            )
+
     def measure(
         self, variant_id: str, engine: EngineName, entry: str, **inputs: object
     ) -> tuple[LatencyFigure, int]:
-        """Measure a variant, with a line of progress; see `converters.steps.measure.measure`."""
+        """Measure a variant, with a line of progress; see `converters.steps.measure.measure`.
+
+        The same files on the same machine were measured before: their figures are taken.
+        """
+        from nearfar.engines.devices import probe
+
         with self.reporter.step(f"measure {variant_id}") as step:
             path = self.writer.folder.joinpath(*entry.split("/"))
-            figure, memory_bytes = measure(engine, path, **inputs)  # type: ignore[arg-type]
+            feeds = inputs.get("feeds")
+            parts = {
+                "engine": engine,
+                "files": digest_of_path(path),
+                "machine": probe().machine,
+                "feeds": digest_of_arrays([feeds]) if isinstance(feeds, dict) else "",
+                "prompt_tokens": inputs.get("prompt_tokens", []),
+                "input_tokens": inputs.get("input_tokens"),
+            }
+            figure, memory_bytes = self.cache.value(
+                "measure",
+                parts,
+                tuple[LatencyFigure, int],
+                lambda: measure(engine, path, **inputs),  # type: ignore[arg-type]
+                tools=("onnxruntime", "onnxruntime-genai"),
+            )
             per_token = figure.ms_per_token
             step.note(
                 f"p50 {format_ms(figure.p50_ms)}"

@@ -14,7 +14,6 @@ from converters.steps.export_encoder import (
     sentence_encoder,
 )
 from converters.steps.optimise import slim
-from converters.steps.quantize import quantize_int8
 from converters.steps.verify_embedding import EmbeddingCheck, may_mix
 from nearfar.bundle.manifest import (
     EngineName,
@@ -55,7 +54,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         if not slim(exported, full):
             step.note("left as it is")
             full = exported
-    check = EmbeddingCheck(tokenizer, preprocessing)
+    check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates)
     with shop.reporter.step("run the source on real passages"):
         truth = check.source_vectors(encoder)
     del encoder, model
@@ -66,8 +65,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         step.note(summary(quality["fp32"]))
     if "int8" in ids:
         path = shop.writer.file("int8/model.onnx")
-        with shop.reporter.step("quantize to INT8"):
-            quantize_int8(full, path, shop.work)
+        shop.quantize_int8(full, path)
         with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
             reference = "fp32" if "fp32" in ids else source.label
             quality["int8"] = check.against_reference(check.vectors(path), best, reference)

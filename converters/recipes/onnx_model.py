@@ -9,11 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from converters.cache import digest_of_arrays, digest_of_path
+from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.optimise import slim
-from converters.steps.quantize import quantize_int8
 from converters.steps.verify_tensors import (
     Feeds,
     file_samples,
@@ -38,8 +39,6 @@ _ENGINE: EngineName = "onnxruntime"
 _TOOLS = ("onnx", "onnxruntime", "onnxslim")
 #: How magika's published models describe their input and output, beside the model.
 _MAGIKA_CONFIG = "config.min.json"
-#: An optimised graph may differ from its source by float rounding only.
-_MAX_OPTIMISE_ERROR = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +71,13 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
         else:
             shutil.copyfile(full, paths[own])
     if "int8" in ids and own != "int8":
-        with shop.reporter.step("quantize to INT8"):
-            quantize_int8(full or source.path, paths["int8"], shop.work)
+        shop.quantize_int8(full or source.path, paths["int8"])
     quality: dict[str, tuple[QualityFigure, ...]]
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
-        quality = verify_tensors(
-            source.path,
-            paths,
-            samples,
-            source_name=source.label,
-            label_output=meaning.label_output,
-        )
+        quality = {
+            variant_id: _verified(source, samples, meaning, shop, variant_id, path)
+            for variant_id, path in paths.items()
+        }
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     latency: dict[str, tuple[LatencyFigure, int]] = {}
     if shop.options.measure:
@@ -115,8 +110,10 @@ def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
     magika = source.path.parent / _MAGIKA_CONFIG
     if magika.is_file():
         labels, preprocessing = _read_magika(magika)
-    if options.labels is not None:
+    if isinstance(options.labels, Path):
         labels = _read_labels(options.labels)
+    elif options.labels is not None:
+        labels = options.labels
     if options.preprocessing is not None:
         preprocessing = _read_preprocessing(options.preprocessing, source, shop)
     task = options.task or ("classification" if labels else "tensor")
@@ -228,7 +225,9 @@ def _samples(source: OnnxSource, meaning: Meaning, shop: Workshop) -> tuple[list
         return file_samples(source.inputs[0].name, spec, batch=batch), "real files"
     if isinstance(spec, TextPreprocessing):
         return _text_samples(shop.writer.folder / spec.tokenizer, spec), "real passages"
-    return synthetic_samples(source.inputs), "synthetic inputs (real ones: --samples)"
+    return synthetic_samples(
+        source.inputs, shop.settings.seed
+    ), "synthetic inputs (real ones: --samples)"
 
 
 def _text_samples(tokenizer: Path, spec: TextPreprocessing) -> list[Feeds]:
@@ -244,21 +243,59 @@ def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path
     if source.external_files:
         return None  # two gigabytes and more: nothing to gain from rewriting them
     target = shop.work / "optimised.onnx"
-    with shop.reporter.step("optimise the graph") as step:
-        if not slim(source.path, target):
-            step.note("left as it is")
-            return None
+    limit = shop.settings.gates.max_optimise_error
+
+    def optimise(path: Path) -> bool:
+        if not slim(source.path, path):
+            return False
         try:
             figures = verify_tensors(
-                source.path, {"optimised": target}, samples[:8],
-                source_name="source", label_output=None,
+                source.path, {"optimised": path}, samples[:8],
+                source_name="source", label_output=None, min_top1_agreement=0.0,
             )["optimised"]  # fmt: skip
         except ConversionError:
-            figures = ()
-        if not figures or figures[0].value > _MAX_OPTIMISE_ERROR or not _same_io(source, target):
-            step.note("left as it is: the optimised graph differs")
+            return False
+        return bool(figures) and figures[0].value <= limit and _same_io(source, path)
+
+    with shop.reporter.step("optimise the graph") as step:
+        parts = {
+            "source": fingerprint(source),
+            "samples": digest_of_arrays(samples[:8]),
+            "limit": limit,
+        }
+        if not shop.cache.output("optimise", parts, target, optimise, tools=_TOOLS):
+            step.note("left as it is")
             return None
     return target
+
+
+def _verified(
+    source: OnnxSource,
+    samples: list[Feeds],
+    meaning: Meaning,
+    shop: Workshop,
+    variant_id: str,
+    path: Path,
+) -> tuple[QualityFigure, ...]:
+    gate = shop.settings.gates.min_top1_agreement
+    parts = {
+        "source": fingerprint(source),
+        "source_name": source.label,
+        "variant": [variant_id, digest_of_path(path.parent)],
+        "samples": digest_of_arrays(samples),
+        "label_output": meaning.label_output,
+        "min_top1_agreement": gate,
+    }
+
+    def verify() -> tuple[QualityFigure, ...]:
+        return verify_tensors(
+            source.path, {variant_id: path}, samples,
+            source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
+        )[variant_id]  # fmt: skip
+
+    return shop.cache.value(
+        "verify-tensors", parts, tuple[QualityFigure, ...], verify, tools=("onnxruntime", "numpy")
+    )
 
 
 def _same_io(source: OnnxSource, target: Path) -> bool:

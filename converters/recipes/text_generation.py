@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource, load_gguf
@@ -39,7 +41,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, tuple(PRECISIONS))
+    ids = shop.variant_ids(DEFAULT_VARIANTS, PRECISIONS)
     with shop.reporter.step("load the source") as step:
         model, tokenizer = _load(source)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -57,7 +59,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
     with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
-        build_genai(folder, targets, shop.work)
+        _build(source, folder, targets, shop)
         step.note(", ".join(f"{key} {format_bytes(_size(path))}" for key, path in targets.items()))
     quality = _verify(shop, targets, token_windows, truth)
     latency: dict[str, tuple[LatencyFigure, int]] = {}
@@ -92,11 +94,41 @@ def _load(source: Source) -> tuple[Any, Any]:
     return load_huggingface(source), load_tokenizer(source.path)
 
 
+def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Workshop) -> None:
+    """Build what was not built before, side by side; see `build_genai`."""
+    int4 = shop.settings.int4
+
+    def parts(precision: str) -> dict[str, object]:
+        algorithm = int4.algorithm if precision == "int4" else ""
+        return {"source": fingerprint(source), "precision": precision, "algorithm": algorithm}
+
+    missing = {
+        precision: target
+        for precision, target in targets.items()
+        if not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
+    }
+    if missing:
+        build_genai(folder, missing, shop.work, int4)
+
+    def make(precision: str, target: Path) -> None:
+        if precision not in missing:  # an entry that turned out to be damaged
+            build_genai(folder, {precision: target}, shop.work, int4)
+
+    for precision, target in targets.items():
+        shop.cache.output(
+            "build-genai",
+            parts(precision),
+            target,
+            partial(make, precision),
+            tools=_TOOLS,
+        )
+
+
 def _verify(
     shop: Workshop, targets: dict[str, Path], token_windows: Any, truth: SourceLogits
 ) -> dict[str, Any]:
     with shop.reporter.step(f"verify on {token_windows.size} tokens of English text") as step:
-        quality = verify_generation(targets, token_windows, truth)
+        quality = verify_generation(targets, token_windows, truth, shop.settings.gates)
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     return quality
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nearfar.errors import ConversionError
+from nearfar.bundle.hashing import sha256_of
+from nearfar.errors import BundleError, ConversionError
 
 #: Identifiers of model cards and wheels, which ignore case, in their SPDX spelling.
 _SPDX = {
@@ -100,13 +100,9 @@ def sha256_file(path: Path) -> str:
     Raises:
         ConversionError: It cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as exc:
+        return sha256_of(path)
+    except BundleError as exc:
         raise ConversionError(
-            f"{path} cannot be read ({exc.strerror})", fix="Check its permissions"
+            exc.problem, fix="Check that it is there, and its permissions"
         ) from exc
-    return digest.hexdigest()

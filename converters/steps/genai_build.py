@@ -17,27 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from converters.libraries import OFFLINE, load
+from converters.settings import Int4Settings
 from nearfar.errors import ConversionError
 
-#: k-quant with some layers in 8 bits, the scheme known as Q4_K_M elsewhere. Measured on
-#: SmolLM2-135M against plain 4-bit rounding: perplexity 17.9 instead of 21.4 (FP32: 15.8), 30 %
-#: larger, 13 % slower. Both spellings are given: versions before and after the option's renaming
-#: each ignore the other one.
-_INT4_OPTIONS = ("int4_algo_config=k_quant_mixed", "algo_config=k_quant_mixed")
+PRECISIONS = ("int4", "int8", "fp32")
 
-PRECISIONS: Mapping[str, tuple[str, ...]] = {"int4": _INT4_OPTIONS, "int8": (), "fp32": ()}
+#: Both spellings are given: versions before and after the option's renaming each ignore the other.
+_INT4_OPTIONS = ("int4_algo_config", "algo_config")
 
 #: Two builders at once need about eight times the weights' size in memory.
 _SIDE_BY_SIDE_BYTES = 2 << 30
 
 
-def build_genai(model_folder: Path, targets: Mapping[str, Path], work: Path) -> None:
+def build_genai(
+    model_folder: Path,
+    targets: Mapping[str, Path],
+    work: Path,
+    int4: Int4Settings,
+) -> None:
     """Build one folder for each precision.
 
     Args:
         model_folder: Hugging Face folder.
         targets: Precision (``int4``, ``int8``, ``fp32``) to the folder to write.
         work: Folder for logs and the builder's temporary files.
+        int4: How weights become 4 bits.
 
     Raises:
         ConversionError: The builder refused or failed; the error quotes its last lines.
@@ -45,7 +49,7 @@ def build_genai(model_folder: Path, targets: Mapping[str, Path], work: Path) -> 
     load("onnxruntime_genai")
     size_bytes = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
     commands = {
-        precision: _command(model_folder, precision, target, work)
+        precision: _command(model_folder, precision, target, work, int4)
         for precision, target in targets.items()
     }
     if size_bytes <= _SIDE_BY_SIDE_BYTES:
@@ -57,13 +61,16 @@ def build_genai(model_folder: Path, targets: Mapping[str, Path], work: Path) -> 
         normalise_genai_folder(target)
 
 
-def _command(model_folder: Path, precision: str, target: Path, work: Path) -> list[str]:
+def _command(
+    model_folder: Path, precision: str, target: Path, work: Path, int4: Int4Settings
+) -> list[str]:
+    options = [f"{name}={int4.algorithm}" for name in _INT4_OPTIONS if precision == "int4"]
     return [
         sys.executable, "-m", "converters.steps.genai_builder",
         "-i", str(model_folder), "-o", str(target), "-p", precision, "-e", "cpu",
         "-c", str(work / f"builder-{precision}"),
         # hf_remote=false: old versions run a model's own Python code unless told not to.
-        "--extra_options", "hf_token=false", "hf_remote=false", *PRECISIONS[precision],
+        "--extra_options", "hf_token=false", "hf_remote=false", *options,
     ]  # fmt: skip
 
 

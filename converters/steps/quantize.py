@@ -5,18 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.libraries import load, quiet
+from converters.settings import Int8Settings
 from nearfar.errors import ConversionError
 
-#: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two AVX-512 VNNI cores:
-#: mean cosine to FP32, share of the ten nearest texts kept, median time for 64 tokens against FP32.
-#: Blocks of 32 in MatMul: 0.9995, 0.970, 83 %; blocks of 128: 0.9991, 0.970, 64 %; one scale per
-#: channel (`quantize_dynamic`): 0.9937, 0.927, 36 %; one per tensor: 0.954, 0.809, 35 %.
-_BLOCK_SIZE = 128
-#: Activations are rounded to 8 bits inside the kernel too, which is what makes it fast.
-_ACCURACY_LEVEL_INT8 = 4
 
-
-def quantize_int8(source: Path, target: Path, work: Path) -> None:
+def quantize_int8(source: Path, target: Path, work: Path, settings: Int8Settings) -> None:
     """Write an INT8 version: block-wise for matrix products, per tensor for lookup tables.
 
     Raises:
@@ -36,14 +29,14 @@ def quantize_int8(source: Path, target: Path, work: Path) -> None:
                 weight_type=quantization.QuantType.QInt8,
             )
             model = onnx.load(str(tables))
-            settings = nbits.DefaultWeightOnlyQuantConfig(
+            algorithm = nbits.DefaultWeightOnlyQuantConfig(
                 bits=8,
-                block_size=_BLOCK_SIZE,
+                block_size=settings.block_size,
                 is_symmetric=True,
-                accuracy_level=_ACCURACY_LEVEL_INT8,
+                accuracy_level=settings.accuracy_level,
                 op_types_to_quantize=("MatMul",),
             )
-            quantizer = nbits.MatMulNBitsQuantizer(model, algo_config=settings)
+            quantizer = nbits.MatMulNBitsQuantizer(model, algo_config=algorithm)
             quantizer.process()
             quantizer.model.save_model_to_file(str(target))
             kinds = {node.op_type for node in onnx.load(str(target)).graph.node}

@@ -10,6 +10,7 @@ import numpy as np
 
 from converters import texts
 from converters.libraries import load
+from converters.settings import Gates
 from converters.steps.export_encoder import OUTPUT
 from converters.steps.onnx_session import check_finite, open_session, run
 from nearfar.bundle.manifest import QualityFigure, TextPreprocessing
@@ -18,10 +19,6 @@ from nearfar.errors import ConversionError
 PASSAGES = 128
 NEIGHBOURS = 10
 _BATCH = 8
-
-#: Gates against absurd results; sound conversions give 1.0000 and 0.999.
-_MIN_COSINE_TO_SOURCE = 0.9999
-_MIN_MEAN_COSINE = 0.9
 
 #: Vectors of two variants may stand in one index when a query of one finds at least this share of
 #: its ten true neighbours among vectors of the other, and no vector is far off. Measured on
@@ -36,11 +33,13 @@ class EmbeddingCheck:
     Args:
         tokenizer: ``tokenizer.json`` as it goes into the bundle.
         preprocessing: As it goes into the manifest.
+        gates: What variants must reach.
     """
 
-    def __init__(self, tokenizer: Path, preprocessing: TextPreprocessing) -> None:
+    def __init__(self, tokenizer: Path, preprocessing: TextPreprocessing, gates: Gates) -> None:
         from nearfar.processing.text import TextEncoder
 
+        self._gates = gates
         encode = TextEncoder(tokenizer, preprocessing)
         # Texts of like length share a batch, so that little is padding; order does not matter.
         passages = sorted(texts.passages(PASSAGES), key=len)
@@ -78,7 +77,7 @@ class EmbeddingCheck:
             ConversionError: The export computes something else than its source.
         """
         cosines = _cosines(vectors, source)
-        if cosines.min() < _MIN_COSINE_TO_SOURCE:
+        if cosines.min() < self._gates.min_cosine_to_source:
             raise ConversionError(
                 f"The exported model is not the same model: worst cosine {cosines.min():.5f}",
                 fix="Use the torch and transformers versions that nearfar names",
@@ -102,7 +101,7 @@ class EmbeddingCheck:
             ConversionError: It is far off.
         """
         cosines = _cosines(vectors, best)
-        if cosines.mean() < _MIN_MEAN_COSINE:
+        if cosines.mean() < self._gates.min_mean_cosine:
             raise ConversionError(
                 f"The compressed model is far from {reference}: mean cosine {cosines.mean():.4f}",
                 fix="Leave this variant out with --variants",

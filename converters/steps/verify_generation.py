@@ -12,6 +12,7 @@ import numpy as np
 
 from converters import texts
 from converters.libraries import load
+from converters.settings import Gates
 from converters.steps.onnx_session import check_finite, open_session, run
 from nearfar.bundle.manifest import QualityFigure
 from nearfar.errors import ConversionError
@@ -21,10 +22,6 @@ WINDOW_TOKENS = 256
 #: Windows that are run through the source as well; its logits stay in memory meanwhile.
 SOURCE_WINDOWS = 1
 GREEDY_TOKENS = 24
-
-#: Gates against absurd results, far from what sound conversions give (0.002 and 1.13).
-_MAX_LOGIT_ERROR = 0.1
-_MAX_PERPLEXITY_RATIO = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +95,10 @@ def source_logits(model: Any, token_windows: np.ndarray, name: str) -> SourceLog
 
 
 def verify_generation(
-    folders: dict[str, Path], token_windows: np.ndarray, source: SourceLogits
+    folders: dict[str, Path],
+    token_windows: np.ndarray,
+    source: SourceLogits,
+    gates: Gates,
 ) -> dict[str, tuple[QualityFigure, ...]]:
     """Measure all variants.
 
@@ -106,6 +106,7 @@ def verify_generation(
         folders: Variant id to folder, the reference (best) variant first.
         token_windows: From `windows`.
         source: From `source_logits`.
+        gates: What variants must reach.
 
     Returns:
         Variant id to figures.
@@ -134,7 +135,7 @@ def verify_generation(
             reference_perplexity, best_tokens = perplexity, top_tokens
             if variant_id == "fp32":
                 worst = max(errors)
-                _gate(worst <= _MAX_LOGIT_ERROR, f"{variant_id}: logits differ by {worst:.3g}")
+                _gate(worst <= gates.max_logit_error, f"{variant_id}: logits differ by {worst:.3g}")
                 count = source.logits.shape[0] * source.logits.shape[1]
                 found.append(
                     _figure("logit_max_abs_error", worst, count, source.name, higher=False)
@@ -143,7 +144,7 @@ def verify_generation(
                 greedy = _greedy_answers(folder)
         else:
             _gate(
-                perplexity <= _MAX_PERPLEXITY_RATIO * reference_perplexity,
+                perplexity <= gates.max_perplexity_ratio * reference_perplexity,
                 f"{variant_id}: perplexity {perplexity:.4g}, {reference_id} has "
                 f"{reference_perplexity:.4g}",
             )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,13 +21,19 @@ from nearfar.bundle.manifest import (
     decode_manifest,
 )
 from nearfar.bundle.paths import MANIFEST_NAME, confined_file, walk_files
-from nearfar.errors import BundleError, ModelNotFound
+from nearfar.bundle.signature import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, Signed
+from nearfar.errors import BundleError, ModelNotFound, SecurityError
+
+if TYPE_CHECKING:
+    from nearfar.bundle.keys import PublicKey
 
 #: Read before anything is known about the bundle, so bounded. Real manifests are 2-20 KiB.
 MAX_MANIFEST_BYTES = 4 << 20
 
 #: Files people put beside a finished bundle; no engine opens them.
-UNLISTED_FILES = frozenset({MANIFEST_NAME, "README.md", "LICENSE", "NOTICE", "report.html"})
+UNLISTED_FILES = frozenset(
+    {MANIFEST_NAME, SIGNATURE_NAME, "README.md", "LICENSE", "NOTICE", "report.html"}
+)
 
 
 class _SchemaVersion(msgspec.Struct):
@@ -40,10 +47,12 @@ class Bundle:
     Attributes:
         path: The bundle's folder, absolute.
         manifest: What it says about itself.
+        signed: What a trusted key vouches for; `None` when no key was asked for.
     """
 
     path: Path
     manifest: Manifest
+    signed: Signed | None = None
 
     def variant(self, variant_id: str) -> Variant:
         """The variant with that id.
@@ -73,6 +82,7 @@ class Bundle:
 
         Raises:
             BundleError: A file is missing, differs, or is not named in the manifest.
+            SecurityError: A file beside the model's is not the one that was signed.
             ModelNotFound: There is no such variant.
         """
         if variant_id is None:
@@ -82,6 +92,8 @@ class Bundle:
         self._refuse_unlisted("" if variant_id is None else None, variants)
         for entry in self._files(variants):
             self._verified(entry, progress)
+        if variant_id is None and self.signed is not None:
+            self._verify_beside(self.signed)
 
     def size_bytes(self, variant_id: str | None = None) -> int:
         """How many bytes `verify` with the same argument has to hash."""
@@ -129,6 +141,18 @@ class Bundle:
             )
         return path
 
+    def _verify_beside(self, signed: Signed) -> None:
+        """The files that no engine opens (README.md, report.html) are signed as well."""
+        for path in UNLISTED_FILES - {MANIFEST_NAME, SIGNATURE_NAME}:
+            entry = signed.files.get(path)
+            if entry is not None:
+                self._verified(entry, None)
+            elif os.path.lexists(self.path / path):
+                raise SecurityError(
+                    f"File {path!r} of bundle {self.path} is not covered by its signature",
+                    fix="Remove it, or sign the bundle again",
+                )
+
     def _refuse_unlisted(self, root: str | None, variants: Iterable[Variant]) -> None:
         # An engine that opens a folder reads whatever it finds there, so the folder must hold
         # nothing that was not hashed.
@@ -146,31 +170,80 @@ class Bundle:
                     )
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Open the bundle in a folder.
+def open_bundle(
+    path: str | os.PathLike[str], *, trusted_keys: Sequence[PublicKey] | None = None
+) -> Bundle:
+    """Open the bundle in a folder, or in one ``.nfb`` file (see `nearfar.bundle.archive`).
 
     Reads and checks the manifest, then that every file exists inside the folder with its size.
     Contents are hashed later, before they are used: see `Bundle.verify`.
 
+    Args:
+        path: The bundle's folder or file.
+        trusted_keys: When given, one of them must have signed the bundle; that is checked before
+            the manifest is parsed. `None` opens unsigned bundles too.
+
     Raises:
         BundleError: No bundle there, or it is not what its manifest says; names file and field.
+        SecurityError: It is not signed by a trusted key.
     """
     root = Path(path).absolute()
-    manifest = read_manifest(root)
-    bundle = Bundle(root, manifest)
+    if root.suffix == ".nfb" and root.is_file():
+        from nearfar.bundle.archive import open_archive
+
+        return open_archive(root, trusted_keys=trusted_keys)
+    manifest, signed = read_manifest(root, trusted_keys)
+    bundle = Bundle(root, manifest, signed)
     for entry in bundle._files(manifest.variants):
         _sized_file(root, entry)
     return bundle
 
 
-def read_manifest(root: Path) -> Manifest:
-    """Read and check `manifest.json` of the bundle in `root`; looks at no other file.
+def read_manifest(
+    root: Path, trusted_keys: Sequence[PublicKey] | None = None
+) -> tuple[Manifest, Signed | None]:
+    """Read and check `manifest.json` of the bundle in `root`; of no other file but the signature.
+
+    With `trusted_keys` it is parsed only after one of them was found to have signed it.
 
     Raises:
         BundleError: Missing, too large, not JSON, of an unknown schema version, or inconsistent.
+        SecurityError: No trusted key signed this manifest and the files it names.
     """
-    file = root / MANIFEST_NAME
-    data = _read_bounded(file)
+    data = _read_manifest_file(root)
+    if trusted_keys is None:
+        return _parse(root / MANIFEST_NAME, data), None
+    from nearfar.bundle.signature import check, check_entries
+
+    signature = read_signature(root)
+    if signature is None:
+        raise SecurityError(
+            f"Bundle {root} is not signed, and trusted keys are required here",
+            fix="Sign it with `nearfar bundle sign`, or get a signed one from who made it",
+        )
+    signed = check(signature, data, trusted_keys, str(root))
+    manifest = _parse(root / MANIFEST_NAME, data)
+    entries = [*manifest.files, *(entry for v in manifest.variants for entry in v.files)]
+    check_entries(signed, entries, str(root))
+    return manifest, signed
+
+
+def read_signature(root: Path) -> bytes | None:
+    """Contents of `signature.json` of the bundle in `root`, or `None` when it is unsigned.
+
+    Raises:
+        BundleError: It cannot be read, or is too large.
+    """
+    if not os.path.lexists(root / SIGNATURE_NAME):
+        return None
+    return _read_bounded(root / SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+
+
+def _read_manifest_file(root: Path) -> bytes:
+    return _read_bounded(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+
+
+def _parse(file: Path, data: bytes) -> Manifest:
     try:
         schema_version = msgspec.json.decode(data, type=_SchemaVersion).schema_version
         if schema_version != SCHEMA_VERSION:
@@ -199,7 +272,7 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _read_bounded(file: Path) -> bytes:
+def _read_bounded(file: Path, limit_bytes: int) -> bytes:
     try:
         if not file.parent.is_dir():
             raise BundleError(
@@ -212,18 +285,18 @@ def _read_bounded(file: Path) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{file} is not a regular file", fix="Convert the model again")
-            data = stream.read(MAX_MANIFEST_BYTES + 1)
+            data = stream.read(limit_bytes + 1)
     except FileNotFoundError as exc:
         raise BundleError(
-            f"{file.parent} is not a bundle: it has no {MANIFEST_NAME}",
+            f"{file.parent} is not a bundle: it has no {file.name}",
             fix="Check the path, or make the bundle with `nearfar convert`",
         ) from exc
     except (OSError, ValueError) as exc:
         raise BundleError(f"{file} cannot be read ({exc})", fix="Check its permissions") from exc
-    if len(data) > MAX_MANIFEST_BYTES:
+    if len(data) > limit_bytes:
         raise BundleError(
-            f"{file} is larger than {MAX_MANIFEST_BYTES} bytes",
-            fix="A manifest is a few kilobytes; this is not one",
+            f"{file} is larger than {limit_bytes} bytes",
+            fix="This file is a few kilobytes in a bundle; this is not one",
         )
     return data
 

@@ -15,6 +15,7 @@ from nearfar.bundle.manifest import (
     Variant,
 )
 from nearfar.bundle.paths import MANIFEST_NAME, path_problem
+from nearfar.bundle.signature import SIGNATURE_NAME
 from nearfar.bundle.versions import is_version
 from nearfar.tensors import DATATYPES
 
@@ -58,6 +59,8 @@ def _file_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 yield f"{field}.path", f"{entry.path!r} {problem}"
             if entry.path == MANIFEST_NAME:
                 yield f"{field}.path", "names the manifest itself"
+            if entry.path == SIGNATURE_NAME:
+                yield f"{field}.path", "names the signature"
             # Folded, so that a bundle means the same on file systems that ignore case.
             if entry.path.casefold() in seen:
                 yield f"{field}.path", f"names {entry.path!r} a second time"

@@ -1,28 +1,26 @@
-"""`nearfar bundle`: look into a bundle, and check it."""
+"""`nearfar bundle`: look into bundles, check, sign, compare, cut and carry them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
-    from nearfar.bundle import Bundle, Manifest, Variant
-
 app = typer.Typer(
-    help="Look into a model bundle, or check that it is whole.",
+    help="Look into a model bundle, check that it is whole and whose it is, sign and compare it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
-BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
+BundlePath = Annotated[
+    Path, typer.Argument(help="The bundle's folder or .nfb file.", show_default=False)
+]
 
 
 @app.command()
@@ -37,142 +35,225 @@ def inspect(
 
     from nearfar.bundle import open_bundle
     from nearfar.bundle.manifest import encode_manifest
+    from nearfar.bundle.tables import facts_table, quality_table, variants_table
 
     bundle = open_bundle(path)
     if as_json:
         sys.stdout.write(encode_manifest(bundle.manifest).decode())
         return
     console = Console(highlight=False)
-    console.print(_facts_table(bundle))
+    console.print(facts_table(bundle))
     console.print()
-    console.print(_variants_table(bundle.manifest))
+    console.print(variants_table(bundle.manifest))
     console.print()
-    console.print(_quality_table(bundle.manifest))
+    console.print(quality_table(bundle.manifest))
 
 
 @app.command()
-def verify(path: BundlePath) -> None:
-    """Check every file's SHA-256, and that nothing unlisted is there. Exit status 1 if not."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+def verify(
+    path: BundlePath,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PUBLIC_KEY",
+            help="Require a signature of this key: a .pub file or its text (ed25519:…); "
+            "repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Check every file's SHA-256, that nothing unlisted is there, and with --key who signed.
 
+    Exit status 1 if not.
+    """
     from nearfar.bundle import open_bundle
+    from nearfar.bundle.keys import trusted
+    from nearfar.bundle.tables import signature_line
     from nearfar.units import format_bytes
 
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, trusted_keys=trusted(key) if key else None)
     total = bundle.size_bytes()
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"verifying {bundle.manifest.name}", total=total)
-        bundle.verify(progress=lambda count: bar.advance(task, count))
+    with _bar(f"verifying {bundle.manifest.name}", total) as advance:
+        bundle.verify(progress=advance)
     manifest = bundle.manifest
     count = len(manifest.files) + sum(len(variant.files) for variant in manifest.variants)
     typer.echo(
         f"{manifest.name} {manifest.version}: {count} files, {format_bytes(total)}, all good"
     )
+    typer.echo(f"signature: {signature_line(bundle)}")
 
 
-def _facts_table(bundle: Bundle) -> Table:
-    from rich.table import Table
+@app.command()
+def keygen(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="KEY", help="File of the new private key.", show_default=False),
+    ],
+) -> None:
+    """Make an Ed25519 key to sign bundles with: KEY (keep it) and KEY.pub (give it away).
 
+    The private key is encrypted when NEARFAR_SIGNING_PASSPHRASE is set.
+    """
+    from nearfar.bundle.keys import SigningKey
+
+    key = SigningKey.generate()
+    public = key.save(path)
+    typer.echo(str(key.public))
+    _say(f"{path} is the private key: keep it where bundles are signed, and nowhere else.")
+    _say(f"{public} is for the readers: trusted_keys in nearfar.toml, or --trusted-key.")
+
+
+@app.command()
+def sign(
+    path: BundlePath,
+    key: Annotated[
+        Path,
+        typer.Option(help="Private key, made by `nearfar bundle keygen`.", show_default=False),
+    ],
+) -> None:
+    """Check a bundle and sign it. Signatures of other keys over the same files stay."""
+    from nearfar.bundle import open_bundle
+    from nearfar.bundle.keys import SigningKey
+    from nearfar.bundle.sealing import sign_bundle
+
+    signing_key = SigningKey.load(key)
+    bundle = open_bundle(path)
+    with _bar(f"verifying {bundle.manifest.name}", bundle.size_bytes()) as advance:
+        sign_bundle(path, signing_key, progress=advance)
+    typer.echo(
+        f"{bundle.manifest.name} {bundle.manifest.version}: signed by {signing_key.public.id[:16]}"
+    )
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A bundle.", show_default=False)],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Compare the files, and no figures or texts.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per difference.")
+    ] = False,
+) -> None:
+    """Show where two bundles differ: manifest, variants, files, sizes, quality, speed.
+
+    Exit status 0 when they do not, 1 when they do. Compares what the manifests state, which
+    `nearfar bundle verify` holds against the files. Signatures are not compared.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from nearfar.bundle import open_bundle
+    from nearfar.bundle.diff import differences
+    from nearfar.bundle.tables import differences_table
+
+    found = differences(
+        open_bundle(before).manifest, open_bundle(after).manifest, files_only=files_only
+    )
+    if as_json:
+        for one in found:
+            sys.stdout.write(msgspec.json.encode(one).decode() + "\n")
+    elif found:
+        Console(highlight=False).print(differences_table(found))
+    else:
+        typer.echo("no difference")
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    path: BundlePath,
+    variant: Annotated[str, typer.Option(help="Id of the variant to keep.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the new bundle.", show_default=False)
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle that is already there.")
+    ] = False,
+    sign_with: Annotated[
+        Path | None,
+        typer.Option("--sign", metavar="KEY", help="Sign the new bundle.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a bundle with one variant only, for a device that runs no other.
+
+    The signature is dropped, since it is one of the whole bundle; --sign makes a new one.
+    """
+    from nearfar.bundle import open_bundle
+    from nearfar.bundle.bundle import read_signature
+    from nearfar.bundle.extract import extract_variant
+    from nearfar.bundle.keys import SigningKey
+    from nearfar.bundle.sealing import sign_bundle
     from nearfar.units import format_bytes
 
-    manifest = bundle.manifest
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="dim")
-    facts.add_column()
-    facts.add_row("model", _text(f"{manifest.name} {manifest.version}", style="bold"))
-    facts.add_row("task", manifest.task)
-    for label, value in (
-        ("about", manifest.description),
-        ("licence", manifest.license),
-        ("source", manifest.lineage.source),
-        ("tools", ", ".join(f"{k} {v}" for k, v in sorted(manifest.lineage.tools.items()))),
-        ("inputs", ", ".join(_tensor(s.name, s.datatype, s.shape) for s in manifest.inputs)),
-        ("outputs", ", ".join(_tensor(s.name, s.datatype, s.shape) for s in manifest.outputs)),
-        ("labels", str(len(manifest.labels)) if manifest.labels else ""),
-        (
-            "context",
-            f"{manifest.context_length_tokens} tokens" if manifest.context_length_tokens else "",
-        ),
-    ):
-        if value:
-            facts.add_row(label, _text(value))
-    facts.add_row("size", format_bytes(bundle.size_bytes()))
-    return facts
+    key = SigningKey.load(sign_with) if sign_with is not None else None
+    bundle = open_bundle(path)
+    with _bar(f"verifying {variant}", bundle.size_bytes(variant)) as advance:
+        new = extract_variant(bundle, variant, output, replace=force, progress=advance)
+    typer.echo(
+        f"{new.path}: {new.manifest.name} {new.manifest.version}, {variant} only, "
+        f"{format_bytes(new.size_bytes())} of {format_bytes(bundle.size_bytes())}"
+    )
+    if key is not None:
+        sign_bundle(new.path, key)
+        _say(f"signed by {key.public.id[:16]}")
+    elif read_signature(bundle.path) is not None:
+        _say("The signature was dropped: it is one of the whole bundle. Sign with --sign KEY.")
 
 
-def _tensor(name: str, datatype: str, shape: tuple[int, ...]) -> str:
-    return f"{name} {datatype}[{', '.join('?' if size == -1 else str(size) for size in shape)}]"
+@app.command()
+def pack(
+    path: BundlePath,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Default: NAME-VERSION.nfb.", show_default=False),
+    ] = None,
+) -> None:
+    """Check a bundle and write it as one file, its signature included."""
+    from nearfar.bundle import archive, open_bundle
+
+    bundle = open_bundle(path)
+    name = f"{bundle.manifest.name}-{bundle.manifest.version}{archive.SUFFIX}"
+    with _bar(f"verifying {bundle.manifest.name}", bundle.size_bytes()) as advance:
+        target = archive.pack(bundle, output or Path(name), progress=advance)
+    typer.echo(str(target))
 
 
-def _variants_table(manifest: Manifest) -> Table:
-    from rich.table import Table
+@app.command()
+def unpack(
+    archive_path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The .nfb file.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the bundle.", show_default=False)
+    ],
+    key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PUBLIC_KEY", help="Require a signature of this key; repeatable."),
+    ] = None,
+) -> None:
+    """Write the bundle of one file into a folder, checked."""
+    from nearfar.bundle import archive
+    from nearfar.bundle.keys import trusted
 
-    from nearfar.units import format_bytes, format_ms
-
-    table = Table(title="variants", title_justify="left", title_style="bold", box=None)
-    for column in ("", "size", "meant for", "engine", "p50", "p99", "per token"):
-        table.add_column(
-            column, justify="left" if column in ("", "meant for", "engine") else "right"
-        )
-    for variant in _best_first(manifest):
-        row = (
-            _text(variant.id, style="bold"),
-            format_bytes(variant.size_bytes),
-            " > ".join(variant.placement),
-            variant.engine,
-        )
-        for figure in variant.latency[:1] or (None,):
-            table.add_row(
-                *row,
-                format_ms(figure.p50_ms if figure else None),
-                format_ms(figure.p99_ms if figure else None),
-                format_ms(figure.ms_per_token if figure else None),
-            )
-        for figure in variant.latency[1:]:
-            table.add_row(
-                "", "", "", _text(figure.execution_provider, style="dim"),
-                format_ms(figure.p50_ms), format_ms(figure.p99_ms), format_ms(figure.ms_per_token),
-            )  # fmt: skip
-    machines = {figure.machine for variant in manifest.variants for figure in variant.latency}
-    if machines:
-        table.caption = _text("speed measured on " + "; ".join(sorted(machines)))
-        table.caption_justify = "left"
-    return table
+    keys = trusted(key) if key else None
+    bundle = archive.unpack(archive_path, output, trusted_keys=keys)
+    typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
 
 
-def _quality_table(manifest: Manifest) -> Table:
-    from rich.table import Table
+@contextmanager
+def _bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    table = Table(title="quality", title_justify="left", title_style="bold", box=None)
-    for column in ("", "metric", "value", "better", "compared with", "samples"):
-        table.add_column(column, justify="right" if column in ("value", "samples") else "left")
-    for variant in _best_first(manifest):
-        name = variant.id
-        for figure in variant.quality:
-            table.add_row(
-                _text(name, style="bold"),
-                _text(figure.metric),
-                f"{figure.value:.5g}",
-                "higher" if figure.higher_is_better else "lower",
-                _text(figure.reference),
-                str(figure.samples),
-            )
-            name = ""
-        if not variant.quality:
-            table.add_row(_text(name, style="bold"), "not measured")
-    return table
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda count: bar.advance(task, count)
 
 
-def _text(foreign: str, style: str = "") -> Text:
-    """Text of a manifest, which may come from anyone: no markup, no terminal control codes."""
-    from rich.text import Text
-
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in foreign), style=style)
-
-
-def _best_first(manifest: Manifest) -> list[Variant]:
-    return sorted(manifest.variants, key=lambda variant: variant.quality_rank)
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 from nearfar.bundle.bundle import Bundle, open_bundle, read_manifest
 from nearfar.bundle.manifest import Manifest
 from nearfar.bundle.paths import MANIFEST_NAME
+from nearfar.bundle.signature import SIGNATURE_NAME
 from nearfar.bundle.versions import version_key
-from nearfar.errors import BundleError, ModelNotFound
+from nearfar.errors import BundleError, ModelNotFound, SecurityError
+
+if TYPE_CHECKING:
+    from nearfar.bundle.keys import KeyReference, PublicKey
 
 logger = logging.getLogger(__name__)
 
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[tuple[int, int, int], ...]
+_Refusal = Union[BundleError, SecurityError]
 
 
 class BundleStore:
@@ -27,10 +33,26 @@ class BundleStore:
 
     Args:
         root: Folder that holds the bundles; need not exist yet.
+        trusted_keys: When given, bundles that none of these keys signed are as good as broken:
+            left out of `models`, refused by `open`. Keys, their text (``ed25519:…``) or paths of
+            their files. `None` takes unsigned bundles too.
+
+    Raises:
+        ConfigError: `trusted_keys` is empty, or holds what is not a public key.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        trusted_keys: Iterable[KeyReference] | None = None,
+    ) -> None:
         self.root = Path(root).expanduser().absolute()
+        self.trusted_keys: tuple[PublicKey, ...] | None = None
+        if trusted_keys is not None:
+            from nearfar.bundle.keys import trusted
+
+            self.trusted_keys = trusted(trusted_keys)
         self._manifests: dict[Path, tuple[_Stamp, Manifest]] = {}
         self._lock = threading.Lock()
 
@@ -56,6 +78,7 @@ class BundleStore:
         Raises:
             ModelNotFound: No such model or version; the error lists what is there.
             BundleError: It is there, but broken.
+            SecurityError: It is there, but no trusted key signed it.
         """
         readable, broken = self._readable()
         matches = [
@@ -77,7 +100,7 @@ class BundleStore:
                     f"{manifest.version}",
                     fix="Remove one of them, or give it another version",
                 )
-        return open_bundle(path)
+        return open_bundle(path, trusted_keys=self.trusted_keys)
 
     def _raise_not_found(
         self,
@@ -105,23 +128,21 @@ class BundleStore:
             yield folder
             yield from _visible_folders(folder)
 
-    def _readable(self) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, BundleError]]]:
+    def _readable(self) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, _Refusal]]]:
         readable: list[tuple[Path, Manifest]] = []
-        broken: list[tuple[Path, BundleError]] = []
+        broken: list[tuple[Path, _Refusal]] = []
         for folder in self._candidates():
-            try:
-                status = os.lstat(folder / MANIFEST_NAME)
-            except OSError:
+            stamp = _stamp(folder, self.trusted_keys is not None)
+            if stamp is None:
                 continue
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             with self._lock:
                 known = self._manifests.get(folder)
             if known is not None and known[0] == stamp:
                 readable.append((folder, known[1]))
                 continue
             try:
-                manifest = read_manifest(folder)
-            except BundleError as error:
+                manifest, _ = read_manifest(folder, self.trusted_keys)
+            except (BundleError, SecurityError) as error:
                 logger.warning("bundle left out: %s", error)
                 broken.append((folder, error))
                 continue
@@ -129,6 +150,20 @@ class BundleStore:
                 self._manifests[folder] = (stamp, manifest)
             readable.append((folder, manifest))
         return readable, broken
+
+
+def _stamp(folder: Path, is_signed: bool) -> _Stamp | None:
+    """Changes when the files behind a manifest do; `None` where there is no bundle."""
+    found = []
+    for name in (MANIFEST_NAME, SIGNATURE_NAME)[: 1 + is_signed]:
+        try:
+            status = os.lstat(folder / name)
+        except OSError:
+            if name == MANIFEST_NAME:
+                return None
+            continue
+        found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(found)
 
 
 def _visible_folders(folder: Path) -> list[Path]:

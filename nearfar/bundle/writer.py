@@ -16,6 +16,7 @@ import shutil
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,7 +25,11 @@ from nearfar.bundle.checks import manifest_problems
 from nearfar.bundle.hashing import Progress, sha256_of
 from nearfar.bundle.manifest import FileEntry, Manifest, encode_manifest
 from nearfar.bundle.paths import MANIFEST_NAME, path_problem, walk_files
+from nearfar.bundle.signature import SIGNATURE_NAME
 from nearfar.errors import BundleError
+
+if TYPE_CHECKING:
+    from nearfar.bundle.keys import SigningKey
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +96,9 @@ class BundleWriter:
             BundleError: `path` is not one a bundle may name.
         """
         problem = path_problem(path)
-        if problem is not None or path == MANIFEST_NAME:
+        if problem is not None or path in (MANIFEST_NAME, SIGNATURE_NAME):
             raise BundleError(
-                f"Path {path!r} {problem or 'names the manifest itself'}",
+                f"Path {path!r} {problem or 'is written at the end'}",
                 fix="Use a relative path with '/' between the parts",
             )
         target = self.folder.joinpath(*path.split("/"))
@@ -106,13 +111,20 @@ class BundleWriter:
         shutil.copyfile(source, target)
         return target
 
-    def finish(self, manifest: Manifest, *, progress: Progress | None = None) -> Bundle:
+    def finish(
+        self,
+        manifest: Manifest,
+        *,
+        progress: Progress | None = None,
+        signing_key: SigningKey | None = None,
+    ) -> Bundle:
         """Hash what is in the folder, write the manifest, put the bundle in place.
 
         Args:
             manifest: Everything but the files: `files` of the manifest and of its variants are
                 filled in here, from what lies in the folder.
             progress: Called with the number of bytes just hashed.
+            signing_key: Signs the bundle; `None` leaves it unsigned.
 
         Returns:
             The bundle at its final path, opened.
@@ -127,10 +139,14 @@ class BundleWriter:
             raise BundleError(f"Manifest of {self.path}: field {field}: {problem}")
         try:
             (self.folder / MANIFEST_NAME).write_bytes(encode_manifest(complete))
-            open_bundle(self.folder)
-            _flush(self.folder)
+            bundle = open_bundle(self.folder)
+            if signing_key is not None:
+                from nearfar.bundle.sealing import signature_of
+
+                (self.folder / SIGNATURE_NAME).write_bytes(signature_of(bundle, signing_key))
+            flush(self.folder)
             self._put_in_place()
-            _flush_folder(self.path.parent)
+            flush_folder(self.path.parent)
         except OSError as exc:
             raise BundleError(
                 f"Bundle {self.path} cannot be written ({exc.strerror})",
@@ -240,15 +256,17 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
+    """Have the disk hold every file below `folder`, and the folders themselves."""
     for path in walk_files(folder):
         with open(folder / path, "rb") as file:
             os.fsync(file.fileno())
     for parent, _, _ in os.walk(folder):
-        _flush_folder(Path(parent))
+        flush_folder(Path(parent))
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Have the disk hold the names in `folder`."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

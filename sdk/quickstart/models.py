@@ -133,7 +133,8 @@ def convert(
     """
     command = [
         sys.executable, "-m", "converters", str(source), "-o", str(bundle),
-        "--name", model.bundle, *model.options,
+        # Bundles that are there are not converted again: a second copy would only take room.
+        "--name", model.bundle, "--no-cache", *model.options,
     ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     last = fix = ""

@@ -20,6 +20,7 @@ import pytest
 from cloud_runtime.commands import parse_address
 from cloud_runtime.serving import load_attester
 from cloud_runtime.state import StateDir
+from nearfar.bundle.keys import SigningKey
 from nearfar.errors import ConfigError, ModelNotFound, SecurityError
 from nearfar.secure.credentials import ClientKey
 from nearfar.secure.identity import Pin
@@ -193,6 +194,8 @@ def test_only_the_chosen_models_are_served(store, state, tmp_path):
         ("no store", 1, "does not exist"),
         ("unknown model", 1, "nobody"),
         ("damaged bundle", 1, "model.onnx"),
+        ("unsigned bundle", 1, "is not signed"),
+        ("no trusted key", 2, "none.pub"),
         ("port in use", 2, "--port 0"),
         ("bad address", 2, "HOST:PORT"),
         ("half a certificate", 2, "--certificate-key"),
@@ -218,6 +221,11 @@ def test_what_keeps_it_from_starting_is_named_with_its_fix(
             data[-1] ^= 1
             model.write_bytes(data)
             arguments[1] = tmp_path / "store"
+        elif change == "unsigned bundle":
+            key = SigningKey.generate().public
+            arguments += ["--model", "tiny", "--trusted-key", key]
+        elif change == "no trusted key":
+            arguments += ["--trusted-key", tmp_path / "none.pub"]
         elif change == "port in use":
             taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             arguments[5] = taken.getsockname()[1]

@@ -12,6 +12,7 @@ import pytest
 
 from converters.commands import convert
 from nearfar.bundle import open_bundle
+from nearfar.bundle.keys import SigningKey, trusted
 from nearfar.cli import run
 from tests.support.tiny import tensor_model
 
@@ -54,3 +55,14 @@ def test_the_module_can_be_run_and_loads_no_framework_for_help():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_conversion_can_end_signed(tmp_path: Path, capsys):
+    onnx.save(tensor_model(), tmp_path / "m.onnx")
+    arguments = (str(tmp_path / "m.onnx"), "-o", str(tmp_path / "b"), "--no-measure", "--sign")
+    assert nearfar_convert(*arguments, str(tmp_path / "key")) == 2
+    assert "bundle keygen" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    SigningKey.generate().save(tmp_path / "key")
+    assert nearfar_convert(*arguments, str(tmp_path / "key")) == 0
+    open_bundle(tmp_path / "b", trusted_keys=trusted([tmp_path / "key.pub"])).verify()

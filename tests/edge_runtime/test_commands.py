@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
 from edge_runtime.commands import app
+from nearfar.bundle.keys import SigningKey
+from nearfar.bundle.sealing import sign_bundle
 from nearfar.cli import run
 from nearfar.engines import devices
 from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
@@ -112,3 +114,18 @@ def test_the_package_runs_as_a_module(store):
     )
     assert done.returncode == 0
     assert "tiny" in done.stdout
+
+
+def test_with_a_trusted_key_only_signed_models_are_seen_and_run(edge, store):
+    key = SigningKey.generate()
+    status, _, err = edge("list", "--trusted-key", key.public)
+    assert status == 1
+    assert "that a trusted key signed" in err
+    sign_bundle(store / "bytes", key)
+    status, out, _ = edge("list", "--trusted-key", key.public)
+    assert status == 0
+    assert "bytes" in out
+    assert "tiny" not in out
+    status, _, err = edge("run", "tiny", "x.npz", "--trusted-key", key.public)
+    assert status == 1
+    assert "is not signed" in err

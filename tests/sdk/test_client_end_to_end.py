@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfar.errors import CloudUnavailable, InvalidInput, ModelNotFound, PolicyDenied
+from nearfar.bundle.keys import SigningKey
+from nearfar.bundle.sealing import sign_bundle
+from nearfar.errors import (
+    CloudUnavailable,
+    InvalidInput,
+    ModelNotFound,
+    PolicyDenied,
+    SecurityError,
+)
 from sdk import Client, CloudConfig, doctor
 from sdk.quickstart.cloud_process import CloudProcess
 from tests.support import tiny
@@ -173,6 +181,24 @@ def test_doctor_finds_everything_in_order(config):
     assert not [f for f in findings if f.status == "fail"]
     assert any(f.subject == "cloud" and "tiny" in f.detail for f in findings)
     assert any(f.subject == "model" and "int8" in f.detail for f in findings)
+    assert any(f.subject == "model" and "; unsigned" in f.detail for f in findings)
+
+
+def test_with_trusted_keys_only_signed_models_run_on_the_device(tmp_path):
+    key = SigningKey.generate()
+    tiny.write_tiny_tensor_bundle(tmp_path / "models" / "signed", "signed", task="tensor")
+    tiny.write_tiny_tensor_bundle(tmp_path / "models" / "free", "free", task="tensor")
+    sign_bundle(tmp_path / "models" / "signed", key)
+    (tmp_path / "release.pub").write_bytes(key.public.pem())
+    file = tmp_path / "nearfar.toml"
+    file.write_text('[models]\nstore = "models"\ntrusted_keys = ["release.pub"]\n')
+    with Client.from_config(file) as client:
+        assert client.infer("signed", X).route.name == "edge"
+        with pytest.raises(SecurityError, match="is not signed"):
+            client.infer("free", X)
+    models = [f.detail for f in doctor.examine(file) if f.subject == "model"]
+    assert len(models) == 1
+    assert f"signed by the trusted key {key.public.id[:16]}" in models[0]
 
 
 def _ask_until_back(client: Client) -> str:

@@ -243,3 +243,18 @@ def test_ways_to_authenticate_are_complete_and_alone(fields: dict[str, object], 
         CloudConfig(url="wss://h/v1/nearfar", identity=PIN, **fields)  # type: ignore[arg-type]
     assert caught.value.field == field
     assert caught.value.fix
+
+
+KEY = "ed25519:" + "A" * 43 + "="
+
+
+def test_trusted_keys_are_texts_or_files_beside_the_configuration(folder: Path) -> None:
+    (folder / "release.pub").write_text("…")
+    config = parse_config(f'[models]\ntrusted_keys = ["{KEY}", "release.pub"]', base=folder)
+    assert config.trusted_keys == (KEY, str(folder / "release.pub"))
+
+
+@pytest.mark.parametrize("value", ["[]", '""', '"release.pub"', "[1]", '[""]', '["missing.pub"]'])
+def test_trusted_keys_that_are_none_are_refused(folder: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="trusted_keys"):
+        parse_config(f"[models]\ntrusted_keys = {value}", base=folder)

@@ -1,0 +1,147 @@
+"""What a conversion would do, before it is done: steps, time and disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.options import ConversionOptions
+from converters.recipes import embedding, text_generation
+from converters.recipes.base import Workshop
+from converters.sources.base import Source
+from converters.sources.gguf import GgufSource
+from converters.sources.huggingface import HuggingFaceSource
+from converters.sources.onnx_file import OnnxSource
+from converters.steps.genai_build import PRECISIONS
+
+#: Size of a variant against the weights in 32 bits, and seconds per GiB of these on two AVX-512
+#: VNNI cores. From SmolLM2-135M (0.5 GiB), all-MiniLM-L6-v2 (0.08 GiB) and magika (0.003 GiB);
+#: other machines and models are easily two times off.
+_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22}
+_SIZE_GENAI = {"fp32": 1.0, "int8": 0.4, "int4": 0.22}
+_MEASURE_S = 4.0
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step.
+
+    Attributes:
+        title: What would be done.
+        time_s: About how long it takes.
+        disk_bytes: About how much it writes, intermediate files included.
+    """
+
+    title: str
+    time_s: float
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All steps of a conversion.
+
+    Attributes:
+        variants: Ids of the variants that would be made, best first.
+        steps: In their order.
+        bundle_bytes: About how large the bundle is.
+    """
+
+    variants: tuple[str, ...]
+    steps: tuple[PlannedStep, ...]
+    bundle_bytes: int
+
+    @property
+    def time_s(self) -> float:
+        """About how long everything takes."""
+        return sum(step.time_s for step in self.steps)
+
+    @property
+    def disk_bytes(self) -> int:
+        """About how much room is needed while it runs."""
+        return sum(step.disk_bytes for step in self.steps)
+
+
+def plan(source: Source, options: ConversionOptions) -> Plan:
+    """Estimate a conversion; nothing but the source's size is looked at.
+
+    Raises:
+        ConversionError: A wished variant cannot be made of this model.
+    """
+    if isinstance(source, OnnxSource):
+        return _plan_onnx(source, options)
+    if isinstance(source, HuggingFaceSource) and source.task == "embedding":
+        return _plan_encoder(source, options)
+    return _plan_language_model(source, options)
+
+
+def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
+    own = source.precision
+    ids = _ids(options, (own,), (own, "int8") if own == "fp32" else (own,))
+    full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
+    steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
+    if "int8" in ids and own != "int8":
+        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
+    return _finished(ids, steps, lambda name: full * _SIZE[name] / _SIZE[own], options)
+
+
+def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
+    ids = _ids(options, embedding.DEFAULT_VARIANTS, ("int8", "fp32"))
+    full = _weights(source.path)
+    steps = [
+        _step("load the source", full, per_gib_s=20, start_s=8),
+        _step("export to ONNX", full, per_gib_s=100, start_s=6, disk=full),
+        _step("optimise the graph", full, per_gib_s=40, disk=full),
+        _step("run the source on real passages", full, per_gib_s=40),
+    ]
+    if "int8" in ids:
+        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps.append(_step("verify every variant", full * len(ids), per_gib_s=40))
+    return _finished(ids, steps, lambda name: full * _SIZE[name], options)
+
+
+def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
+    ids = _ids(options, text_generation.DEFAULT_VARIANTS, PRECISIONS)
+    # Quantized GGUF weights have 4 to 5 bits; safetensors of language models have 16.
+    full = source.path.stat().st_size * 6 if isinstance(source, GgufSource) else 0
+    full = full or _weights(source.path) * 2
+    steps = [
+        _step("load the source", full, per_gib_s=16, start_s=4),
+        _step("write safetensors", full, per_gib_s=4, disk=full),
+        _step("run the source on real text", full, per_gib_s=10),
+        _step(f"build {' and '.join(ids)}", full, per_gib_s=75 * len(ids), disk=full),
+        _step("verify every variant", full * len(ids), per_gib_s=60),
+    ]
+    return _finished(ids, steps, lambda name: full * _SIZE_GENAI[name], options)
+
+
+def _ids(
+    options: ConversionOptions, default: tuple[str, ...], possible: tuple[str, ...]
+) -> tuple[str, ...]:
+    return Workshop.choose(options, default, possible)
+
+
+def _finished(
+    ids: tuple[str, ...],
+    steps: list[PlannedStep],
+    size: Callable[[str], float],
+    options: ConversionOptions,
+) -> Plan:
+    bundle_bytes = int(sum(size(name) for name in ids))
+    if options.measure:
+        steps += [PlannedStep(f"measure {name}", _MEASURE_S) for name in ids]
+    steps.append(_step("hash and write the bundle", bundle_bytes, per_gib_s=4, disk=bundle_bytes))
+    return Plan(ids, tuple(steps), bundle_bytes)
+
+
+def _step(
+    title: str, size: float, *, per_gib_s: float, start_s: float = 0.3, disk: float = 0
+) -> PlannedStep:
+    return PlannedStep(title, start_s + per_gib_s * size / _GIB, int(disk))
+
+
+def _weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
