@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nearfar.secure.shaping import Shaping
 from nearfar.wire.limits import Limits
 
 
@@ -13,6 +14,7 @@ class ServerSettings:
 
     Attributes:
         limits: Sizes and counts within one connection.
+        min_shaping: How much sizes and times are hidden at least, whatever a client asks for.
         region: Told to clients in `Ready`; policies may ask for it.
         max_connections: More get HTTP 503. Each costs about 100 KB when idle.
         handshake_timeout_s: From the opened websocket to an accepted API key; TLS and HTTP have
@@ -27,6 +29,7 @@ class ServerSettings:
     """
 
     limits: Limits = field(default_factory=Limits)
+    min_shaping: Shaping = "off"
     region: str = ""
     max_connections: int = 256
     handshake_timeout_s: float = 10.0

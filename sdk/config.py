@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from nearfar.errors import ConfigError
+from nearfar.secure.shaping import Shaping, check_shaping
 from sdk.routing.types import MODES, OBJECTIVES, Mode, Objective
 from sdk.toml_table import Table, parse_toml, read_text, suggestion
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
 _TOP_KEYS = ("models", "cloud", "routing", "policy")
-_CLOUD_KEYS = ("url", "identity", "credentials", "ca_file", "region")
+_CLOUD_KEYS = ("url", "identity", "credentials", "ca_file", "region", "shaping")
+_SHAPING_FIX = 'Write a word in quotes, as in shaping = "balanced"'
 _CREDENTIALS_FIX = 'Write credentials = "file:PATH" or "env:NAME"; never the key itself'
 
 
@@ -72,6 +74,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
             the key itself. Not shown by `repr`.
         ca_file: PEM file of certificate authorities to trust; `None` uses the system's.
         region: Where it stands, for policy; `None` when not stated.
+        shaping: How sizes and times of the traffic are hidden: ``off``, ``balanced``, ``strict``.
         name: Name in the configuration file.
 
     Raises:
@@ -83,6 +86,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     credentials: str = ""
     ca_file: Path | None = None
     region: str | None = None
+    shaping: Shaping = "balanced"
     name: str = "main"
 
     def __post_init__(self) -> None:
@@ -108,11 +112,15 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
                 field="credentials",
                 fix=_CREDENTIALS_FIX,
             )
+        try:
+            check_shaping(self.shaping)
+        except ConfigError as exc:
+            raise ConfigError(f"{where}: {exc.problem}", field=exc.field, fix=exc.fix) from None
 
     def __repr__(self) -> str:
         return (
             f"CloudConfig(name={self.name!r}, url={self.url!r}, identity={self.identity!r}, "
-            f"ca_file={self.ca_file!r}, region={self.region!r})"
+            f"ca_file={self.ca_file!r}, region={self.region!r}, shaping={self.shaping!r})"
         )
 
     def token(self) -> str:
@@ -284,6 +292,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
             credentials=credentials,
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
+            shaping=check_shaping(table.text("shaping", fix=_SHAPING_FIX) or "balanced"),
         )
     except ConfigError as exc:
         raise _in_table(exc, table) from exc

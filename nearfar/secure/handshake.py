@@ -20,16 +20,17 @@ from nearfar.secure import kem
 from nearfar.secure.encoding import MalformedError, Reader, list_of, sized
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import (
-    SUPPORTED_SUITES,
+    SUITE_XWING_AES256GCM,
     SUPPORTED_VERSIONS,
     KeyConfiguration,
     KeyRing,
+    preferred_suites,
 )
 
 TYPE_HELLO = 2
 TYPE_WELCOME = 3
 
-#: No handshake message comes near it (HELLO is the longest, 2432 bytes).
+#: No handshake message comes near it (HELLO is the longest, 2435 bytes).
 MAX_HANDSHAKE_MESSAGE_BYTES = 4096
 
 SEED_BYTES = 32
@@ -51,6 +52,7 @@ class ChannelSecrets:
         exporter: For binding other proofs to this channel.
         resumption: For resuming after a reconnect.
         transcript_hash: SHA-256 over everything both ends said; public.
+        suite: Cipher suite of the records.
     """
 
     client_traffic: bytes = field(repr=False)
@@ -59,15 +61,23 @@ class ChannelSecrets:
     resumption: bytes = field(repr=False)
     confirmation_tag: bytes = field(repr=False)
     transcript_hash: bytes
+    suite: int = SUITE_XWING_AES256GCM
 
 
-def derive_secrets(client_seed: bytes, server_seed: bytes, transcript: bytes) -> ChannelSecrets:
+def derive_secrets(
+    client_seed: bytes,
+    server_seed: bytes,
+    transcript: bytes,
+    *,
+    suite: int = SUITE_XWING_AES256GCM,
+) -> ChannelSecrets:
     """The key schedule (HKDF-SHA256, RFC 5869).
 
     Args:
         client_seed: 32 bytes.
         server_seed: 32 bytes.
-        transcript: Transcript hash, 32 bytes.
+        transcript: Transcript hash, 32 bytes; it covers the suites both ends offered.
+        suite: The chosen one.
     """
     root = HKDF.extract(hashes.SHA256(), transcript, client_seed + server_seed)
 
@@ -81,6 +91,7 @@ def derive_secrets(client_seed: bytes, server_seed: bytes, transcript: bytes) ->
         resumption=expand(b"resumption"),
         confirmation_tag=hmac.digest(expand(b"confirmation"), transcript, "sha256"),
         transcript_hash=transcript,
+        suite=suite,
     )
 
 
@@ -116,7 +127,7 @@ class ClientHandshake:
     Args:
         pin: The identity the server must have.
         versions: Channel versions to speak, best first.
-        suites: Cipher suites to speak, best first.
+        suites: Cipher suites to speak, best first; by default as this machine is fast at them.
     """
 
     def __init__(
@@ -124,11 +135,12 @@ class ClientHandshake:
         pin: Pin,
         *,
         versions: tuple[int, ...] = SUPPORTED_VERSIONS,
-        suites: tuple[int, ...] = SUPPORTED_SUITES,
+        suites: tuple[int, ...] | None = None,
     ) -> None:
         self._pin = pin
         self._versions = versions
-        self._suites = suites
+        self._suites = preferred_suites() if suites is None else suites
+        self._suite = self._suites[0]
         self._ephemeral: kem.KemPrivateKey | None = None
         self._client_seed = b""
         self._transcript = _Transcript()
@@ -142,7 +154,8 @@ class ClientHandshake:
         configuration = KeyConfiguration.parse(message)
         configuration.verify(self._pin, now_s=now_s)
         version = _first_common(self._versions, configuration.versions)
-        if version is None or _first_common(self._suites, configuration.suites) is None:
+        suite = _first_common(self._suites, configuration.suites)
+        if version is None or suite is None:
             raise SecurityError(
                 "Client and server share no version or cipher suite of the secure channel: the "
                 f"server speaks versions {configuration.versions}, suites {configuration.suites}; "
@@ -166,7 +179,7 @@ class ClientHandshake:
             raise handshake_failed()
         hello = head + sized(sealed)
         self._transcript = _Transcript(message, hello)
-        self._ephemeral, self._client_seed = ephemeral, seed
+        self._ephemeral, self._client_seed, self._suite = ephemeral, seed, suite
         return hello
 
     def receive_welcome(self, message: bytes) -> ChannelSecrets:
@@ -192,7 +205,9 @@ class ClientHandshake:
         if server_seed is None or len(server_seed) != SEED_BYTES:
             raise handshake_failed()
         self._transcript.add(head)
-        secrets = derive_secrets(client_seed, server_seed, self._transcript.digest())
+        secrets = derive_secrets(
+            client_seed, server_seed, self._transcript.digest(), suite=self._suite
+        )
         if not hmac.compare_digest(tag, secrets.confirmation_tag):
             raise handshake_failed()
         return secrets
@@ -234,11 +249,8 @@ class ServerHandshake:
         except MalformedError:
             raise handshake_failed() from None
         private_key = self._keys.private_key(configuration.key_id, now_s)
-        if (
-            version not in configuration.versions
-            or _first_common(suites, configuration.suites) is None
-            or private_key is None
-        ):
+        suite = _first_common(suites, configuration.suites)
+        if version not in configuration.versions or suite is None or private_key is None:
             raise handshake_failed()
         info = _CLIENT_SEED + _Transcript(configuration.message, head).digest()
         client_seed = private_key.open(sealed, info)
@@ -251,7 +263,7 @@ class ServerHandshake:
             raise handshake_failed()
         welcome = bytes([TYPE_WELCOME]) + sized(sealed)
         transcript.add(welcome)
-        secrets = derive_secrets(client_seed, server_seed, transcript.digest())
+        secrets = derive_secrets(client_seed, server_seed, transcript.digest(), suite=suite)
         return welcome + secrets.confirmation_tag, secrets
 
 

@@ -19,6 +19,8 @@ from nearfar.generation import FinishReason, GenerationOptions, Prompt, Usage
 PROTOCOL_VERSION = 1
 
 InputForm = Literal["tensors", "text", "bytes"]
+#: What is done against an observer of sizes and times (`nearfar.secure.shaping`).
+Shaping = Literal["off", "balanced", "strict"]
 
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -42,11 +44,16 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Auth(_Message, frozen=True, tag=1):
-    """Client, first message: who is asking. Only ever sent inside the secure channel."""
+    """Client, first message: who is asking. Only ever sent inside the secure channel.
+
+    Attributes:
+        shaping: How both directions shall hide sizes and times, at least.
+    """
 
     protocol_version: int = PROTOCOL_VERSION
     token: str = ""
     client: str = ""
+    shaping: Shaping = "off"
 
 
 class Ready(_Message, frozen=True, tag=2):
@@ -55,6 +62,7 @@ class Ready(_Message, frozen=True, tag=2):
     Attributes:
         max_streams: Streams the client may have open at once.
         max_message_bytes: Largest plaintext message either side may send.
+        shaping: In force from this message on, in both directions; never weaker than `Auth` asked.
     """
 
     protocol_version: int
@@ -62,6 +70,7 @@ class Ready(_Message, frozen=True, tag=2):
     max_streams: int
     max_message_bytes: int
     region: str = ""
+    shaping: Shaping = "off"
 
 
 class ListModels(_Message, frozen=True, tag=3):
