@@ -37,6 +37,7 @@ from nearfar.errors import (
     RemoteProtocolError,
     SecurityError,
 )
+from nearfar.secure.frames import MAX_WHOLE_BYTES
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
 from nearfar.units import Deadline
@@ -478,7 +479,7 @@ class Connection:
         """
         size_bytes = sum(self._session.send(message, tensors) for message in messages)
         # Who sends a long message writes it; everyone else writes past it, see `next_to_send`.
-        await self._flush(bulk=bool(tensors))
+        await self._flush(bulk=size_bytes > MAX_WHOLE_BYTES)
         return size_bytes
 
     async def _flush(self, *, bulk: bool = False) -> None:

@@ -284,6 +284,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
         )
     if credentials.startswith("file:"):
         credentials = f"file:{_resolve(credentials.removeprefix('file:'), base)}"
+    shaping = table.text("shaping", fix=_SHAPING_FIX)
     try:
         return CloudConfig(
             name=name,
@@ -292,7 +293,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
             credentials=credentials,
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
-            shaping=check_shaping(table.text("shaping", fix=_SHAPING_FIX) or "balanced"),
+            shaping=check_shaping("balanced" if shaping is None else shaping),
         )
     except ConfigError as exc:
         raise _in_table(exc, table) from exc

@@ -352,7 +352,7 @@ ATTACKS: dict[str, Callable[[], None]] = {
     "downgraded version in hello": _changed_hello(lambda m: m[:1] + b"\x00" + m[2:]),
     "downgraded suite in hello": _changed_hello(lambda m: m[:11] + b"\x00\x00" + m[13:]),
     "unknown key id": _changed_hello(lambda m: m[:2] + bytes(8) + m[10:]),
-    "changed nonce": _changed_hello(lambda m: m[:13] + bytes(32) + m[45:]),
+    "changed nonce": _changed_hello(lambda m: m[:15] + bytes(32) + m[47:]),
     "handshake message too long": lambda: _handshake_message(bytes(5000), server=True),
     "nothing where hello belongs": lambda: _handshake_message(b"", server=True),
     "nothing where the configuration belongs": lambda: _handshake_message(b"", server=False),

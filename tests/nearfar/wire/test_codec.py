@@ -38,7 +38,7 @@ GOLDEN: dict[str, tuple[wire.Message, dict[str, np.ndarray], str]] = {
     "auth": (
         wire.Auth(token="key", client="app"),
         {},
-        "0b000000" "9401" "01" "a36b6579" "a3617070" "00",
+        "0f000000" "9501" "01" "a36b6579" "a3617070" "a36f6666" "0000000000",
     ),
     "result with an FP32 and a BYTES tensor": (
         wire.Result(
