@@ -56,6 +56,7 @@ from nearfar.wire.connection import Connection, ConnectionState, Outgoing, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
     Auth,
+    Credit,
     Error,
     Fin,
     Generate,
@@ -109,7 +110,7 @@ def item_of(outgoing: Outgoing) -> Item:
         size_bytes=outgoing.size_bytes,
         stream=getattr(message, "stream", 0),
         opens=isinstance(message, (ListModels, Infer, Generate)),
-        is_token=isinstance(message, Token),
+        is_paced=isinstance(message, (Token, Credit)),
         ends=isinstance(message, (Fin, Error)),
         is_barrier=isinstance(message, GoAway),
     )
@@ -426,6 +427,10 @@ class ClientSession(_Session):
                     fix="Update the server, or lower `shaping` of this cloud",
                 )
             self._outbox.shaping = message.shaping
+        elif isinstance(message, Token):
+            self._outbox.answer_began(message.stream)
+        elif isinstance(message, (Fin, Error)):
+            self._outbox.answer_ended(message.stream)
 
     @property
     def next_stream(self) -> int:

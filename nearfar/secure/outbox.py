@@ -18,6 +18,9 @@ from nearfar.secure.shaping import BUCKET_BYTES, Shaping, padded_bytes
 
 #: `balanced`: how often tokens leave; to a reader a tenth of a second is instant.
 BALANCED_TICK_S = 0.1
+#: `balanced`: how often the other end grants credit; at any other time it would tell how many
+#: tokens have come.
+CREDIT_TICK_S = 0.5
 #: `balanced`: plaintext of the record that ends an answer. Holds `Fin` and some last tokens.
 END_BYTES = 512
 #: `balanced`: a token with its headers is 24 or 32 bytes long, rarely more.
@@ -45,7 +48,7 @@ class Item:
         size_bytes: Their length together.
         stream: Stream it belongs to; 0 for the connection.
         opens: It opens the stream: the receiver wants these in order.
-        is_token: Its size and time tell about an answer's text.
+        is_paced: `Token` or `Credit`: its size and time tell about an answer's text.
         ends: It is the last one of the stream.
         is_barrier: Must not overtake anything.
     """
@@ -54,7 +57,7 @@ class Item:
     size_bytes: int
     stream: int = 0
     opens: bool = False
-    is_token: bool = False
+    is_paced: bool = False
     ends: bool = False
     is_barrier: bool = False
 
@@ -87,6 +90,7 @@ class Outbox:
 
     def __init__(self, shaping: Shaping = "off") -> None:
         self.shaping: Shaping = shaping
+        self._batch_tick_s = BALANCED_TICK_S
         self.max_unfinished_bytes = 0
         self._number = 0
         self._ready: deque[_Queued] = deque()  # in order, before all pieces but first ones
@@ -95,8 +99,8 @@ class Outbox:
         self._held: deque[_Queued] = deque()  # must wait for something before them
         self._next_tick_s: float | None = None
         # balanced
-        self._answering: set[int] = set()  # streams whose first token was sent
-        self._backlog: deque[bytes] = deque()
+        self._answering: set[int] = set()  # streams whose first token was sent, or has come
+        self._backlog: deque[tuple[int, bytes]] = deque()  # stream, frame
         self._has_end = False
         self._batch_bytes = BUCKET_BYTES
         self._crowded_ticks = 0
@@ -110,7 +114,7 @@ class Outbox:
     def put(self, item: Item) -> int:
         """Queue one message; returns the bytes that it will take on the wire."""
         if self.shaping == "balanced" and self._is_paced(item):
-            self._backlog.append(frames.frame(item.parts, item.size_bytes))
+            self._backlog.append((item.stream, frames.frame(item.parts, item.size_bytes)))
             if item.ends:
                 self._has_end = True
                 self._answering.discard(item.stream)
@@ -120,16 +124,34 @@ class Outbox:
         self._enqueue(queued)
         return size_bytes
 
+    def answer_began(self, stream: int) -> None:
+        """The first token of an answer came: what is said about it leaves on ticks from now on."""
+        if self.shaping == "balanced" and stream not in self._answering:
+            self._batch_tick_s = CREDIT_TICK_S
+            self._answering.add(stream)
+            self._idle_ticks = 0
+
+    def answer_ended(self, stream: int) -> None:
+        """Its end came: nothing more needs to be said."""
+        if stream in self._answering:
+            self._answering.discard(stream)
+            self._backlog = deque(entry for entry in self._backlog if entry[0] != stream)
+
     def _is_paced(self, item: Item) -> bool:
         if item.is_barrier:
             self._release_backlog()
         elif item.stream in self._answering:
-            if item.size_bytes <= MAX_WHOLE_BYTES and not self._is_blocked(item.stream):
+            can_wait = item.is_paced or item.ends
+            if (
+                can_wait
+                and item.size_bytes <= MAX_WHOLE_BYTES
+                and not self._is_blocked(item.stream)
+            ):
                 return True
             self._release_backlog()
             if item.ends:
                 self._answering.discard(item.stream)
-        elif item.is_token:
+        elif item.is_paced:
             self._answering.add(item.stream)  # the first leaves at once
             self._idle_ticks = 0
         return False
@@ -236,12 +258,14 @@ class Outbox:
         if self._next_tick_s is None:
             # After a pause the first token leaves at once, as the first of all does.
             is_resumed = self._idle_ticks > _MAX_IDLE_TICKS
-            self._next_tick_s = now_s + (0.0 if is_resumed else BALANCED_TICK_S)
+            self._next_tick_s = now_s + (0.0 if is_resumed else self._batch_tick_s)
         if now_s < self._next_tick_s:
             return None
-        self._advance_tick(self._next_tick_s, now_s, BALANCED_TICK_S)
+        self._advance_tick(self._next_tick_s, now_s, self._batch_tick_s)
         self._idle_ticks = 0 if self._backlog else self._idle_ticks + 1
-        if self._has_end and sum(map(len, self._backlog)) <= max(END_BYTES, self._batch_bytes):
+        if self._has_end and sum(len(frame) for _, frame in self._backlog) <= max(
+            END_BYTES, self._batch_bytes
+        ):
             self._has_end = False
             return self._take_batch(max(END_BYTES, self._batch_bytes))
         batch = self._take_batch(self._batch_bytes)
@@ -251,8 +275,8 @@ class Outbox:
     def _take_batch(self, size_bytes: int) -> bytes:
         taken: list[bytes] = []
         left_bytes = size_bytes
-        while self._backlog and (not taken or len(self._backlog[0]) <= left_bytes):
-            taken.append(self._backlog.popleft())
+        while self._backlog and (not taken or len(self._backlog[0][1]) <= left_bytes):
+            taken.append(self._backlog.popleft()[1])
             left_bytes -= len(taken[-1])
         if not self._backlog:
             self._has_end = False

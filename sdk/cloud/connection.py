@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from sdk.cloud.egress import Permit
     from sdk.config import CloudConfig
 
-#: Tokens the cloud may send ahead of the app; at 20-60 tokens/s one to three seconds of answer.
-CREDIT_TOKENS = 64
+#: Tokens the cloud may send ahead of the app: some seconds of answer, a few KB. Shaped traffic
+#: grants more twice a second only.
+CREDIT_TOKENS = 256
 #: How long a goodbye may take; the peer gains nothing by stretching it.
 _CLOSE_TIMEOUT_S = 2.0
 #: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one

@@ -667,7 +667,7 @@ def test_a_client_that_never_reads_is_dropped_and_frees_its_slot(state):
     class Large(ScriptedModel):
         def infer(self, feeds):
             self.runs += 1
-            return {"y": np.zeros(16 << 20, np.uint8)}
+            return {"y": np.zeros(15 << 20, np.uint8)}
 
     async def main() -> None:
         model = Large()

@@ -20,6 +20,7 @@ from nearfar.errors import (
 from nearfar.secure.frames import HEADER_BYTES
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import MAX_LIFETIME_S, KeyRing
+from nearfar.secure.outbox import Item
 from nearfar.secure.records import OVERHEAD_BYTES, RecordSealer
 from nearfar.session import ClientSession, ServerSession, max_sealed_bytes
 from nearfar.wire import messages as wire
@@ -157,6 +158,95 @@ def test_nothing_of_a_message_is_visible_outside(
     (record,) = pair.client.data_to_send()
     assert len(record) == len(plaintext) + HEADER_BYTES + OVERHEAD_BYTES
     assert plaintext[:16] not in record
+
+
+# Pieces
+
+
+LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
+
+
+def test_ping_and_short_request_overtake_a_long_one() -> None:
+    pair = Pair.connected()
+    pair.client.send(infer(1, {"x": LARGE}), [LARGE])
+    first = pair.client.next_to_send()
+    assert first is not None
+    pair.client.send(infer(2))
+    pair.client.send(wire.Ping(id=1))
+    pair.at_server += pair.server.receive(first, now_s=NOW_S)
+    second = pair.client.next_to_send()
+    assert second is not None
+    pair.at_server += pair.server.receive(second, now_s=NOW_S)
+    assert [message.message.stream for message in pair.at_server] == [2]  # type: ignore[union-attr]
+    pair.exchange()
+    assert [message.message.stream for message in pair.at_server] == [2, 1]  # type: ignore[union-attr]
+    assert np.array_equal(pair.at_server[1].tensors[0], LARGE)
+    assert [type(message.message) for message in pair.at_client] == [wire.Pong]
+    for stream in (1, 2):
+        pair.server.send(result(stream, {"y": LARGE}), [LARGE])
+    pair.exchange()
+    assert all(np.array_equal(one.tensors[0], LARGE) for one in pair.at_client[1:])
+    assert pair.client.open_streams == pair.server.open_streams == ()
+
+
+def test_cancel_waits_for_the_rest_of_its_own_request() -> None:
+    pair = Pair.connected()
+    pair.client.send(infer(1, {"x": LARGE}), [LARGE])
+    pair.client.send(wire.Cancel(stream=1))
+    pair.exchange()
+    assert [type(one.message) for one in pair.at_server] == [wire.Infer, wire.Cancel]
+
+
+def test_array_may_change_once_it_was_sent() -> None:
+    pair = Pair.connected()
+    array = LARGE.copy()
+    pair.client.send(infer(1, {"x": array}), [array])
+    array[:] = -1
+    pair.exchange()
+    assert np.array_equal(pair.at_server[0].tensors[0], LARGE)
+
+
+def test_long_and_short_messages_have_aligned_tensors() -> None:
+    for array in (LARGE, LARGE[:10]):
+        pair = Pair.connected()
+        pair.client.send(infer(1, {"x": array}), [array])
+        pair.exchange()
+        assert pair.at_server[0].tensors[0].flags.aligned
+
+
+def test_message_for_another_stream_than_announced_is_refused() -> None:
+    pair = Pair.connected()
+    parts = encode(infer(3, {"x": LARGE}), [LARGE])
+    size_bytes = sum(len(part) for part in parts)
+    pair.client._outbox.max_unfinished_bytes = size_bytes
+    pair.client._outbox.put(Item(parts=parts, size_bytes=size_bytes, stream=1))
+    with pytest.raises(RemoteProtocolError, match="announced for stream 1"):
+        pair.to_server()
+
+
+def test_stream_that_was_announced_cannot_be_opened_twice() -> None:
+    pair = Pair.connected()
+    pair.client.send(infer(1, {"x": LARGE}), [LARGE])
+    pair.exchange()
+    smuggle(pair.client, infer(1))
+    with pytest.raises(RemoteProtocolError, match="Infer is not allowed"):
+        pair.to_server()
+
+
+def test_server_holds_no_more_than_one_longest_message_of_a_client_that_never_ends() -> None:
+    pair = Pair.connected()
+    sealer = pair.client._sealer
+    assert isinstance(sealer, RecordSealer)
+
+    def flood() -> None:
+        for number in range(100):
+            head = (2 << 24 | number).to_bytes(4, "big") + (9).to_bytes(4, "big")
+            body = number.to_bytes(4, "big") + (1 << 18).to_bytes(4, "big") + b"x"
+            pair.server.receive(sealer.seal(16, head + body), now_s=NOW_S)
+
+    with pytest.raises(RemoteProtocolError, match="too many messages are unfinished"):
+        flood()
+    assert pair.server._assembler.held_bytes <= LIMITS.max_message_bytes
 
 
 # Ending

@@ -200,3 +200,24 @@ def test_any_text_gives_a_config_or_a_config_error(text: str) -> None:
     except ConfigError as error:
         found = error.fix
     assert found
+
+
+@pytest.mark.parametrize("shaping", ["off", "balanced", "strict"])
+def test_shaping_is_one_of_three_levels(shaping: str) -> None:
+    config = parse_config(
+        f'[cloud.main]\nurl = "wss://h/v1/nearfar"\nidentity = "{PIN}"\nshaping = "{shaping}"\n'
+    )
+    assert config.cloud is not None
+    assert config.cloud.shaping == shaping
+
+
+def test_shaping_is_balanced_unless_stated() -> None:
+    assert CloudConfig(url="wss://h/v1/nearfar", identity=PIN).shaping == "balanced"
+
+
+@pytest.mark.parametrize("value", ['"on"', '""', "true"])
+def test_unknown_shaping_names_the_key(value: str) -> None:
+    with pytest.raises(ConfigError, match="cloud.main.shaping"):
+        parse_config(
+            f'[cloud.main]\nurl = "wss://h/v1/nearfar"\nidentity = "{PIN}"\nshaping = {value}\n'
+        )

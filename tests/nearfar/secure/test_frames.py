@@ -30,10 +30,10 @@ def whole(arrived: list[Arrived]) -> list[bytes]:
     return [bytes(one.message) for one in arrived if one.message is not None]
 
 
-def pieces(message: bytes, number: int = 1, record_bytes: int = 256, stream: int = 7) -> list[bytes]:
-    laid_out = cut(
-        [message], len(message), stream=stream, number=number, record_bytes=record_bytes
-    )
+def pieces(
+    message: bytes, number: int = 1, record_bytes: int = 256, stream: int = 7
+) -> list[bytes]:
+    laid_out = cut([message], len(message), stream=stream, number=number, record_bytes=record_bytes)
     return [bytes(plaintext) for plaintext in laid_out]
 
 
@@ -41,14 +41,14 @@ def pieces(message: bytes, number: int = 1, record_bytes: int = 256, stream: int
 
 
 def test_whole_message_has_these_very_bytes() -> None:
-    assert frame([b"near", b"far"], 7).hex() == "01000000" "00000007" + b"nearfar".hex()
+    assert frame([b"near", b"far"], 7).hex() == "0100000000000007" + b"nearfar".hex()
     assert frame([b"x"], 1, 16) == bytes.fromhex("0100000000000001") + b"x" + bytes(7)
 
 
 def test_pieces_have_these_very_bytes() -> None:
     first, second = pieces(b"abcdefghij", number=5, record_bytes=24)
-    assert first.hex() == "02000005" "00000010" "00000007" "0000000a" + b"abcdefgh".hex()
-    assert second.hex() == "03000005" "00000002" + b"ij".hex()
+    assert first.hex() == "0200000500000010000000070000000a" + b"abcdefgh".hex()
+    assert second.hex() == "0300000500000002" + b"ij".hex()
 
 
 def test_tensors_stay_aligned_behind_the_frame_header() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import SecurityError
-from nearfar.secure.keys import SUITE_XWING_CHACHA20POLY1305
+from nearfar.secure.keys import SUITE_XWING_AES256GCM, SUITE_XWING_CHACHA20POLY1305
 from nearfar.secure.records import (
     OVERHEAD_BYTES,
     TYPE_MESSAGE,
@@ -39,14 +39,21 @@ def _record(
     return header + cipher(_expand(secret, b"key", 32)).encrypt(nonce, plaintext, header)
 
 
-def test_record_vector() -> None:
-    """The vector of docs/reference/secure-channel.md."""
-    assert RecordSealer(SECRET).seal(TYPE_MESSAGE, b"near, far").hex() == VECTOR
+def test_record_vectors() -> None:
+    """The vectors of docs/reference/secure-channel.md."""
+    for suite, vector in ((SUITE_XWING_AES256GCM, VECTOR), (SUITE_XWING_CHACHA20POLY1305, CHACHA)):
+        assert RecordSealer(SECRET, suite=suite).seal(TYPE_MESSAGE, b"near, far").hex() == vector
 
 
 VECTOR = (
     "10000000000000000000000000"  # header
     "9dd15fcda5c2024a82de7a1f9c710f4b71a9d3fd78c8cfa623"
+)
+
+
+CHACHA = (
+    "10000000000000000000000000"  # header
+    "cd691937a48edc8c6d0069d3ddf9ec7aabe8e1c473ea4f088c"
 )
 
 
