@@ -132,6 +132,13 @@ def serve(
     region: Annotated[
         str, typer.Option(help="Told to clients, whose policies may ask for it, e.g. eu.")
     ] = "",
+    min_shaping: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="Least traffic shaping for all clients: off, balanced or strict.",
+        ),
+    ] = "off",
     certificate: Annotated[
         Path | None,
         typer.Option(metavar="PEM", help="Certificate chain instead of DIR/server.pem."),
@@ -170,6 +177,7 @@ def serve(
     from cloud_runtime.settings import ServerSettings
     from cloud_runtime.state import StateDir
     from nearfar.engines.base import SessionOptions
+    from nearfar.secure.shaping import check_shaping
 
     if (certificate is None) != (certificate_key is None):
         raise ConfigError(
@@ -198,7 +206,10 @@ def serve(
                 session=SessionOptions(threads=threads), slots=slots, max_waiting=max_waiting
             ),
             settings=ServerSettings(
-                max_connections=max_connections, drain_s=drain_s, region=region
+                max_connections=max_connections,
+                drain_s=drain_s,
+                region=region,
+                min_shaping=check_shaping(min_shaping),
             ),
         )
     )

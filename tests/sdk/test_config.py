@@ -217,7 +217,7 @@ def test_shaping_is_balanced_unless_stated() -> None:
 
 @pytest.mark.parametrize("value", ['"on"', '""', "true"])
 def test_unknown_shaping_names_the_key(value: str) -> None:
-    with pytest.raises(ConfigError, match="cloud.main.shaping"):
+    with pytest.raises(ConfigError, match=r"cloud\.main\.shaping"):
         parse_config(
             f'[cloud.main]\nurl = "wss://h/v1/nearfar"\nidentity = "{PIN}"\nshaping = {value}\n'
         )
