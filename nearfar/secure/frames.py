@@ -66,11 +66,10 @@ def cut(
     """
     room = record_bytes - HEADER_BYTES
     count = -(-(size_bytes + _ANNOUNCEMENT.size) // room)
-    total_bytes = size_bytes + _ANNOUNCEMENT.size + count * HEADER_BYTES
-    if pad is not None:
-        total_bytes = pad(total_bytes)
-    # calloc: the zeros cost nothing until they are read
-    area = np.zeros(total_bytes, np.uint8).data
+    used_bytes = size_bytes + _ANNOUNCEMENT.size + count * HEADER_BYTES
+    total_bytes = used_bytes if pad is None else pad(used_bytes)
+    buffer = np.empty(total_bytes, np.uint8)  # all of it is written below, once
+    area = buffer.data
     number %= _NUMBERS
     left_bytes = size_bytes + _ANNOUNCEMENT.size
     for index in range(count):
@@ -89,6 +88,7 @@ def cut(
             position += taken
             if position % record_bytes == 0:
                 position += HEADER_BYTES
+    buffer[used_bytes:] = 0
     return deque(
         area[start : start + record_bytes] for start in range(0, total_bytes, record_bytes)
     )

@@ -838,17 +838,19 @@ def test_shaped_answers_and_long_results_are_complete(state, shaping):
             return {"y": np.arange(100_000, dtype=np.uint8)}
 
     async def main() -> None:
-        async with running(served(chat(), Long()), state, settings) as server:
-            async with WireClient.connect(server) as client:
-                assert client.ready.shaping == shaping
-                _, outputs = await client.infer("scripted", {"x": X})
-                assert np.array_equal(outputs["y"], np.arange(100_000, dtype=np.uint8))
-                answers = [
-                    client.collect(await client.start_generate("chat", tokens=count))
-                    for count in (1, 8, 30)
-                ]
-                for count, answer in zip((1, 8, 30), await asyncio.gather(*answers), strict=True):
-                    assert len(answer.texts) == count + 1
+        async with (
+            running(served(chat(), Long()), state, settings) as server,
+            WireClient.connect(server) as client,
+        ):
+            assert client.ready.shaping == shaping
+            _, outputs = await client.infer("scripted", {"x": X})
+            assert np.array_equal(outputs["y"], np.arange(100_000, dtype=np.uint8))
+            answers = [
+                client.collect(await client.start_generate("chat", tokens=count))
+                for count in (1, 8, 30)
+            ]
+            for count, answer in zip((1, 8, 30), await asyncio.gather(*answers), strict=True):
+                assert len(answer.texts) == count + 1
 
     run(main())
 
@@ -857,13 +859,15 @@ def test_shaped_answer_that_ends_while_the_server_drains_is_complete(state):
     settings = ServerSettings(min_shaping="balanced")
 
     async def main() -> None:
-        async with running(served(chat()), state, settings) as server:
-            async with WireClient.connect(server) as client:
-                stream = await client.start_generate("chat", tokens=5)
-                await client.next(stream)
-                draining = asyncio.create_task(server.server.drain())
-                answer = await client.collect(stream)
-                assert answer.fin.count == 6
-                await draining
+        async with (
+            running(served(chat()), state, settings) as server,
+            WireClient.connect(server) as client,
+        ):
+            stream = await client.start_generate("chat", tokens=5)
+            await client.next(stream)
+            draining = asyncio.create_task(server.server.drain())
+            answer = await client.collect(stream)
+            assert answer.fin.count == 6
+            await draining
 
     run(main())
