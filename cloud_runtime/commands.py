@@ -157,6 +157,13 @@ def serve(
     region: Annotated[
         str, typer.Option(help="Told to clients, whose policies may ask for it, e.g. eu.")
     ] = "",
+    min_shaping: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="Least traffic shaping for all clients: off, balanced or strict.",
+        ),
+    ] = "off",
     certificate: Annotated[
         Path | None,
         typer.Option(metavar="PEM", help="Certificate chain instead of DIR/server.pem."),
@@ -210,6 +217,7 @@ def serve(
     from cloud_runtime.settings import ServerSettings
     from cloud_runtime.state import StateDir
     from nearfar.engines.base import SessionOptions
+    from nearfar.secure.shaping import check_shaping
     from nearfar.wire.retention import RetentionLimits
 
     if (certificate is None) != (certificate_key is None):
@@ -246,6 +254,7 @@ def serve(
                 drain_s=drain_s,
                 region=region,
                 retention=RetentionLimits(keep_s=resume_s),
+                min_shaping=check_shaping(min_shaping),
             ),
         )
     )

@@ -40,6 +40,7 @@ from nearfar.errors import (
     SecurityError,
 )
 from nearfar.fragments import receive_message
+from nearfar.secure.frames import MAX_WHOLE_BYTES
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
 from nearfar.units import Deadline
@@ -165,7 +166,10 @@ class Connection:
         self._settings = services.settings
         self._on_ready = on_ready
         self._session = ServerSession(
-            keys=services.keys, limits=services.settings.limits, now_s=time.time()
+            keys=services.keys,
+            limits=services.settings.limits,
+            min_shaping=services.settings.min_shaping,
+            now_s=time.time(),
         )
         self._loop = asyncio.get_running_loop()
         self._write_lock = asyncio.Lock()
@@ -175,6 +179,8 @@ class Connection:
         self._write_watchdog = Watchdog(
             self._settings.write_timeout_s, lambda: self.drop("the client reads too slowly")
         )
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flush_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: dict[int, _Stream] = {}
         self._last_stream = 0
@@ -207,6 +213,7 @@ class Connection:
             handshake_timer.cancel()
             await self._end_streams()
             self._read_watchdog.close()
+            await self._end_flushing()
         with contextlib.suppress(ConnectionClosed):
             await self._websocket.close(code)
         self._write_watchdog.close()
@@ -224,12 +231,10 @@ class Connection:
         with contextlib.suppress(ConnectionClosed):
             if self._session.is_ready and not self._session.is_closed:
                 if is_first:
-                    async with self._write_lock:
-                        # Under the lock, so that no stream opens between counting and saying.
-                        self._session.send(GoAway(last_stream=self._last_stream, reason=reason))
-                        await self._write()
+                    await self._send(GoAway(last_stream=self._last_stream, reason=reason))
                 while self._tasks:
                     await asyncio.wait(set(self._tasks))
+                await self._write_all()
         await self.close()
 
     async def close(self) -> None:
@@ -532,31 +537,69 @@ class Connection:
     # Sending.
 
     async def _send(self, *messages: Message, tensors: Sequence[np.ndarray] = ()) -> int:
-        """Seal and write messages; returns their size. Waits while the client reads too slowly."""
-        async with self._write_lock:
-            size_bytes = sum(self._session.send(message, tensors) for message in messages)
-            await self._write()
+        """Queue and write messages; returns their size. Waits while the client reads too slowly.
+
+        While traffic is shaped, tokens may still wait for their tick when this returns.
+        """
+        size_bytes = sum(self._session.send(message, tensors) for message in messages)
+        # Who sends a long message writes it; everyone else writes past it, see `next_to_send`.
+        await self._flush(bulk=size_bytes > MAX_WHOLE_BYTES)
         return size_bytes
 
-    async def _flush(self) -> None:
-        """Write what the session queued by itself."""
-        async with self._write_lock:
-            await self._write()
+    async def _flush(self, *, bulk: bool = False) -> None:
+        """Write what the session has for now, and come back when it says so."""
+        while await self._write_next(time.monotonic(), bulk=bulk):
+            pass
+        self._schedule_flush()
 
-    async def _write(self) -> None:
-        data = self._session.data_to_send()
-        if not data:
-            return
+    async def _write_all(self) -> None:
+        """Write everything, also what waits for a tick."""
+        while await self._write_next(None, bulk=True):
+            pass
+
+    async def _write_next(self, now_s: float | None, *, bulk: bool) -> bool:
+        """Write one record, if there is one."""
         # Records are numbered: they leave in the order in which they were sealed, hence the lock,
-        # and a client that stops reading must not hold the lock for ever, hence the watchdog.
-        self._write_watchdog.begin()
-        try:
-            for message in data:
-                await self._websocket.send(message)
-        finally:
-            self._write_watchdog.end()
+        # held for one record so that others can overtake a long message. A client that stops
+        # reading must not hold it for ever, hence the watchdog.
+        async with self._write_lock:
+            record = self._session.next_to_send(now_s, bulk=bulk)
+            if record is None:
+                return False
+            self._write_watchdog.begin()
+            try:
+                await self._websocket.send(record)
+            finally:
+                self._write_watchdog.end()
+        return True
+
+    def _schedule_flush(self) -> None:
+        due_s = self._session.next_flush_s()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        if due_s is not None:
+            wait_s = max(0.0, due_s - time.monotonic())
+            self._flush_timer = self._loop.call_later(wait_s, self._begin_flush)
+
+    def _begin_flush(self) -> None:
+        # A tick that finds the one before still writing is skipped: that one looks again.
+        if self._flush_task is None or self._flush_task.done():
+            self._flush_task = self._loop.create_task(self._flush_on_tick())
+
+    async def _flush_on_tick(self) -> None:
+        with contextlib.suppress(ConnectionClosed):  # `run` learns it from its own read
+            # A strict tick may carry a piece of a long message.
+            await self._flush(bulk=True)
 
     # Ending.
+
+    async def _end_flushing(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+        if self._flush_task is not None:
+            self._flush_task.cancel()
+            await asyncio.wait({self._flush_task})
 
     async def _refuse(self, code: int) -> int:
         """After a failed check: send what the session still may say, then close."""

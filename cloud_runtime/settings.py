@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nearfar.secure.shaping import Shaping
 from nearfar.wire.limits import Limits
 from nearfar.wire.retention import RetentionLimits
 
@@ -15,6 +16,7 @@ class ServerSettings:
     Attributes:
         limits: Sizes and counts within one connection.
         retention: What is kept of answers whose client lost its connection.
+        min_shaping: How much sizes and times are hidden at least, whatever a client asks for.
         region: Told to clients in `Ready`; policies may ask for it.
         max_connections: More get HTTP 503. Each costs about 100 KB when idle.
         max_strangers_per_address: Connections of one address that are not admitted yet; more get
@@ -33,6 +35,7 @@ class ServerSettings:
 
     limits: Limits = field(default_factory=Limits)
     retention: RetentionLimits = field(default_factory=RetentionLimits)
+    min_shaping: Shaping = "off"
     region: str = ""
     max_connections: int = 256
     max_strangers_per_address: int = 32

@@ -6,8 +6,9 @@ The shells (asyncio, websockets) move bytes; everything else happens here::
     for message in websocket:                     # each one binary websocket message
         for received in session.receive(message, now_s=time.time()):
             ...
-        for data in session.data_to_send():       # after every receive, send and close
-            websocket.send(data)
+        while (data := session.next_to_send(clock())) is not None:
+            websocket.send(data)                  # after every receive, send and close,
+    # … and at session.next_flush_s(), which is set while traffic is shaped.
 
 A session is not thread-safe. Once `is_closed` is true, also after `receive` raised, the shell
 flushes `data_to_send` and closes the socket. Bytes on the wire: docs/reference/secure-channel.md
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import abc
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
-from msgspec import structs
 
 from nearfar.errors import (
     ConfigError,
@@ -34,6 +36,12 @@ from nearfar.errors import (
 from nearfar.secure import records
 from nearfar.secure.attestation import AttestedFacts, Verifier
 from nearfar.secure.credentials import PROOF_BYTES, ApiKeyCredentials, Credentials
+from nearfar.secure.frames import (
+    HEADER_BYTES,
+    MAX_PLAINTEXT_BYTES,
+    MAX_WHOLE_BYTES,
+    Assembler,
+)
 from nearfar.secure.handshake import (
     MAX_HANDSHAKE_MESSAGE_BYTES,
     MAX_HELLO_BYTES,
@@ -44,11 +52,25 @@ from nearfar.secure.handshake import (
 )
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
+from nearfar.secure.outbox import MAX_BATCH_BYTES, Item, Outbox
 from nearfar.secure.records import RecordOpener, RecordSealer
+from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
 from nearfar.wire.codec import encode
-from nearfar.wire.connection import Connection, ConnectionState, Role
+from nearfar.wire.connection import Connection, ConnectionState, Outgoing, Role
 from nearfar.wire.limits import Limits
-from nearfar.wire.messages import Auth, Message
+from nearfar.wire.messages import (
+    Auth,
+    Credit,
+    Error,
+    Fin,
+    Generate,
+    GoAway,
+    Infer,
+    ListModels,
+    Message,
+    Ready,
+    Token,
+)
 
 __all__ = ["ClientSession", "Limits", "Received", "ServerSession", "max_sealed_bytes"]
 
@@ -60,7 +82,7 @@ class Received:
     Attributes:
         message: The decoded header.
         tensors: Read-only views into the received data, in the order of the header.
-        size_bytes: Size on the wire, sealed.
+        size_bytes: Size on the wire, sealed; of a record that brought several, this one's part.
     """
 
     message: Message
@@ -69,8 +91,33 @@ class Received:
 
 
 def max_sealed_bytes(limits: Limits) -> int:
-    """Largest websocket message a session with these limits accepts: the shell's `max_size`."""
-    return limits.max_message_bytes + records.OVERHEAD_BYTES
+    """Largest websocket message a session with these limits accepts: the shell's `max_size`.
+
+    Longer messages of the wire protocol come in pieces, so it is small.
+    """
+    return _max_record_bytes(limits.max_message_bytes)
+
+
+def _max_record_bytes(max_message_bytes: int) -> int:
+    if max_message_bytes >= MAX_WHOLE_BYTES:
+        return MAX_PLAINTEXT_BYTES + records.OVERHEAD_BYTES
+    # Short limits must not refuse what shaping adds.
+    longest_bytes = max(padded_bytes(HEADER_BYTES + max_message_bytes), MAX_BATCH_BYTES)
+    return longest_bytes + records.OVERHEAD_BYTES
+
+
+def item_of(outgoing: Outgoing) -> Item:
+    """What the queue must know about a message; nothing of its contents."""
+    message = outgoing.message
+    return Item(
+        parts=outgoing.parts,
+        size_bytes=outgoing.size_bytes,
+        stream=getattr(message, "stream", 0),
+        opens=isinstance(message, (ListModels, Infer, Generate)),
+        is_paced=isinstance(message, (Token, Credit)),
+        ends=isinstance(message, (Fin, Error)),
+        is_barrier=isinstance(message, GoAway),
+    )
 
 
 class _Session(abc.ABC):
@@ -83,7 +130,9 @@ class _Session(abc.ABC):
         self._connection = Connection(role, limits)
         self._sealer: RecordSealer | None = None
         self._opener: RecordOpener | None = None
-        self._outgoing: list[bytes] = []
+        self._assembler = Assembler()
+        self._outbox = Outbox()
+        self._outgoing: deque[bytes | bytearray] = deque()  # sealed, or of the handshake
         self._unsent_replies = 0
         self._failure: NearfarError | None = None
         #: A server's, while the channel stands: the client's proof is checked with it.
@@ -91,7 +140,7 @@ class _Session(abc.ABC):
 
     # Bytes
 
-    def receive(self, data: bytes, *, now_s: float) -> list[Received]:
+    def receive(self, data: bytes | bytearray, *, now_s: float) -> list[Received]:
         """Take one websocket binary message.
 
         Pings are answered and not returned; tokens of a cancelled stream are checked and not
@@ -112,7 +161,7 @@ class _Session(abc.ABC):
             return []
         try:
             if self._opener is None:
-                self._receive_handshake(data, now_s)
+                self._receive_handshake(bytes(data), now_s)
                 return []
             return self._receive_record(self._opener, data)
         except (SecurityError, RemoteProtocolError) as exc:
@@ -130,13 +179,12 @@ class _Session(abc.ABC):
     def _shake_hands(self, data: bytes, now_s: float) -> None:
         """Take one handshake message; queue the answer; install the secrets when it is the last."""
 
-    def _receive_record(self, opener: RecordOpener, data: bytes) -> list[Received]:
+    def _receive_record(self, opener: RecordOpener, data: bytes | bytearray) -> list[Received]:
         # Checked before decryption spends memory on it.
-        if len(data) > self._connection.max_message_bytes + records.OVERHEAD_BYTES:
+        if len(data) > (allowed_bytes := _max_record_bytes(self._connection.max_message_bytes)):
             raise RemoteProtocolError(
-                f"The peer sent {len(data)} bytes where "
-                f"{self._connection.max_message_bytes + records.OVERHEAD_BYTES} are allowed",
-                fix="Send smaller messages, or raise max_message_bytes on both sides",
+                f"The peer sent a record of {len(data)} bytes where {allowed_bytes} are allowed",
+                fix="Check that both sides run compatible nearfar versions",
             )
         record_type, plaintext = opener.open(data)
         if record_type != records.TYPE_MESSAGE:
@@ -144,42 +192,94 @@ class _Session(abc.ABC):
                 f"The peer sent a record of unknown type {record_type}",
                 fix="Update nearfar on the older side",
             )
-        incoming = self._connection.receive(plaintext)
-        if self._flush_connection():
-            self._unsent_replies += 1
-            if self._unsent_replies > self._limits.max_unsent_replies:
-                raise RemoteProtocolError(
-                    f"The peer sent more than {self._limits.max_unsent_replies} pings without "
-                    "reading the answers",
-                    fix="Ping once at a time",
-                )
-        if incoming is None:
-            return []
-        message, tensors = incoming
-        return [Received(message, tensors, len(data))]
+        received: list[Received] = []
+        for arrived in self._assembler.feed(
+            plaintext, max_message_bytes=self._connection.max_message_bytes
+        ):
+            if arrived.message is None:
+                self._connection.announce(arrived.announced_stream or 0)
+                continue
+            incoming = self._connection.receive(
+                arrived.message, announced_stream=arrived.announced_stream
+            )
+            if self._flush_connection():
+                self._count_reply()
+            if incoming is not None:
+                message, tensors = incoming
+                self._heed(message)
+                received.append(Received(message, tensors, arrived.size_bytes))
+        return received
 
-    def data_to_send(self) -> list[bytes]:
-        """Websocket binary messages to send, in order; empties the queue.
+    def _count_reply(self) -> None:
+        self._unsent_replies += 1
+        if self._unsent_replies > self._limits.max_unsent_replies:
+            raise RemoteProtocolError(
+                f"The peer sent more than {self._limits.max_unsent_replies} pings without "
+                "reading the answers",
+                fix="Ping once at a time",
+            )
+
+    @abc.abstractmethod
+    def _heed(self, message: Message) -> None:
+        """Take note of what a message says about the session itself."""
+
+    def next_to_send(
+        self, now_s: float | None = None, *, bulk: bool = True
+    ) -> bytes | bytearray | None:
+        """The websocket binary message that leaves next; `None` when none does now.
+
+        Sealed only now, so that what is queued while the one before is being sent can overtake
+        long messages. What this returns must be sent, in the order of the calls.
+
+        Args:
+            now_s: Any steady clock (`time.monotonic()`), always the same one; `None` does not wait
+                for ticks of shaped traffic.
+            bulk: Whether pieces of long messages may leave too. A shell with several writers
+                leaves those to the writer of the long message.
+        """
+        if self._outgoing:
+            return self._outgoing.popleft()
+        if self._sealer is not None:
+            plaintext = self._outbox.next(now_s, is_busy=self._is_busy, bulk=bulk)
+            if plaintext is not None:
+                return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
+        if not self._outbox.has_ready:
+            self._unsent_replies = 0
+        return None
+
+    def data_to_send(self, now_s: float | None = None) -> list[bytes | bytearray]:
+        """All websocket binary messages that may leave now, in order: `next_to_send` until `None`.
 
         Look again after every `receive` (also when it raised), `send` and `close`.
         """
-        outgoing, self._outgoing = self._outgoing, []
-        self._unsent_replies = 0
-        return outgoing
+        return list(iter(lambda: self.next_to_send(now_s), None))
+
+    def next_flush_s(self) -> float | None:
+        """When to call `next_to_send` again even if nothing happens, on its clock.
+
+        `None` when only `receive`, `send` and `close` can give something to send. Ask after
+        `next_to_send` returned `None`.
+        """
+        return None if self.is_closed else self._outbox.next_flush_s()
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._connection.open_streams)
 
     def _flush_connection(self) -> int:
-        """Seal what the connection has queued; returns the sealed size in bytes."""
-        size_bytes = 0
-        for plaintext in self._connection.data_to_send():
-            assert self._sealer is not None  # a connection is used only after the handshake
-            record = self._sealer.seal(records.TYPE_MESSAGE, plaintext)
-            self._outgoing.append(record)
-            size_bytes += len(record)
-        return size_bytes
+        """Queue what the connection has for the peer; returns the size on the wire in bytes."""
+        self._outbox.max_unfinished_bytes = self._connection.max_message_bytes
+        return sum(self._outbox.put(item_of(outgoing)) for outgoing in self._connection.take())
 
-    def _install(self, sending: bytes, receiving: bytes) -> None:
-        self._sealer = RecordSealer(sending)
-        self._opener = RecordOpener(receiving)
+    def _seal_all(self) -> None:
+        """Seal what was queued, but no pieces: nobody waits for the rest of a long message."""
+        if self._sealer is not None:
+            while (plaintext := self._outbox.next(None, bulk=False)) is not None:
+                self._outgoing.append(self._sealer.seal(records.TYPE_MESSAGE, plaintext))
+
+    def _install(self, sending: bytes, receiving: bytes, suite: int) -> None:
+        self._sealer = RecordSealer(sending, suite=suite)
+        self._opener = RecordOpener(receiving, suite=suite)
 
     # Messages
 
@@ -188,10 +288,11 @@ class _Session(abc.ABC):
 
         Args:
             message: Any message this side may send; `Auth` and `Pong` are sent by themselves.
-            tensors: What the message's `tensors` describe (see `nearfar.wire.codec.describe`).
+            tensors: What the message's `tensors` describe (see `nearfar.wire.codec.describe`);
+                copied, so they may change afterwards.
 
         Returns:
-            Size on the wire, sealed, in bytes.
+            Size on the wire, sealed, in bytes; of a message that shares a record, its own part.
 
         Raises:
             LocalProtocolError: The message is illegal now, or too large; nothing was queued and
@@ -217,9 +318,11 @@ class _Session(abc.ABC):
         Args:
             problem: Why. A server tells its client (`Error` on stream 0), if the channel stands.
         """
+        self._seal_all()
         # Before the handshake is over nothing can be told.
         self._connection.close(problem if self._sealer is not None else None)
         self._flush_connection()
+        self._seal_all()
         # Keys go as soon as nothing more is sealed or opened with them.
         self._sealer = self._opener = None
         self.exporter = b""
@@ -296,6 +399,8 @@ class ClientSession(_Session):
         verifier: Demands and checks the server's attestation.
         client: Name and version of the caller, for the server's logs.
         limits: What to accept; `Ready` may lower it.
+        shaping: How both directions shall hide sizes and times, at least. Other than ``off`` it
+            needs a shell that looks at `next_flush_s`.
         now_s: Wall clock (`time.time()`); validity is judged by that of `receive`.
 
     Raises:
@@ -311,15 +416,22 @@ class ClientSession(_Session):
         verifier: Verifier | None = None,
         client: str = "",
         limits: Limits = Limits(),  # noqa: B008
+        shaping: Shaping = "off",
         now_s: float,
     ) -> None:
         super().__init__(Role.CLIENT, limits)
+        self._shaping = shaping
         self._handshake = ClientHandshake(
             Pin.parse(pin) if isinstance(pin, str) else pin, verifier=verifier
         )
         self._said_hello = False
         self._credentials = credentials or ApiKeyCredentials(token)
-        self._auth = Auth(token=self._credentials.token, client=client, proof=bytes(PROOF_BYTES))
+        self._auth = Auth(
+            token=self._credentials.token,
+            client=client,
+            proof=bytes(PROOF_BYTES),
+            shaping=shaping,
+        )
         try:
             size_bytes = sum(len(part) for part in encode(self._auth))
         except LocalProtocolError as exc:
@@ -338,14 +450,30 @@ class ClientSession(_Session):
             self._said_hello = True
             return
         secrets: ChannelSecrets = self._handshake.receive_welcome(data)
-        self._install(secrets.client_traffic, secrets.server_traffic)
+        self._install(secrets.client_traffic, secrets.server_traffic, secrets.suite)
+        if self._shaping != "off":
+            self._outbox.shaping = "balanced"  # pads; ticks begin when both ends agree
         proof = self._credentials.prove(secrets.exporter)
-        self.send(structs.replace(self._auth, proof=proof))
+        self.send(msgspec.structs.replace(self._auth, proof=proof))
 
     @property
     def attested(self) -> AttestedFacts | None:
         """What the server's evidence showed; `None` without a verifier."""
         return self._handshake.attested
+
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, Ready):
+            if LEVELS.index(message.shaping) < LEVELS.index(self._shaping):
+                raise SecurityError(
+                    f"The server shapes its traffic as '{message.shaping}', "
+                    f"'{self._shaping}' was asked for",
+                    fix="Update the server, or lower `shaping` of this cloud",
+                )
+            self._outbox.shaping = message.shaping
+        elif isinstance(message, Token):
+            self._outbox.answer_began(message.stream)
+        elif isinstance(message, (Fin, Error)):
+            self._outbox.answer_ended(message.stream)
 
     @property
     def next_stream(self) -> int:
@@ -367,6 +495,7 @@ class ServerSession(_Session):
     Args:
         keys: Key configurations of this server; shared by all its sessions.
         limits: What to accept.
+        min_shaping: The least that clients get, whatever they ask for.
         now_s: Wall clock (`time.time()`).
     """
 
@@ -377,14 +506,27 @@ class ServerSession(_Session):
         *,
         keys: KeyRing,
         limits: Limits = Limits(),  # noqa: B008
+        min_shaping: Shaping = "off",
         now_s: float,
     ) -> None:
         super().__init__(Role.SERVER, limits)
+        self._shaping = min_shaping
         self._handshake = ServerHandshake(keys, now_s=now_s)
         self._outgoing.append(self._handshake.configuration.message)
 
     def _shake_hands(self, data: bytes, now_s: float) -> None:
         welcome, secrets = self._handshake.receive_hello(data, now_s=now_s)
         self._outgoing.append(welcome)
-        self._install(secrets.server_traffic, secrets.client_traffic)
+        self._install(secrets.server_traffic, secrets.client_traffic, secrets.suite)
         self.exporter = secrets.exporter
+
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, Auth):
+            self._shaping = strongest(self._shaping, message.shaping)
+
+    def send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+        """As `_Session.send`; `Ready.shaping` is filled in: the client's wish or our minimum."""
+        if isinstance(message, Ready):
+            message = msgspec.structs.replace(message, shaping=self._shaping)
+            self._outbox.shaping = self._shaping
+        return super().send(message, tensors)

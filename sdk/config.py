@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from nearfar.errors import ConfigError
+from nearfar.secure.shaping import Shaping, check_shaping
 from sdk.routing.types import CONFIDENCE, MODES, OBJECTIVES, Mode, Objective
 from sdk.toml_table import Table, parse_toml, read_text, suggestion
 
@@ -34,10 +35,12 @@ _TOP_KEYS = ("models", "cloud", "routing", "policy")
 _ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
+    "shaping",
 )  # fmt: skip
 #: `nearfar.secure.identity.Pin.PREFIXES`, without importing cryptography.
 _PIN_PREFIXES = ("nf1:", "nf2:")
 _TRUST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+_SHAPING_FIX = 'Write a word in quotes, as in shaping = "balanced"'
 _CREDENTIALS_FIX = 'Write credentials = "file:PATH" or "env:NAME"; never the key itself'
 
 
@@ -95,6 +98,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
         verifier: In code only: demands the server's attestation, and checks it.
         ca_file: PEM file of certificate authorities to trust; `None` uses the system's.
         region: Where it stands, for policy; `None` when not stated.
+        shaping: How sizes and times of the traffic are hidden: ``off``, ``balanced``, ``strict``.
         name: Name in the configuration file.
 
     Raises:
@@ -111,6 +115,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     verifier: Verifier | None = None
     ca_file: Path | None = None
     region: str | None = None
+    shaping: Shaping = "balanced"
     name: str = "main"
 
     def __post_init__(self) -> None:
@@ -160,11 +165,15 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
                 field="credentials",
                 fix=_CREDENTIALS_FIX,
             )
+        try:
+            check_shaping(self.shaping)
+        except ConfigError as exc:
+            raise ConfigError(f"{where}: {exc.problem}", field=exc.field, fix=exc.fix) from None
 
     def __repr__(self) -> str:
         return (
             f"CloudConfig(name={self.name!r}, url={self.url!r}, identity={self.identity!r}, "
-            f"ca_file={self.ca_file!r}, region={self.region!r})"
+            f"ca_file={self.ca_file!r}, region={self.region!r}, shaping={self.shaping!r})"
         )
 
     def token(self) -> str:
@@ -372,6 +381,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
         )
     if credentials.startswith("file:"):
         credentials = f"file:{_resolve(credentials.removeprefix('file:'), base)}"
+    shaping = table.text("shaping", fix=_SHAPING_FIX)
     try:
         config = CloudConfig(
             name=name,
@@ -383,6 +393,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
             trust_file=_path(table, "trust_file", base, must_exist=True),
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
+            shaping=check_shaping("balanced" if shaping is None else shaping),
         )
         if not config.identity.startswith(_PIN_PREFIXES):
             config.pins(0.0)  # a name that is not known should be noticed now

@@ -21,16 +21,17 @@ from nearfar.secure import attestation, kem
 from nearfar.secure.encoding import MalformedError, Reader, list_of, sized
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import (
-    SUPPORTED_SUITES,
+    SUITE_XWING_AES256GCM,
     SUPPORTED_VERSIONS,
     KeyConfiguration,
     KeyRing,
+    preferred_suites,
 )
 
 TYPE_HELLO = 2
 TYPE_WELCOME = 3
 
-#: What a server takes; HELLO with one suite is 2433 bytes.
+#: What a server takes; HELLO with one suite is 2435 bytes.
 MAX_HELLO_BYTES = 4096
 #: What a client takes: WELCOME with the longest evidence, and room.
 MAX_HANDSHAKE_MESSAGE_BYTES = 4096 + attestation.MAX_EVIDENCE_BYTES
@@ -54,6 +55,7 @@ class ChannelSecrets:
         exporter: For binding other proofs to this channel.
         resumption: For resuming after a reconnect.
         transcript_hash: SHA-256 over everything both ends said; public.
+        suite: Cipher suite of the records.
     """
 
     client_traffic: bytes = field(repr=False)
@@ -62,15 +64,23 @@ class ChannelSecrets:
     resumption: bytes = field(repr=False)
     confirmation_tag: bytes = field(repr=False)
     transcript_hash: bytes
+    suite: int = SUITE_XWING_AES256GCM
 
 
-def derive_secrets(client_seed: bytes, server_seed: bytes, transcript: bytes) -> ChannelSecrets:
+def derive_secrets(
+    client_seed: bytes,
+    server_seed: bytes,
+    transcript: bytes,
+    *,
+    suite: int = SUITE_XWING_AES256GCM,
+) -> ChannelSecrets:
     """The key schedule (HKDF-SHA256, RFC 5869).
 
     Args:
         client_seed: 32 bytes.
         server_seed: 32 bytes.
-        transcript: Transcript hash, 32 bytes.
+        transcript: Transcript hash, 32 bytes; it covers the suites both ends offered.
+        suite: The chosen one.
     """
     root = HKDF.extract(hashes.SHA256(), transcript, client_seed + server_seed)
 
@@ -84,6 +94,7 @@ def derive_secrets(client_seed: bytes, server_seed: bytes, transcript: bytes) ->
         resumption=expand(b"resumption"),
         confirmation_tag=hmac.digest(expand(b"confirmation"), transcript, "sha256"),
         transcript_hash=transcript,
+        suite=suite,
     )
 
 
@@ -133,7 +144,7 @@ class ClientHandshake:
         pin: The identity the server must have, or those of which it must have one (during a
             rotation).
         versions: Channel versions to speak, best first.
-        suites: Cipher suites to speak, best first.
+        suites: Cipher suites to speak, best first; by default as this machine is fast at them.
         verifier: Checks the server's evidence; with one, a server without evidence is refused.
 
     Attributes:
@@ -145,7 +156,7 @@ class ClientHandshake:
         pin: Pin | Sequence[Pin],
         *,
         versions: tuple[int, ...] = SUPPORTED_VERSIONS,
-        suites: tuple[int, ...] = SUPPORTED_SUITES,
+        suites: tuple[int, ...] | None = None,
         verifier: attestation.Verifier | None = None,
     ) -> None:
         self._pins = (pin,) if isinstance(pin, Pin) else tuple(pin)
@@ -154,7 +165,8 @@ class ClientHandshake:
         self._attestation_hash = attestation.NO_ATTESTATION
         self._binding = b""
         self._versions = versions
-        self._suites = suites
+        self._suites = preferred_suites() if suites is None else suites
+        self._suite = self._suites[0]
         self._ephemeral: kem.KemPrivateKey | None = None
         self._client_seed = b""
         self._transcript = _Transcript()
@@ -176,7 +188,8 @@ class ClientHandshake:
                 fix="Ask the operator to serve with an attester, or connect without a verifier",
             )
         version = _first_common(self._versions, configuration.versions)
-        if version is None or _first_common(self._suites, configuration.suites) is None:
+        suite = _first_common(self._suites, configuration.suites)
+        if version is None or suite is None:
             raise SecurityError(
                 "Client and server share no version or cipher suite of the secure channel: the "
                 f"server speaks versions {configuration.versions}, suites {configuration.suites}; "
@@ -201,7 +214,7 @@ class ClientHandshake:
             raise handshake_failed()
         hello = head + sized(sealed)
         self._transcript = _Transcript(message, hello)
-        self._ephemeral, self._client_seed = ephemeral, seed
+        self._ephemeral, self._client_seed, self._suite = ephemeral, seed, suite
         self._attestation_hash = configuration.attestation_hash
         self._binding = attestation.binding_of(message, nonce)
         return hello
@@ -230,7 +243,9 @@ class ClientHandshake:
         if server_seed is None or len(server_seed) != SEED_BYTES:
             raise handshake_failed()
         self._transcript.add(head)
-        secrets = derive_secrets(client_seed, server_seed, self._transcript.digest())
+        secrets = derive_secrets(
+            client_seed, server_seed, self._transcript.digest(), suite=self._suite
+        )
         if not hmac.compare_digest(tag, secrets.confirmation_tag):
             raise handshake_failed()
         self._check_evidence(evidence)
@@ -288,11 +303,8 @@ class ServerHandshake:
         except MalformedError:
             raise handshake_failed() from None
         private_key = self._keys.private_key(configuration.key_id, now_s)
-        if (
-            version not in configuration.versions
-            or _first_common(suites, configuration.suites) is None
-            or private_key is None
-        ):
+        suite = _first_common(suites, configuration.suites)
+        if version not in configuration.versions or suite is None or private_key is None:
             raise handshake_failed()
         info = _CLIENT_SEED + _Transcript(configuration.message, head).digest()
         client_seed = private_key.open(sealed, info)
@@ -306,7 +318,7 @@ class ServerHandshake:
         evidence = self._evidence(attestation.binding_of(configuration.message, nonce))
         welcome = bytes([TYPE_WELCOME]) + sized(sealed) + sized(evidence)
         transcript.add(welcome)
-        secrets = derive_secrets(client_seed, server_seed, transcript.digest())
+        secrets = derive_secrets(client_seed, server_seed, transcript.digest(), suite=suite)
         return welcome + secrets.confirmation_tag, secrets
 
     def _evidence(self, binding: bytes) -> bytes:

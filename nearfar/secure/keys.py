@@ -5,9 +5,11 @@ Layout: docs/reference/secure-channel.md, "Key configuration".
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from nearfar.errors import ConfigError, SecurityError
 from nearfar.secure import attestation, kem
@@ -26,9 +28,11 @@ TYPE_KEY_CONFIGURATION = 1
 
 #: X-Wing, HKDF-SHA256, AES-256-GCM.
 SUITE_XWING_AES256GCM = 0x0001
+#: X-Wing, HKDF-SHA256, ChaCha20-Poly1305.
+SUITE_XWING_CHACHA20POLY1305 = 0x0002
 #: What this code speaks, best first.
 SUPPORTED_VERSIONS = (1,)
-SUPPORTED_SUITES = (SUITE_XWING_AES256GCM,)
+SUPPORTED_SUITES = (SUITE_XWING_AES256GCM, SUITE_XWING_CHACHA20POLY1305)
 
 KEY_ID_BYTES = 8
 MAX_LIFETIME_S = 24 * 3600
@@ -39,6 +43,33 @@ CLOCK_TOLERANCE_S = 300
 
 _SIGNATURE_PURPOSE = b"nearfar/1 key configuration signature\x00"
 _YEAR_10000_S = 253_402_300_800
+
+
+@functools.lru_cache(maxsize=1)
+def preferred_suites() -> tuple[int, ...]:
+    """Cipher suites in the order in which this machine is fast at them.
+
+    Without AES instructions (small Arm boards) ChaCha20 is several times faster, and AES in
+    software may leak its key through timing.
+    """
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux: machines of today have the instructions
+        return SUPPORTED_SUITES
+    return suites_for(cpuinfo)
+
+
+def suites_for(cpuinfo: str) -> tuple[int, ...]:
+    """Cipher suites for a machine with this `/proc/cpuinfo`: AES first unless it says no AES.
+
+    x86 calls the line ``flags``, Arm ``Features``; both call the instructions ``aes``.
+    """
+    for line in cpuinfo.splitlines():
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            has_aes = "aes" in words.split()
+            return SUPPORTED_SUITES if has_aes else SUPPORTED_SUITES[::-1]
+    return SUPPORTED_SUITES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

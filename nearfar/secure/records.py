@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Union
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from nearfar.errors import SecurityError
+from nearfar.secure.keys import SUITE_XWING_AES256GCM, SUITE_XWING_CHACHA20POLY1305
 
-#: Record that carries one message of the wire protocol.
+Buffer = Union[bytes, bytearray, memoryview]
+
+#: The one type of record; its plaintext is frames (`nearfar.secure.frames`).
 TYPE_MESSAGE = 16
+
+#: Both have 32-byte keys, 12-byte nonces and 16-byte tags.
+_AEADS: dict[int, type[AESGCM] | type[ChaCha20Poly1305]] = {
+    SUITE_XWING_AES256GCM: AESGCM,
+    SUITE_XWING_CHACHA20POLY1305: ChaCha20Poly1305,
+}
 
 _HEADER = struct.Struct(">BIQ")  # type, epoch, sequence
 _TAG_BYTES = 16
@@ -36,10 +46,13 @@ class RekeyLimits:
     Attributes:
         records: Records per epoch.
         size_bytes: Plaintext per epoch; a single longer record has an epoch of its own.
+        age_s: Seconds from the first record of an epoch after which its sender begins the next.
+            Only the sender's duty: clocks of two machines cannot be compared.
     """
 
     records: int = 2**20
     size_bytes: int = 2**30
+    age_s: float = 600.0
 
 
 DEFAULT_REKEY_LIMITS = RekeyLimits()
@@ -48,12 +61,13 @@ DEFAULT_REKEY_LIMITS = RekeyLimits()
 class _Epoch:
     """Key and IV of one epoch, and how much they have protected."""
 
-    __slots__ = ("_aead", "_iv", "_records", "_secret", "_size_bytes", "number")
+    __slots__ = ("_aead", "_iv", "_records", "_secret", "_size_bytes", "_suite", "number")
 
-    def __init__(self, secret: bytes, number: int) -> None:
+    def __init__(self, secret: bytes, number: int, suite: int) -> None:
         self.number = number
         self._secret = secret
-        self._aead = AESGCM(_expand(secret, b"key", 32))
+        self._suite = suite
+        self._aead = _AEADS[suite](_expand(secret, b"key", 32))
         self._iv = int.from_bytes(_expand(secret, b"iv", 12), "big")
         self._records = 0
         self._size_bytes = 0
@@ -70,13 +84,13 @@ class _Epoch:
     def next(self) -> _Epoch:
         if self.number == _LAST_EPOCH:
             raise channel_failed()
-        return _Epoch(_expand(self._secret, b"rekey", 32), self.number + 1)
+        return _Epoch(_expand(self._secret, b"rekey", 32), self.number + 1, self._suite)
 
     def _nonce(self, sequence: int) -> bytes:
         return (self._iv ^ sequence).to_bytes(12, "big")
 
-    def seal(self, sequence: int, plaintext: bytes | bytearray, header: bytes) -> bytes:
-        return self._aead.encrypt(self._nonce(sequence), plaintext, header)
+    def seal(self, sequence: int, plaintext: Buffer, header: bytes, out: memoryview) -> None:
+        self._aead.encrypt_into(self._nonce(sequence), plaintext, header, out)
 
     def open(self, sequence: int, sealed: memoryview, header: bytes) -> bytes:
         return self._aead.decrypt(self._nonce(sequence), sealed, header)
@@ -99,25 +113,47 @@ class RecordSealer:
 
     Args:
         traffic_secret: 32 bytes from the handshake.
+        suite: Cipher suite of the handshake.
         limits: When to rekey.
     """
 
     def __init__(
-        self, traffic_secret: bytes, *, limits: RekeyLimits = DEFAULT_REKEY_LIMITS
+        self,
+        traffic_secret: bytes,
+        *,
+        suite: int = SUITE_XWING_AES256GCM,
+        limits: RekeyLimits = DEFAULT_REKEY_LIMITS,
     ) -> None:
-        self._epoch = _Epoch(traffic_secret, 0)
+        self._epoch = _Epoch(traffic_secret, 0, suite)
+        self._epoch_began_s: float | None = None
         self._sequence = 0
         self._limits = limits
 
-    def seal(self, record_type: int, plaintext: bytes | bytearray) -> bytes:
-        """One record, ready to send; records must be sent in the order they were sealed."""
-        if not self._epoch.has_room(len(plaintext), self._limits):
+    def seal(self, record_type: int, plaintext: Buffer, *, now_s: float | None = None) -> bytearray:
+        """One record, ready to send; records must be sent in the order they were sealed.
+
+        Args:
+            record_type: First byte of the record, in the clear.
+            plaintext: Any size; it is copied only by the cipher.
+            now_s: Any clock that does not jump, always the same; without it age is not looked at.
+        """
+        if self._has_aged(now_s) or not self._epoch.has_room(len(plaintext), self._limits):
             self._epoch = self._epoch.next()
+            self._epoch_began_s = None
+        if self._epoch_began_s is None:
+            self._epoch_began_s = now_s
         header = _HEADER.pack(record_type, self._epoch.number, self._sequence)
-        sealed = self._epoch.seal(self._sequence, plaintext, header)
+        record = bytearray(len(plaintext) + OVERHEAD_BYTES)
+        record[: _HEADER.size] = header
+        with memoryview(record) as view:
+            self._epoch.seal(self._sequence, plaintext, header, view[_HEADER.size :])
         self._epoch.count(len(plaintext))
         self._sequence += 1
-        return header + sealed
+        return record
+
+    def _has_aged(self, now_s: float | None) -> bool:
+        began_s = self._epoch_began_s
+        return now_s is not None and began_s is not None and now_s - began_s >= self._limits.age_s
 
 
 class RecordOpener:
@@ -125,17 +161,22 @@ class RecordOpener:
 
     Args:
         traffic_secret: 32 bytes from the handshake.
+        suite: Cipher suite of the handshake.
         limits: How much the sender may put into one epoch.
     """
 
     def __init__(
-        self, traffic_secret: bytes, *, limits: RekeyLimits = DEFAULT_REKEY_LIMITS
+        self,
+        traffic_secret: bytes,
+        *,
+        suite: int = SUITE_XWING_AES256GCM,
+        limits: RekeyLimits = DEFAULT_REKEY_LIMITS,
     ) -> None:
-        self._epoch: _Epoch | None = _Epoch(traffic_secret, 0)
+        self._epoch: _Epoch | None = _Epoch(traffic_secret, 0, suite)
         self._sequence = 0
         self._limits = limits
 
-    def open(self, record: bytes) -> tuple[int, bytes]:
+    def open(self, record: bytes | bytearray) -> tuple[int, bytes]:
         """Type and plaintext of the next record.
 
         Raises:
@@ -145,7 +186,7 @@ class RecordOpener:
         size_bytes = len(record) - OVERHEAD_BYTES
         if epoch is None or size_bytes < 0:
             raise channel_failed()
-        header = record[: _HEADER.size]
+        header = bytes(record[: _HEADER.size])
         record_type, number, sequence = _HEADER.unpack(header)
         # The sender decides when to rekey; it may be early, never late.
         if number == epoch.number + 1:

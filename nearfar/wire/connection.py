@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Union
 
 import numpy as np
@@ -184,6 +185,21 @@ class _Stream:
         self.count += 1
 
 
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One checked and encoded message.
+
+    Attributes:
+        message: Its header.
+        parts: Its bytes in order; those of tensors are views of the caller's arrays.
+        size_bytes: Their length together.
+    """
+
+    message: Message
+    parts: list[bytes | memoryview]
+    size_bytes: int
+
+
 class Connection:
     """One end's view of the connection: checks and encodes, decodes and checks.
 
@@ -203,7 +219,8 @@ class Connection:
         self._highest_stream = 0
         self._last_stream = MAX_STREAM  # lowered by GoAway
         self._pings_sent: set[int] = set()
-        self._outgoing: list[bytes] = []
+        self._arriving: set[int] = set()  # streams announced by the first piece of their request
+        self._outgoing: list[Outgoing] = []
 
     # What is known
 
@@ -297,7 +314,7 @@ class Connection:
                 field="tensors",
                 fix="Send smaller inputs, or raise max_message_bytes on both sides",
             )
-        self._outgoing.append(b"".join(parts))
+        self._outgoing.append(Outgoing(message, parts, size_bytes))
         self._advance(message, next_state)
 
     def close(self, problem: NearfarError | None = None) -> None:
@@ -313,15 +330,38 @@ class Connection:
             self._send(Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1]))
         self.state = ConnectionState.CLOSED
 
-    def data_to_send(self) -> list[bytes]:
-        """Encoded messages in order; empties the queue."""
+    def take(self) -> list[Outgoing]:
+        """What was queued, in order; empties the queue."""
         outgoing, self._outgoing = self._outgoing, []
         return outgoing
 
+    def data_to_send(self) -> list[bytes]:
+        """Encoded messages in order, each in one piece; empties the queue."""
+        return [b"".join(outgoing.parts) for outgoing in self.take()]
+
     # Receiving
 
-    def receive(self, data: bytes) -> tuple[Message, tuple[np.ndarray, ...]] | None:
+    def announce(self, stream: int) -> None:
+        """The first piece of a message for this stream came.
+
+        A shorter request may overtake it then, although its stream has a higher number.
+        """
+        if (
+            self.role is Role.SERVER
+            and self._highest_stream < stream <= MAX_STREAM
+            and self.state is ConnectionState.OPEN
+        ):
+            self._arriving.add(stream)
+            self._highest_stream = stream
+
+    def receive(
+        self, data: bytes | memoryview, *, announced_stream: int | None = None
+    ) -> tuple[Message, tuple[np.ndarray, ...]] | None:
         """Decode and check one message; queues the answer to a `Ping`.
+
+        Args:
+            data: The whole message.
+            announced_stream: Which stream its first piece named, if it came in pieces.
 
         Returns:
             The message and its tensors; `None` for what the caller has no use for: pings, tokens
@@ -335,7 +375,7 @@ class Connection:
         if self.state is ConnectionState.CLOSED:
             return None
         try:
-            return self._receive(data)
+            return self._receive(data, announced_stream)
         except _Violation as violation:
             error = RemoteProtocolError(
                 f"The {self._peer.value} broke the wire protocol: {violation.problem}",
@@ -346,12 +386,16 @@ class Connection:
         self.close(error)
         raise error
 
-    def _receive(self, data: bytes) -> tuple[Message, tuple[np.ndarray, ...]] | None:
+    def _receive(
+        self, data: bytes | memoryview, announced_stream: int | None
+    ) -> tuple[Message, tuple[np.ndarray, ...]] | None:
         if len(data) > self._max_message_bytes:
             raise _Violation(
                 f"a message of {len(data)} bytes where {self._max_message_bytes} are allowed"
             )
         message, tensors = decode(data, self._limits)
+        if announced_stream is not None and announced_stream != getattr(message, "stream", 0):
+            raise _Violation(f"a message announced for stream {announced_stream} is for another")
         if self._is_crossing(message):
             return None
         next_state = self._judge(self._peer, message)
@@ -381,7 +425,8 @@ class Connection:
         entry = self._streams.get(stream)
         if entry is not None:
             return entry.state
-        return StreamState.IDLE if stream > self._highest_stream else StreamState.ENDED
+        is_new = stream > self._highest_stream or stream in self._arriving
+        return StreamState.IDLE if is_new else StreamState.ENDED
 
     def _judge(self, sender: Role, message: Message) -> State:
         """The state the message leads to; changes nothing.
@@ -492,7 +537,8 @@ class Connection:
             credit = message.credit if isinstance(message, (Generate, Resume)) else 0
             resumed_at = message.next_index if isinstance(message, Resume) else None
             self._streams[stream] = _Stream(next_state, credit, resumed_at)
-            self._highest_stream = stream
+            self._highest_stream = max(self._highest_stream, stream)
+            self._arriving.discard(stream)
         else:
             entry = self._streams[stream]
             entry.state = next_state

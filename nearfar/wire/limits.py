@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nearfar.errors import ConfigError
 
 MIB = 1 << 20
-#: One message is one record, which must fit one epoch (`nearfar.secure.records.RekeyLimits`).
+#: Sizes must fit 32 bits on the wire; nobody should want to hold more in memory.
 MAX_MESSAGE_BYTES = 1024 * MIB
 
 
@@ -16,8 +16,8 @@ class Limits:
     """Bounds that are checked before memory is spent.
 
     Attributes:
-        max_message_bytes: Largest plaintext message, header and tensors together. 64 MiB holds a
-            batch of a hundred 224 x 224 RGB images in FP32.
+        max_message_bytes: Largest plaintext message, header and tensors together. 16 MiB holds a
+            batch of 27 RGB images of 224 x 224 in FP32.
         max_header_bytes: Largest msgpack header; a list of models with their manifests is the
             longest one in practice.
         max_unauthenticated_bytes: Largest message before the connection is open: the handshake
@@ -28,7 +28,7 @@ class Limits:
             that pings faster than it reads is cut off.
     """
 
-    max_message_bytes: int = 64 * MIB
+    max_message_bytes: int = 16 * MIB
     max_header_bytes: int = 4 * MIB
     max_unauthenticated_bytes: int = 64 * 1024
     max_tensors: int = 256

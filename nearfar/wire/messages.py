@@ -19,6 +19,8 @@ from nearfar.generation import FinishReason, GenerationOptions, Prompt, Usage
 PROTOCOL_VERSION = 1
 
 InputForm = Literal["tensors", "text", "bytes"]
+#: What is done against an observer of sizes and times (`nearfar.secure.shaping`).
+Shaping = Literal["off", "balanced", "strict"]
 
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -48,12 +50,14 @@ class Auth(_Message, frozen=True, tag=1):
         token: API key, or a token (JWT) that names the client's key.
         proof: Beside a token: signature by that key over this channel
             (`nearfar.secure.credentials.proof_message`), 64 bytes; else empty.
+        shaping: How both directions shall hide sizes and times, at least.
     """
 
     protocol_version: int = PROTOCOL_VERSION
     token: str = ""
     client: str = ""
     proof: bytes = b""
+    shaping: Shaping = "off"
 
 
 class Ready(_Message, frozen=True, tag=2):
@@ -64,6 +68,7 @@ class Ready(_Message, frozen=True, tag=2):
         max_message_bytes: Largest plaintext message either side may send.
         resume_key: 32 random bytes of this connection, from which the tickets of its streams are
             derived (`nearfar.wire.retention.ticket_for`); empty: nothing can be resumed.
+        shaping: In force from this message on, in both directions; never weaker than `Auth` asked.
     """
 
     protocol_version: int
@@ -72,6 +77,7 @@ class Ready(_Message, frozen=True, tag=2):
     max_message_bytes: int
     region: str = ""
     resume_key: bytes = b""
+    shaping: Shaping = "off"
 
 
 class ListModels(_Message, frozen=True, tag=3):

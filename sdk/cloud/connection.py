@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from sdk.cloud.egress import Permit
     from sdk.config import CloudConfig
 
-#: Tokens the cloud may send ahead of the app; at 20-60 tokens/s one to three seconds of answer.
-CREDIT_TOKENS = 64
+#: Tokens the cloud may send ahead of the app: some seconds of answer, a few KB. Shaped traffic
+#: grants more twice a second only.
+CREDIT_TOKENS = 256
 #: How long a goodbye may take; the peer gains nothing by stretching it.
 _CLOSE_TIMEOUT_S = 2.0
 #: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one
@@ -298,6 +299,7 @@ class Connection:
             verifier=config.verifier,
             client=client,
             limits=limits,
+            shaping=config.shaping,
             now_s=time.time(),
         )
         try:
@@ -559,18 +561,28 @@ class Connection:
     async def _write(self) -> None:
         try:
             while True:
-                for data in self._session.data_to_send():
+                # One at a time: what is asked for meanwhile overtakes the rest of a long upload.
+                while (data := self._session.next_to_send(time.monotonic())) is not None:
                     await self._websocket.send(data)
                 if self.error is not None:
                     # Said everything; the server's half may still come, but nobody waits for it.
                     await self._websocket.close()
                     return
-                await self._wake.wait()
+                await self._sleep()
                 self._wake.clear()
         except asyncio.CancelledError:
             raise
         except Exception as exc:  # noqa: BLE001 (as in `_read`)
             self._end(translate(exc, self._url))
+
+    async def _sleep(self) -> None:
+        """Until there is news, or until shaped traffic is due."""
+        due_s = self._session.next_flush_s()
+        if due_s is None:
+            await self._wake.wait()
+            return
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), max(0.0, due_s - time.monotonic()))
 
     def _end(self, error: NearfarError) -> None:
         """Everything that waits for this connection fails with its first error."""

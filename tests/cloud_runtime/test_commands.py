@@ -198,6 +198,7 @@ def test_only_the_chosen_models_are_served(store, state, tmp_path):
         ("no trusted key", 2, "none.pub"),
         ("port in use", 2, "--port 0"),
         ("bad address", 2, "HOST:PORT"),
+        ("unknown shaping", 2, "'balanced'"),
         ("half a certificate", 2, "--certificate-key"),
         ("missing certificate", 2, "none.pem"),
     ],
@@ -231,6 +232,8 @@ def test_what_keeps_it_from_starting_is_named_with_its_fix(
             arguments[5] = taken.getsockname()[1]
         elif change == "bad address":
             arguments[4:] = ["--listen", "localhost"]
+        elif change == "unknown shaping":
+            arguments += ["--min-shaping", "some"]
         elif change == "half a certificate":
             arguments += ["--certificate", state.server_chain]
         else:

@@ -718,7 +718,7 @@ def test_a_client_that_never_reads_is_dropped_and_frees_its_slot(state):
     class Large(ScriptedModel):
         def infer(self, feeds):
             self.runs += 1
-            return {"y": np.zeros(16 << 20, np.uint8)}
+            return {"y": np.zeros(15 << 20, np.uint8)}
 
     async def main() -> None:
         model = Large()
@@ -907,5 +907,52 @@ def test_logs_hold_no_prompt_no_tensor_no_key_and_no_text_of_exceptions(state, c
         assert "unexpected KeyError" in text
         for secret in (CANARY, "8675309", token, token[4:], "t0 t1"):
             assert secret not in text
+
+    run(main())
+
+
+# Shaped traffic
+
+
+@pytest.mark.parametrize("shaping", ["balanced", "strict"])
+def test_shaped_answers_and_long_results_are_complete(state, shaping):
+    settings = ServerSettings(min_shaping=shaping)
+
+    class Long(ScriptedModel):
+        def infer(self, feeds):
+            return {"y": np.arange(100_000, dtype=np.uint8)}
+
+    async def main() -> None:
+        async with (
+            running(served(chat(), Long()), state, settings) as server,
+            WireClient.connect(server) as client,
+        ):
+            assert client.ready.shaping == shaping
+            _, outputs = await client.infer("scripted", {"x": X})
+            assert np.array_equal(outputs["y"], np.arange(100_000, dtype=np.uint8))
+            answers = [
+                client.collect(await client.start_generate("chat", tokens=count))
+                for count in (1, 8, 30)
+            ]
+            for count, answer in zip((1, 8, 30), await asyncio.gather(*answers), strict=True):
+                assert len(answer.texts) == count + 1
+
+    run(main())
+
+
+def test_shaped_answer_that_ends_while_the_server_drains_is_complete(state):
+    settings = ServerSettings(min_shaping="balanced")
+
+    async def main() -> None:
+        async with (
+            running(served(chat()), state, settings) as server,
+            WireClient.connect(server) as client,
+        ):
+            stream = await client.start_generate("chat", tokens=5)
+            await client.next(stream)
+            draining = asyncio.create_task(server.server.drain())
+            answer = await client.collect(stream)
+            assert answer.fin.count == 6
+            await draining
 
     run(main())

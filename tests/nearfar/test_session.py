@@ -17,12 +17,15 @@ from nearfar.errors import (
     RemoteProtocolError,
     SecurityError,
 )
+from nearfar.secure.frames import HEADER_BYTES
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import MAX_LIFETIME_S, KeyRing
+from nearfar.secure.outbox import Item
 from nearfar.secure.records import OVERHEAD_BYTES, RecordSealer
 from nearfar.session import ClientSession, ServerSession, max_sealed_bytes
 from nearfar.wire import messages as wire
 from nearfar.wire.codec import encode
+from nearfar.wire.connection import Outgoing
 from nearfar.wire.limits import Limits
 from tests.support.wire import (
     IDENTITY,
@@ -46,6 +49,14 @@ def new_client(limits: Limits = LIMITS) -> ClientSession:
 
 def new_server(limits: Limits = LIMITS) -> ServerSession:
     return ServerSession(keys=KEYS, limits=limits, now_s=NOW_S)
+
+
+def smuggle(session: ClientSession, message: wire.Message) -> None:
+    """Queue a message past the rules of the sender's own side."""
+    parts = encode(message)
+    size_bytes = sum(len(part) for part in parts)
+    session._connection._outgoing.append(Outgoing(message, parts, size_bytes))
+    session._flush_connection()
 
 
 # Conversations
@@ -124,11 +135,12 @@ def test_ping_is_answered_and_seen_by_the_sender_only() -> None:
     assert [received.message for received in pair.at_server] == [wire.Pong(id=1)]
 
 
-def test_sealed_size_is_plaintext_plus_header_and_tag() -> None:
+def test_sealed_size_is_plaintext_plus_headers_and_tag() -> None:
     pair = Pair.connected()
     message = wire.Ping(id=1)
     plaintext = b"".join(encode(message))
-    assert pair.client.send(message) == len(plaintext) + OVERHEAD_BYTES == len(plaintext) + 29
+    assert OVERHEAD_BYTES + HEADER_BYTES == 37
+    assert pair.client.send(message) == len(plaintext) + 37
 
 
 @settings(deadline=None, max_examples=50)
@@ -144,8 +156,97 @@ def test_nothing_of_a_message_is_visible_outside(
     except LocalProtocolError:
         return
     (record,) = pair.client.data_to_send()
-    assert len(record) == len(plaintext) + OVERHEAD_BYTES
+    assert len(record) == len(plaintext) + HEADER_BYTES + OVERHEAD_BYTES
     assert plaintext[:16] not in record
+
+
+# Pieces
+
+
+LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
+
+
+def test_ping_and_short_request_overtake_a_long_one() -> None:
+    pair = Pair.connected()
+    pair.client.send(infer(1, {"x": LARGE}), [LARGE])
+    first = pair.client.next_to_send()
+    assert first is not None
+    pair.client.send(infer(2))
+    pair.client.send(wire.Ping(id=1))
+    pair.at_server += pair.server.receive(first, now_s=NOW_S)
+    second = pair.client.next_to_send()
+    assert second is not None
+    pair.at_server += pair.server.receive(second, now_s=NOW_S)
+    assert [message.message.stream for message in pair.at_server] == [2]  # type: ignore[union-attr]
+    pair.exchange()
+    assert [message.message.stream for message in pair.at_server] == [2, 1]  # type: ignore[union-attr]
+    assert np.array_equal(pair.at_server[1].tensors[0], LARGE)
+    assert [type(message.message) for message in pair.at_client] == [wire.Pong]
+    for stream in (1, 2):
+        pair.server.send(result(stream, {"y": LARGE}), [LARGE])
+    pair.exchange()
+    assert all(np.array_equal(one.tensors[0], LARGE) for one in pair.at_client[1:])
+    assert pair.client.open_streams == pair.server.open_streams == ()
+
+
+def test_cancel_waits_for_the_rest_of_its_own_request() -> None:
+    pair = Pair.connected()
+    pair.client.send(infer(1, {"x": LARGE}), [LARGE])
+    pair.client.send(wire.Cancel(stream=1))
+    pair.exchange()
+    assert [type(one.message) for one in pair.at_server] == [wire.Infer, wire.Cancel]
+
+
+def test_array_may_change_once_it_was_sent() -> None:
+    pair = Pair.connected()
+    array = LARGE.copy()
+    pair.client.send(infer(1, {"x": array}), [array])
+    array[:] = -1
+    pair.exchange()
+    assert np.array_equal(pair.at_server[0].tensors[0], LARGE)
+
+
+def test_long_and_short_messages_have_aligned_tensors() -> None:
+    for array in (LARGE, LARGE[:10]):
+        pair = Pair.connected()
+        pair.client.send(infer(1, {"x": array}), [array])
+        pair.exchange()
+        assert pair.at_server[0].tensors[0].flags.aligned
+
+
+def test_message_for_another_stream_than_announced_is_refused() -> None:
+    pair = Pair.connected()
+    parts = encode(infer(3, {"x": LARGE}), [LARGE])
+    size_bytes = sum(len(part) for part in parts)
+    pair.client._outbox.max_unfinished_bytes = size_bytes
+    pair.client._outbox.put(Item(parts=parts, size_bytes=size_bytes, stream=1))
+    with pytest.raises(RemoteProtocolError, match="announced for stream 1"):
+        pair.to_server()
+
+
+def test_stream_that_was_announced_cannot_be_opened_twice() -> None:
+    pair = Pair.connected()
+    pair.client.send(infer(1, {"x": LARGE}), [LARGE])
+    pair.exchange()
+    smuggle(pair.client, infer(1))
+    with pytest.raises(RemoteProtocolError, match="Infer is not allowed"):
+        pair.to_server()
+
+
+def test_server_holds_no_more_than_one_longest_message_of_a_client_that_never_ends() -> None:
+    pair = Pair.connected()
+    sealer = pair.client._sealer
+    assert isinstance(sealer, RecordSealer)
+
+    def flood() -> None:
+        for number in range(100):
+            head = (2 << 24 | number).to_bytes(4, "big") + (9).to_bytes(4, "big")
+            body = number.to_bytes(4, "big") + (1 << 18).to_bytes(4, "big") + b"x"
+            pair.server.receive(sealer.seal(16, head + body), now_s=NOW_S)
+
+    with pytest.raises(RemoteProtocolError, match="too many messages are unfinished"):
+        flood()
+    assert pair.server._assembler.held_bytes <= LIMITS.max_message_bytes
 
 
 # Ending
@@ -203,8 +304,7 @@ def test_failed_session_stays_failed() -> None:
 
 def test_server_tells_a_client_that_breaks_the_rules() -> None:
     pair = Pair.connected()
-    pair.client._connection._outgoing.append(b"".join(encode(result(1))))
-    pair.client._flush_connection()
+    smuggle(pair.client, result(1))
     (record,) = pair.client.data_to_send()
     with pytest.raises(RemoteProtocolError, match="The client broke the wire protocol"):
         pair.server.receive(record, now_s=NOW_S)
@@ -342,7 +442,7 @@ ATTACKS: dict[str, Callable[[], None]] = {
     "downgraded version in hello": _changed_hello(lambda m: m[:1] + b"\x00" + m[2:]),
     "downgraded suite in hello": _changed_hello(lambda m: m[:11] + b"\x00\x00" + m[13:]),
     "unknown key id": _changed_hello(lambda m: m[:2] + bytes(8) + m[10:]),
-    "changed nonce": _changed_hello(lambda m: m[:13] + bytes(32) + m[45:]),
+    "changed nonce": _changed_hello(lambda m: m[:15] + bytes(32) + m[47:]),
     "handshake message too long": lambda: _handshake_message(bytes(5000), server=True),
     "nothing where hello belongs": lambda: _handshake_message(b"", server=True),
     "nothing where the configuration belongs": lambda: _handshake_message(b"", server=False),
@@ -397,8 +497,11 @@ def test_largest_message_fits_exactly() -> None:
     empty = np.zeros(0, np.uint8)
     overhead = sum(len(part) for part in encode(infer(arrays={"x": empty}), [empty])) + 16
     array = np.zeros((LIMITS.max_message_bytes - overhead) // 8 * 8, np.uint8)
-    assert pair.client.send(infer(arrays={"x": array}), [array]) <= max_sealed_bytes(LIMITS)
-    pair.exchange()
+    assert pair.client.send(infer(arrays={"x": array}), [array]) > LIMITS.max_message_bytes
+    records = pair.client.data_to_send()
+    assert max(map(len, records)) <= max_sealed_bytes(LIMITS)
+    for record in records:
+        pair.at_server += pair.server.receive(record, now_s=NOW_S)
     assert pair.at_server[0].tensors[0].nbytes == array.nbytes
 
 
@@ -406,7 +509,7 @@ def test_unauthenticated_client_cannot_send_much() -> None:
     pair = Pair.new()
     pair.exchange()
     with pytest.raises(RemoteProtocolError, match="are allowed"):
-        pair.server.receive(bytes(LIMITS.max_unauthenticated_bytes + 30), now_s=NOW_S)
+        pair.server.receive(bytes(LIMITS.max_unauthenticated_bytes + 5000), now_s=NOW_S)
 
 
 def test_client_that_pings_without_reading_is_cut_off() -> None:
@@ -414,8 +517,7 @@ def test_client_that_pings_without_reading_is_cut_off() -> None:
 
     def flood() -> None:
         for number in range(LIMITS.max_unsent_replies + 1):
-            pair.client._connection._outgoing.append(b"".join(encode(wire.Ping(id=number))))
-            pair.client._flush_connection()
+            smuggle(pair.client, wire.Ping(id=number))
             pair.to_server()
 
     with pytest.raises(RemoteProtocolError, match="pings without"):

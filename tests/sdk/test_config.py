@@ -258,3 +258,24 @@ def test_trusted_keys_are_texts_or_files_beside_the_configuration(folder: Path) 
 def test_trusted_keys_that_are_none_are_refused(folder: Path, value: str) -> None:
     with pytest.raises(ConfigError, match="trusted_keys"):
         parse_config(f"[models]\ntrusted_keys = {value}", base=folder)
+
+
+@pytest.mark.parametrize("shaping", ["off", "balanced", "strict"])
+def test_shaping_is_one_of_three_levels(shaping: str) -> None:
+    config = parse_config(
+        f'[cloud.main]\nurl = "wss://h/v1/nearfar"\nidentity = "{PIN}"\nshaping = "{shaping}"\n'
+    )
+    assert config.cloud is not None
+    assert config.cloud.shaping == shaping
+
+
+def test_shaping_is_balanced_unless_stated() -> None:
+    assert CloudConfig(url="wss://h/v1/nearfar", identity=PIN).shaping == "balanced"
+
+
+@pytest.mark.parametrize("value", ['"on"', '""', "true"])
+def test_unknown_shaping_names_the_key(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"cloud\.main\.shaping"):
+        parse_config(
+            f'[cloud.main]\nurl = "wss://h/v1/nearfar"\nidentity = "{PIN}"\nshaping = {value}\n'
+        )

@@ -80,7 +80,7 @@ def test_messages_have_the_documented_sizes() -> None:
     hello = client.receive_configuration(server.configuration.message, now_s=NOW_S)
     welcome, _ = server.receive_hello(hello, now_s=NOW_S)
     sizes = len(server.configuration.message), len(hello), len(welcome)
-    assert sizes == (1376, 2433, 1205)
+    assert sizes == (1378, 2435, 1205)
     assert max(sizes) < MAX_HANDSHAKE_MESSAGE_BYTES
 
 
@@ -141,11 +141,11 @@ HELLO_REGIONS = {
     "key id": 2,
     "suite count": 10,
     "suite": 12,
-    "nonce": 13,
-    "ephemeral length": 46,
+    "nonce": 15,
+    "ephemeral length": 48,
     "ephemeral ML-KEM key": 600,
-    "ephemeral X25519 key": 1262,
-    "sealed seed's length": 1264,
+    "ephemeral X25519 key": 1264,
+    "sealed seed's length": 1266,
     "ML-KEM ciphertext": 1300,
     "X25519 encapsulation": 2360,
     "sealed seed": 2400,
@@ -204,9 +204,9 @@ def test_bytes_after_hello_or_welcome_are_refused() -> None:
 def test_adding_a_weaker_suite_or_an_older_version_to_hello_is_refused() -> None:
     for tamper in (
         lambda hello: hello[:1] + b"\x00" + hello[2:],
-        lambda hello: hello[:10] + b"\x02\x00\x00" + hello[11:],  # suites (0, 1)
-        lambda hello: hello[:10] + b"\x01\x00\x00" + hello[13:],  # suite 0 only
-        lambda hello: hello[:10] + b"\x00" + hello[13:],  # no suite
+        lambda hello: hello[:10] + b"\x03\x00\x00" + hello[11:],  # suites (0, 1, 2)
+        lambda hello: hello[:10] + b"\x01\x00\x00" + hello[15:],  # suite 0 only
+        lambda hello: hello[:10] + b"\x00" + hello[15:],  # no suite
     ):
         with pytest.raises(SecurityError, match="handshake failed"):
             shake(hello=tamper)
@@ -283,7 +283,7 @@ def test_someone_with_the_public_configuration_only_cannot_answer() -> None:
     """An active attacker relays the real configuration and makes up WELCOME."""
     client, server = ends()
     hello = client.receive_configuration(server.configuration.message, now_s=NOW_S)
-    public_key = hello[47 : 47 + kem.PUBLIC_KEY_BYTES]
+    public_key = hello[49 : 49 + kem.PUBLIC_KEY_BYTES]
     transcript = hashlib.sha256(b"nearfar/1 transcript\x00")
     for message in (server.configuration.message, hello):
         transcript.update(len(message).to_bytes(4, "big") + message)
@@ -310,8 +310,8 @@ def _sealed_hello(server: ServerHandshake, head: bytes) -> bytes:
 
 WRONG_HEADS: dict[str, Tamper] = {
     "version that was not offered": lambda head: head[:1] + b"\x02" + head[2:],
-    "suite that was not offered": lambda head: head[:11] + b"\x00\x02" + head[13:],
-    "ephemeral key out of range": lambda head: head[:47] + b"\xff" * kem.PUBLIC_KEY_BYTES,
+    "suite that was not offered": lambda head: head[:10] + b"\x01\x7f\xff" + head[15:],
+    "ephemeral key out of range": lambda head: head[:49] + b"\xff" * kem.PUBLIC_KEY_BYTES,
     "ephemeral X25519 key of low order": lambda head: head[:-32] + bytes(32),
 }
 
@@ -319,7 +319,7 @@ WRONG_HEADS: dict[str, Tamper] = {
 @pytest.mark.parametrize("name", WRONG_HEADS)
 def test_client_that_seals_correctly_but_breaks_a_rule_is_refused(name: str) -> None:
     client, server = ends()
-    head = client.receive_configuration(server.configuration.message, now_s=NOW_S)[:1263]
+    head = client.receive_configuration(server.configuration.message, now_s=NOW_S)[:1265]
     server.receive_hello(_sealed_hello(server, head), now_s=NOW_S)  # unchanged, it is accepted
     with pytest.raises(SecurityError, match="handshake failed"):
         server.receive_hello(_sealed_hello(server, WRONG_HEADS[name](head)), now_s=NOW_S)
@@ -350,3 +350,23 @@ def test_other_servers_are_refused_before_hello_is_sent() -> None:
     client, _ = ends()
     with pytest.raises(SecurityError, match="not the pinned one"):
         client.receive_configuration(stranger.message, now_s=NOW_S)
+
+
+# Suites
+
+
+@pytest.mark.parametrize("suites", [(1,), (2,), (2, 1), (1, 2), (0x7FFF, 2)])
+def test_both_ends_take_the_clients_first_suite_that_the_server_has(
+    suites: tuple[int, ...],
+) -> None:
+    _, server = ends()
+    client = ClientHandshake(IDENTITY.pin, suites=suites)
+    hello = client.receive_configuration(server.configuration.message, now_s=NOW_S)
+    welcome, secrets = server.receive_hello(hello, now_s=NOW_S)
+    assert secrets.suite == next(suite for suite in suites if suite in (1, 2))
+    assert client.receive_welcome(welcome) == secrets
+
+
+def test_swapping_the_clients_suites_on_the_way_is_refused() -> None:
+    with pytest.raises(SecurityError, match="handshake failed"):
+        shake(hello=lambda hello: hello[:11] + hello[13:15] + hello[11:13] + hello[15:])

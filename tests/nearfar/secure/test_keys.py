@@ -7,7 +7,17 @@ import pytest
 from nearfar.errors import ConfigError, SecurityError
 from nearfar.secure import kem
 from nearfar.secure.identity import ServerIdentity
-from nearfar.secure.keys import CLOCK_TOLERANCE_S, MAX_LIFETIME_S, KeyConfiguration, KeyRing
+from nearfar.secure.keys import (
+    CLOCK_TOLERANCE_S,
+    MAX_LIFETIME_S,
+    SUITE_XWING_AES256GCM,
+    SUITE_XWING_CHACHA20POLY1305,
+    SUPPORTED_SUITES,
+    KeyConfiguration,
+    KeyRing,
+    preferred_suites,
+    suites_for,
+)
 from tests.support.wire import IDENTITY, NOW_S
 
 PIN = IDENTITY.pin
@@ -26,7 +36,7 @@ def test_configuration_says_the_same_after_parsing_and_holds() -> None:
     parsed = KeyConfiguration.parse(issued.message)
     assert parsed == issued
     parsed.verify(PIN, now_s=NOW_S)
-    assert len(issued.message) == 1 + 2 + 8 + 8 + 8 + 3 + 2 + 1216 + 32 + 32 + 64
+    assert len(issued.message) == 1 + 2 + 8 + 8 + 8 + 5 + 2 + 1216 + 32 + 32 + 64
 
 
 @pytest.mark.parametrize(
@@ -168,3 +178,24 @@ def test_ring_lifetime_is_bounded(lifetime_s: int) -> None:
 def test_configurations_compare_by_what_they_say() -> None:
     issued = issue()
     assert replace(issued, expires_s=issued.expires_s + 1) != issued
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "first"),
+    [
+        ("processor : 0\nflags\t\t: fpu aes avx\n", SUITE_XWING_AES256GCM),
+        ("processor : 0\nflags\t\t: fpu avx\n", SUITE_XWING_CHACHA20POLY1305),
+        ("Features\t: fp asimd aes pmull\n", SUITE_XWING_AES256GCM),
+        ("Features\t: fp asimd crc32 aesthetic\n", SUITE_XWING_CHACHA20POLY1305),
+        ("model name : something else\n", SUITE_XWING_AES256GCM),
+        ("", SUITE_XWING_AES256GCM),
+    ],
+)
+def test_machine_without_aes_instructions_prefers_chacha20(cpuinfo: str, first: int) -> None:
+    suites = suites_for(cpuinfo)
+    assert suites[0] == first
+    assert sorted(suites) == sorted(SUPPORTED_SUITES)
+
+
+def test_this_machine_prefers_one_of_the_supported_suites() -> None:
+    assert sorted(preferred_suites()) == sorted(SUPPORTED_SUITES)

@@ -3,11 +3,12 @@ from __future__ import annotations
 import hmac
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import SecurityError
+from nearfar.secure.keys import SUITE_XWING_AES256GCM, SUITE_XWING_CHACHA20POLY1305
 from nearfar.secure.records import (
     OVERHEAD_BYTES,
     TYPE_MESSAGE,
@@ -24,17 +25,24 @@ def _expand(secret: bytes, label: bytes, size: int) -> bytes:
     return hmac.digest(secret, b"nearfar/1 " + label + b"\x01", "sha256")[:size]
 
 
-def _record(secret: bytes, epoch: int, sequence: int, plaintext: bytes) -> bytes:
+def _record(
+    secret: bytes,
+    epoch: int,
+    sequence: int,
+    plaintext: bytes,
+    cipher: type[AESGCM] | type[ChaCha20Poly1305] = AESGCM,
+) -> bytes:
     """One record as the specification has it, written out."""
     header = b"\x10" + epoch.to_bytes(4, "big") + sequence.to_bytes(8, "big")
     iv = int.from_bytes(_expand(secret, b"iv", 12), "big")
     nonce = (iv ^ sequence).to_bytes(12, "big")
-    return header + AESGCM(_expand(secret, b"key", 32)).encrypt(nonce, plaintext, header)
+    return header + cipher(_expand(secret, b"key", 32)).encrypt(nonce, plaintext, header)
 
 
-def test_record_vector() -> None:
-    """The vector of docs/reference/secure-channel.md."""
-    assert RecordSealer(SECRET).seal(TYPE_MESSAGE, b"near, far").hex() == VECTOR
+def test_record_vectors() -> None:
+    """The vectors of docs/reference/secure-channel.md."""
+    for suite, vector in ((SUITE_XWING_AES256GCM, VECTOR), (SUITE_XWING_CHACHA20POLY1305, CHACHA)):
+        assert RecordSealer(SECRET, suite=suite).seal(TYPE_MESSAGE, b"near, far").hex() == vector
 
 
 VECTOR = (
@@ -43,10 +51,53 @@ VECTOR = (
 )
 
 
+CHACHA = (
+    "10000000000000000000000000"  # header
+    "cd691937a48edc8c6d0069d3ddf9ec7aabe8e1c473ea4f088c"
+)
+
+
 def test_records_are_what_the_specification_says() -> None:
     sealer = RecordSealer(SECRET)
     assert sealer.seal(TYPE_MESSAGE, b"one") == _record(SECRET, 0, 0, b"one")
     assert sealer.seal(TYPE_MESSAGE, b"two") == _record(SECRET, 0, 1, b"two")
+
+
+def test_records_of_the_other_suite_are_what_the_specification_says() -> None:
+    suite = SUITE_XWING_CHACHA20POLY1305
+    sealer, opener = RecordSealer(SECRET, suite=suite), RecordOpener(SECRET, suite=suite)
+    sealer.seal(TYPE_MESSAGE, b"one")
+    record = sealer.seal(TYPE_MESSAGE, b"two")
+    assert record == _record(SECRET, 0, 1, b"two", ChaCha20Poly1305)
+    opener.open(_record(SECRET, 0, 0, b"one", ChaCha20Poly1305))
+    assert opener.open(record) == (TYPE_MESSAGE, b"two")
+    with pytest.raises(SecurityError, match=GENERIC):
+        RecordOpener(SECRET, suite=suite).open(RecordSealer(SECRET).seal(TYPE_MESSAGE, b"one"))
+
+
+def test_rekeying_keeps_the_suite() -> None:
+    limits = RekeyLimits(records=1)
+    suite = SUITE_XWING_CHACHA20POLY1305
+    sealer = RecordSealer(SECRET, suite=suite, limits=limits)
+    opener = RecordOpener(SECRET, suite=suite, limits=limits)
+    for text in (b"one", b"two", b"three"):
+        assert opener.open(sealer.seal(TYPE_MESSAGE, text))[1] == text
+
+
+def test_keys_change_after_ten_minutes_of_use() -> None:
+    sealer, opener = RecordSealer(SECRET), RecordOpener(SECRET)
+    epochs = []
+    for now_s in (5.0, 300.0, 604.9, 605.0, 606.0, None, 1204.0, 1205.0, 9000.0):
+        record = sealer.seal(TYPE_MESSAGE, b"x", now_s=now_s)
+        assert opener.open(record)[1] == b"x"
+        epochs.append(int.from_bytes(record[1:5], "big"))
+    # However long the silence: one new epoch, which is all that the receiver accepts.
+    assert epochs == [0, 0, 0, 1, 1, 1, 1, 2, 3]
+
+
+def test_any_buffer_can_be_sealed() -> None:
+    for plaintext in (b"text", bytearray(b"text"), memoryview(b"..text")[2:]):
+        assert RecordSealer(SECRET).seal(TYPE_MESSAGE, plaintext) == _record(SECRET, 0, 0, b"text")
 
 
 def test_rekeyed_records_are_what_the_specification_says() -> None:

@@ -39,7 +39,7 @@ GOLDEN: dict[str, tuple[wire.Message, dict[str, np.ndarray], str]] = {
     "auth": (
         wire.Auth(token="key", client="app"),
         {},
-        "0d000000" "9501" "01" "a36b6579" "a3617070" "c400" "00000000000000",
+        "11000000" "9601" "01" "a36b6579" "a3617070" "c400" "a36f6666" "000000",
     ),
     "credit": (
         wire.Credit(stream=1, tokens=32, received=40),

@@ -1,0 +1,348 @@
+"""The queue between messages and records: what leaves next, how long it is, and when.
+
+Short messages overtake long ones, which leave in pieces; messages of one stream keep their order,
+and so do those that open streams. Time is an argument, so nothing here waits: `next_flush_s`
+tells when to ask again. Rules: docs/reference/secure-channel.md, "Pieces" and "Shaping".
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nearfar.secure import frames
+from nearfar.secure.frames import HEADER_BYTES, MAX_UNFINISHED, MAX_WHOLE_BYTES
+from nearfar.secure.records import OVERHEAD_BYTES, Buffer
+from nearfar.secure.shaping import BUCKET_BYTES, Shaping, padded_bytes
+
+#: `balanced`: how often tokens leave; to a reader a tenth of a second is instant.
+BALANCED_TICK_S = 0.1
+#: `balanced`: how often the other end grants credit; at any other time it would tell how many
+#: tokens have come.
+CREDIT_TICK_S = 0.5
+#: `balanced`: plaintext of the record that ends an answer. Holds `Fin` and some last tokens.
+END_BYTES = 512
+#: `balanced`: a token with its headers is 24 or 32 bytes long, rarely more.
+_TOKEN_BYTES = 32
+#: `balanced`: ticks in a row with a backlog of more than one record before records get longer.
+_PATIENCE_TICKS = 3
+#: `balanced`: no batch is longer, unless a single token is.
+MAX_BATCH_BYTES = 8192
+#: `balanced`: empty records in a row (3 s) while an answer pauses.
+_MAX_IDLE_TICKS = 30
+
+#: `strict`: one record of this plaintext every tick, 82 KB/s in each direction.
+STRICT_RECORD_BYTES = 4096
+STRICT_TICK_S = 0.05
+#: `strict`: the stream of records stops after a multiple of so many only (1.6 s).
+STRICT_RUN_TICKS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One message to send.
+
+    Attributes:
+        parts: Its bytes; copied when it is put into the queue.
+        size_bytes: Their length together.
+        stream: Stream it belongs to; 0 for the connection.
+        opens: It opens the stream: the receiver wants these in order.
+        is_paced: `Token` or `Credit`: its size and time tell about an answer's text.
+        ends: It is the last one of the stream.
+        is_barrier: Must not overtake anything.
+    """
+
+    parts: Sequence[Buffer]
+    size_bytes: int
+    stream: int = 0
+    opens: bool = False
+    is_paced: bool = False
+    ends: bool = False
+    is_barrier: bool = False
+
+
+class _Queued:
+    """An item whose bytes are laid out: one plaintext, or one for each piece.
+
+    Keeps nothing of the caller's arrays, which may change once a message was queued: a request
+    that was cancelled must not take what its app writes into the same array later.
+    """
+
+    __slots__ = ("is_barrier", "is_large", "opens", "plaintexts", "size_bytes", "stream")
+
+    def __init__(self, item: Item, plaintexts: deque[Buffer]) -> None:
+        self.plaintexts = plaintexts
+        self.is_large = len(plaintexts) > 1
+        self.size_bytes = item.size_bytes
+        self.stream = item.stream
+        self.opens = item.opens
+        self.is_barrier = item.is_barrier
+
+
+class Outbox:
+    """One direction's sending queue.
+
+    Attributes:
+        shaping: The level in force; change it only while nothing is queued.
+        max_unfinished_bytes: Length of all messages together of which pieces are under way.
+    """
+
+    def __init__(self, shaping: Shaping = "off") -> None:
+        self.shaping: Shaping = shaping
+        self._batch_tick_s = BALANCED_TICK_S
+        self.max_unfinished_bytes = 0
+        self._number = 0
+        self._ready: deque[_Queued] = deque()  # in order, before all pieces but first ones
+        self._large: deque[_Queued] = deque()  # first piece gone; take turns
+        self._under_way: list[_Queued] = []  # large, in _ready or _large
+        self._held: deque[_Queued] = deque()  # must wait for something before them
+        self._next_tick_s: float | None = None
+        # balanced
+        self._answering: set[int] = set()  # streams whose first token was sent, or has come
+        self._backlog: deque[tuple[int, bytes]] = deque()  # stream, frame
+        self._has_end = False
+        self._batch_bytes = BUCKET_BYTES
+        self._crowded_ticks = 0
+        self._idle_ticks = 0
+        # strict
+        self._run_ticks = 0
+        self._is_larges_turn = False
+
+    # Putting in
+
+    def put(self, item: Item) -> int:
+        """Queue one message; returns the bytes that it will take on the wire."""
+        if self.shaping == "balanced" and self._is_paced(item):
+            self._backlog.append((item.stream, frames.frame(item.parts, item.size_bytes)))
+            if item.ends:
+                self._has_end = True
+                self._answering.discard(item.stream)
+            return HEADER_BYTES + item.size_bytes
+        queued = self._lay_out(item)
+        size_bytes = sum(len(one) + OVERHEAD_BYTES for one in queued.plaintexts)
+        self._enqueue(queued)
+        return size_bytes
+
+    def answer_began(self, stream: int) -> None:
+        """The first token of an answer came: what is said about it leaves on ticks from now on."""
+        if self.shaping == "balanced" and stream not in self._answering:
+            self._batch_tick_s = CREDIT_TICK_S
+            self._answering.add(stream)
+            self._idle_ticks = 0
+
+    def answer_ended(self, stream: int) -> None:
+        """Its end came: nothing more needs to be said."""
+        if stream in self._answering:
+            self._answering.discard(stream)
+            self._backlog = deque(entry for entry in self._backlog if entry[0] != stream)
+
+    def _is_paced(self, item: Item) -> bool:
+        if item.is_barrier:
+            self._release_backlog()
+        elif item.stream in self._answering:
+            can_wait = item.is_paced or item.ends
+            if (
+                can_wait
+                and item.size_bytes <= MAX_WHOLE_BYTES
+                and not self._is_blocked(item.stream)
+            ):
+                return True
+            self._release_backlog()
+            if item.ends:
+                self._answering.discard(item.stream)
+        elif item.is_paced:
+            self._answering.add(item.stream)  # the first leaves at once
+            self._idle_ticks = 0
+        return False
+
+    def _is_blocked(self, stream: int) -> bool:
+        return stream != 0 and any(
+            stream == other.stream for queue in (self._under_way, self._held) for other in queue
+        )
+
+    def _lay_out(self, item: Item) -> _Queued:
+        if self.shaping == "strict":
+            longest_bytes, record_bytes = STRICT_RECORD_BYTES - HEADER_BYTES, STRICT_RECORD_BYTES
+        else:
+            longest_bytes, record_bytes = MAX_WHOLE_BYTES, frames.PIECE_RECORD_BYTES
+        if item.size_bytes <= longest_bytes:
+            is_padded = self.shaping == "balanced"  # strict: when its record is put together
+            padded = padded_bytes(HEADER_BYTES + item.size_bytes) if is_padded else 0
+            return _Queued(item, deque([frames.frame(item.parts, item.size_bytes, padded)]))
+        self._number += 1
+        pieces = frames.cut(
+            item.parts,
+            item.size_bytes,
+            stream=item.stream,
+            number=self._number,
+            record_bytes=record_bytes,
+            pad=_PADS[self.shaping],
+        )
+        return _Queued(item, deque(pieces))
+
+    def _enqueue(self, queued: _Queued) -> None:
+        if self._must_wait(queued):
+            self._held.append(queued)
+            return
+        if queued.is_large:
+            self._under_way.append(queued)
+        self._ready.append(queued)
+
+    def _must_wait(self, queued: _Queued) -> bool:
+        if not self._under_way and not self._held:
+            return False
+        if queued.is_barrier or self._is_blocked(queued.stream):
+            return True
+        if queued.opens and any(held.opens for held in self._held):
+            return True
+        return queued.is_large and (
+            len(self._under_way) >= MAX_UNFINISHED
+            or sum(other.size_bytes for other in self._under_way) + queued.size_bytes
+            > self.max_unfinished_bytes
+        )
+
+    # Taking out
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether short messages wait, for whatever reason."""
+        return bool(self._ready or self._backlog)
+
+    def next_flush_s(self) -> float | None:
+        """When `next` should be asked again, on its clock; `None`: after the next `put`."""
+        return self._next_tick_s
+
+    def next(
+        self, now_s: float | None, *, is_busy: bool = False, bulk: bool = True
+    ) -> Buffer | None:
+        """Plaintext of the record that leaves now; `None` when none does.
+
+        Args:
+            now_s: Any steady clock; `None` releases what waits for a tick.
+            is_busy: Whether a stream is open.
+            bulk: Whether pieces of long messages may leave too, after their first.
+        """
+        if self.shaping == "strict":
+            return self._next_strict(now_s, is_busy=is_busy)
+        if self._ready:
+            return self._pop(self._ready)
+        if self.shaping == "balanced" and (batch := self._next_batch(now_s)) is not None:
+            return batch
+        return self._pop(self._large) if bulk and self._large else None
+
+    def _pop(self, queue: deque[_Queued]) -> Buffer:
+        queued = queue.popleft()
+        plaintext = queued.plaintexts.popleft()
+        if queued.plaintexts:
+            self._large.append(queued)
+        elif queued.is_large:
+            self._under_way.remove(queued)
+            held, self._held = self._held, deque()
+            for other in held:
+                self._enqueue(other)
+        return plaintext
+
+    def _advance_tick(self, due_s: float, now_s: float, tick_s: float) -> None:
+        """The next tick after now; missed ones are not made up for, that would show the delay."""
+        self._next_tick_s = due_s + tick_s * (int((now_s - due_s) / tick_s) + 1)
+
+    # balanced: the tokens of all answers leave in one record per tick
+
+    def _next_batch(self, now_s: float | None) -> bytes | None:
+        if now_s is None:
+            return self._take_batch(MAX_BATCH_BYTES) if self._backlog else None
+        if not self._backlog and (not self._answering or self._idle_ticks > _MAX_IDLE_TICKS):
+            self._next_tick_s = None
+            return None
+        if self._next_tick_s is None:
+            # After a pause the first token leaves at once, as the first of all does.
+            is_resumed = self._idle_ticks > _MAX_IDLE_TICKS
+            self._next_tick_s = now_s + (0.0 if is_resumed else self._batch_tick_s)
+        if now_s < self._next_tick_s:
+            return None
+        self._advance_tick(self._next_tick_s, now_s, self._batch_tick_s)
+        self._idle_ticks = 0 if self._backlog else self._idle_ticks + 1
+        if self._has_end and sum(len(frame) for _, frame in self._backlog) <= max(
+            END_BYTES, self._batch_bytes
+        ):
+            self._has_end = False
+            return self._take_batch(max(END_BYTES, self._batch_bytes))
+        batch = self._take_batch(self._batch_bytes)
+        self._adapt()
+        return batch
+
+    def _take_batch(self, size_bytes: int) -> bytes:
+        taken: list[bytes] = []
+        left_bytes = size_bytes
+        while self._backlog and (not taken or len(self._backlog[0][1]) <= left_bytes):
+            taken.append(self._backlog.popleft()[1])
+            left_bytes -= len(taken[-1])
+        if not self._backlog:
+            self._has_end = False
+        if left_bytes < 0:  # one frame that is longer than a batch
+            left_bytes = padded_bytes(len(taken[0])) - len(taken[0])
+        return b"".join((*taken, bytes(left_bytes)))
+
+    def _adapt(self) -> None:
+        """Longer records when tokens keep piling up.
+
+        Judged by the number of tokens, not their bytes, and kept for the connection: the length
+        of records says how fast the server generates, not what.
+        """
+        per_batch = self._batch_bytes // _TOKEN_BYTES
+        self._crowded_ticks = self._crowded_ticks + 1 if len(self._backlog) > per_batch else 0
+        if self._crowded_ticks >= _PATIENCE_TICKS:
+            self._crowded_ticks = 0
+            while self._batch_bytes < MAX_BATCH_BYTES and 2 * (
+                self._batch_bytes // _TOKEN_BYTES
+            ) < len(self._backlog):
+                self._batch_bytes *= 2
+
+    def _release_backlog(self) -> None:
+        while self._backlog:
+            item = Item(parts=(), size_bytes=0)
+            self._ready.append(_Queued(item, deque([self._take_batch(MAX_BATCH_BYTES)])))
+
+    # strict: one record per tick, with or without something in it
+
+    def _next_strict(self, now_s: float | None, *, is_busy: bool) -> Buffer | None:
+        has_any = bool(self._ready or self._large)
+        if now_s is None or (self._next_tick_s is None and not is_busy):
+            return self._next_in_turn() if has_any else None
+        if self._next_tick_s is None:
+            self._next_tick_s, self._run_ticks = now_s, 0
+        if not (is_busy or has_any) and self._run_ticks % STRICT_RUN_TICKS == 0:
+            self._next_tick_s = None
+            return None
+        if now_s < self._next_tick_s:
+            return None
+        self._advance_tick(self._next_tick_s, now_s, STRICT_TICK_S)
+        self._run_ticks += 1
+        return self._next_in_turn() if has_any else bytes(STRICT_RECORD_BYTES)
+
+    def _next_in_turn(self) -> Buffer:
+        """Pieces and short messages take turns: neither may starve while there is one per tick."""
+        self._is_larges_turn = not self._is_larges_turn
+        if not self._ready or (self._is_larges_turn and self._large):
+            return self._pop(self._large)
+        plaintext = self._pop(self._ready)
+        if len(plaintext) == STRICT_RECORD_BYTES:
+            return plaintext
+        taken, left_bytes = [plaintext], STRICT_RECORD_BYTES - len(plaintext)
+        while self._ready and len(self._ready[0].plaintexts[0]) <= left_bytes:
+            taken.append(self._pop(self._ready))
+            left_bytes -= len(taken[-1])
+        return b"".join((*taken, bytes(left_bytes)))
+
+
+def _whole_records(size_bytes: int) -> int:
+    return size_bytes + -size_bytes % STRICT_RECORD_BYTES
+
+
+#: Length of all pieces' records together to their padded length.
+_PADS: dict[Shaping, Callable[[int], int] | None] = {
+    "off": None,
+    "balanced": padded_bytes,
+    "strict": _whole_records,
+}
