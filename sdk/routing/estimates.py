@@ -157,9 +157,12 @@ class Level:
 
     def at(self, now_s: float) -> float:
         """The level now: the last one, aged."""
-        if self.value == 1.0 or now_s <= self._last_s:
-            return self.value
-        return float(self.value ** (0.5 ** ((now_s - self._last_s) / self._half_life_s)))
+        value, age_s = self.value, now_s - self._last_s
+        if value == 1.0 or age_s <= 0.0:
+            return value
+        if age_s > 30.0 * self._half_life_s:
+            return 1.0
+        return float(value ** (0.5 ** (age_s / self._half_life_s)))
 
     def observe(self, ratio: float, *, now_s: float, cause: float | None = None) -> None:
         """Learn how far a forecast missed.
@@ -336,13 +339,15 @@ def share_in_time(quantiles: Quantiles, limit: float) -> float:
     Linear between the quantiles; below the first down to nothing at twice its distance from the
     median (a normal distribution's three sigma), above the last up to 1 as far out again.
     """
-    if limit < quantiles[0]:
-        reach = max(quantiles[1] - quantiles[0], 1e-9)
-        return max(0.0, LEVELS[0] * (1.0 - (quantiles[0] - limit) / (2.0 * reach)))
-    for index in range(1, len(LEVELS)):
-        if limit < quantiles[index]:
-            low, high = quantiles[index - 1], quantiles[index]
-            part = (limit - low) / max(high - low, 1e-9)
-            return LEVELS[index - 1] + part * (LEVELS[index] - LEVELS[index - 1])
-    reach = max(quantiles[4] - quantiles[3], 1e-9)
-    return min(1.0, LEVELS[4] + (1.0 - LEVELS[4]) * (limit - quantiles[4]) / reach)
+    q20, q50, q80, q95, q99 = quantiles
+    if limit >= q95:
+        if limit < q99:
+            return 0.95 + 0.04 * (limit - q95) / (q99 - q95)
+        return min(1.0, 0.99 + 0.01 * (limit - q99) / max(q99 - q95, 1e-9))
+    if limit >= q80:
+        return 0.8 + 0.15 * (limit - q80) / (q95 - q80)
+    if limit >= q50:
+        return 0.5 + 0.3 * (limit - q50) / (q80 - q50)
+    if limit >= q20:
+        return 0.2 + 0.3 * (limit - q20) / (q50 - q20)
+    return max(0.0, 0.2 - 0.1 * (q20 - limit) / max(q50 - q20, 1e-9))

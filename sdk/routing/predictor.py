@@ -323,7 +323,10 @@ class Predictor:
 
     def _overdue(self, route: Route, now_s: float) -> float:
         """How much slower a route is at least than it was: the oldest request in flight says."""
-        for ticket in tuple(self._in_flight[route].values())[:1]:
+        in_flight = self._in_flight[route]
+        if not in_flight:
+            return 1.0
+        for ticket in tuple(in_flight.values())[:1]:  # a copy: other threads start and stop
             if ticket.expected_ms is None or ticket.late_ms is None:
                 break
             elapsed_ms = (now_s - ticket.started_s) * 1000.0
@@ -352,25 +355,28 @@ def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
     """Quantiles of a sum of independent parts: medians added, distances from them in quadrature."""
     if len(parts) == 1 and queue_ms == 0.0:
         return parts[0]
-    queue = QUEUE_SPREAD * queue_ms
     median = queue_ms
-    d20 = d80 = d95 = d99 = 0.0
-    if queue:
-        d95 = queue * queue
-        d20 = d80 = d95 * _QUEUE_REACH_80**2
-        d99 = d95 * _QUEUE_REACH_99**2
+    d95 = (QUEUE_SPREAD * queue_ms) ** 2
+    d20 = d80 = d95 * _QUEUE_REACH_80**2
+    d99 = d95 * _QUEUE_REACH_99**2
     for q20, q50, q80, q95, q99 in parts:
         median += q50
-        d20 += (q50 - q20) * (q50 - q20)
-        d80 += (q80 - q50) * (q80 - q50)
-        d95 += (q95 - q50) * (q95 - q50)
-        d99 += (q99 - q50) * (q99 - q50)
+        q20 -= q50
+        q80 -= q50
+        q95 -= q50
+        q99 -= q50
+        d20 += q20 * q20
+        d80 += q80 * q80
+        d95 += q95 * q95
+        d99 += q99 * q99
+    sqrt = math.sqrt
+    low = median - sqrt(d20)
     return (
-        max(0.0, median - math.sqrt(d20)),
+        low if low > 0.0 else 0.0,
         median,
-        median + math.sqrt(d80),
-        median + math.sqrt(d95),
-        median + math.sqrt(d99),
+        median + sqrt(d80),
+        median + sqrt(d95),
+        median + sqrt(d99),
     )
 
 

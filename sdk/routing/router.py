@@ -119,14 +119,7 @@ def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
     edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
     if edge_failed != cloud_failed:
         return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
-    edge_likely, cloud_likely = (
-        inputs.probability_in_time("edge"),
-        inputs.probability_in_time("cloud"),
-    )
-    edge_in_time, cloud_in_time = (
-        edge_likely >= inputs.confidence,
-        cloud_likely >= inputs.confidence,
-    )
+    edge_in_time, cloud_in_time = inputs.meets_deadline("edge"), inputs.meets_deadline("cloud")
     if edge_in_time and cloud_in_time:
         return _choose_freely(inputs, edge, cloud)
     if edge_in_time:
@@ -141,6 +134,8 @@ def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
         f"neither route is expected to meet the deadline of {format_ms(inputs.remaining_ms)}, "
     )
     route: Route
+    edge_likely = inputs.probability_in_time("edge")
+    cloud_likely = inputs.probability_in_time("cloud")
     if edge_likely != cloud_likely:
         route = "edge" if edge_likely > cloud_likely else "cloud"
         likely = max(edge_likely, cloud_likely)

@@ -182,6 +182,12 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
     def meets_deadline(self, route: Route) -> bool:
         """Whether the route answers in time with the wished probability."""
+        remaining_ms = self.remaining_ms
+        if remaining_ms is None:
+            return True
+        if self.confidence == CONFIDENCE:  # the usual one is a quantile: nothing to compute
+            p95_ms = self.state(route).prediction.p95_ms
+            return p95_ms is None or p95_ms <= remaining_ms
         return self.probability_in_time(route) >= self.confidence
 
 
@@ -261,13 +267,12 @@ class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 def candidate(route: Route, inputs: DecisionInputs) -> Candidate:
     """How one route fares with these inputs."""
-    probability = inputs.probability_in_time(route)
     return Candidate(
         route=route,
         note=exclusion(route, inputs),
         prediction=inputs.state(route).prediction,
-        probability=probability,
-        meets_deadline=probability >= inputs.confidence,
+        probability=inputs.probability_in_time(route),
+        meets_deadline=inputs.meets_deadline(route),
     )
 
 

@@ -279,3 +279,16 @@ def test_unknown_shaping_names_the_key(value: str) -> None:
         parse_config(
             f'[cloud.main]\nurl = "wss://h/v1/nearfar"\nidentity = "{PIN}"\nshaping = {value}\n'
         )
+
+
+def test_confidence_and_state_of_the_router_are_read(tmp_path: Path) -> None:
+    config = parse_config('[routing]\nconfidence = 0.8\nstate = "kept.json"\n', base=tmp_path)
+    assert config.routing.confidence == 0.8
+    assert config.routing.state == tmp_path / "kept.json"
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1", "true", '"high"'])
+def test_a_confidence_that_is_no_probability_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(f"[routing]\nconfidence = {value}\n")
+    assert caught.value.field.endswith("confidence")

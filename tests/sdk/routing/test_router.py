@@ -344,3 +344,21 @@ def test_a_decision_is_readable_as_a_struct() -> None:
     again = msgspec.msgpack.decode(decision.encode(), type=RouteDecision)
     assert again == decision
     assert again.verdict == BOTH
+
+
+def test_a_lower_confidence_accepts_a_route_that_is_sometimes_late() -> None:
+    given_inputs = inputs(takes(40, 70), takes(45, 48), remaining_ms=60)
+    assert decide(given_inputs).route == "cloud"
+    bolder = msgspec.structs.replace(given_inputs, confidence=0.8)
+    decision = decide(bolder)
+    assert (decision.route, decision.meets_deadline) == ("edge", True)
+    assert replay(decision.encode()) == decision
+
+
+def test_records_of_predictions_without_all_quantiles_are_read() -> None:
+    prediction = takes(40, 70)
+    quantiles = prediction.quantiles()
+    assert quantiles is not None
+    assert list(quantiles) == sorted(quantiles)
+    assert prediction.probability_in_time(70) == pytest.approx(0.95)
+    assert Prediction().probability_in_time(1) == 1.0
