@@ -276,7 +276,7 @@ def manifest(data: bytes) -> None:
     """A bundle's `manifest.json`."""
     (_directory() / "manifest.json").write_bytes(data)
     try:
-        parsed = read_manifest(_directory())
+        parsed, _ = read_manifest(_directory())
     except BundleError:
         return
     assert decode_manifest(encode_manifest(parsed)) == parsed

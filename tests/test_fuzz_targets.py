@@ -88,7 +88,8 @@ def test_seeds_of_the_files_are_good_ones() -> None:
     """From a file that is refused at its first key a fuzzer gets nowhere."""
     for seed in corpus.seeds("manifest"):
         (targets._directory() / "manifest.json").write_bytes(seed)
-        assert targets.read_manifest(targets._directory()).name == "tiny"
+        manifest, _ = targets.read_manifest(targets._directory())
+        assert manifest.name == "tiny"
     policies, configs = corpus.seeds("policy"), corpus.seeds("config")
     assert targets.parse_policy(policies[0].decode()).rules
     assert targets.parse_config(configs[0].decode(), base=targets._directory()).cloud

@@ -134,7 +134,7 @@ def test_the_binding_is_over_configuration_and_the_clients_nonce() -> None:
     hello = ClientHandshake(IDENTITY.pin).receive_configuration(message, now_s=NOW_S)
     server.receive_hello(hello, now_s=NOW_S)
     expected = (
-        b"nearfar/1 attestation binding\x00" + hashlib.sha256(message).digest() + hello[13:45]
+        b"nearfar/1 attestation binding\x00" + hashlib.sha256(message).digest() + hello[15:47]
     )
     assert attester.bindings == [hashlib.sha256(expected).digest()]
 
@@ -143,10 +143,10 @@ def test_the_attestation_hash_stands_in_the_configuration_where_it_is_documented
     keys = KeyRing(IDENTITY, now_s=NOW_S, attester=MockAttester())
     message = keys.current(NOW_S).message
     expected = hashlib.sha256(b"nearfar/1 attestation claims\x00" + CLAIMS).digest()
-    assert message[1248:1280] == expected
+    assert message[1250:1282] == expected
     assert KeyConfiguration.parse(message).attestation_hash == expected
     plain = KeyRing(IDENTITY, now_s=NOW_S).current(NOW_S)
-    assert plain.message[1248:1280] == plain.attestation_hash == bytes(32)
+    assert plain.message[1250:1282] == plain.attestation_hash == bytes(32)
 
 
 def test_sessions_carry_evidence_up_to_its_limit_and_no_longer_hello() -> None:

@@ -71,7 +71,7 @@ def test_the_signature_is_laid_out_as_documented() -> None:
 @pytest.mark.parametrize("pin", [BOTH.pin, ONE.pin])
 def test_a_cosigning_server_is_accepted_by_either_pin(pin: Pin) -> None:
     shake(pin)
-    assert len(MESSAGE) == 6637
+    assert len(MESSAGE) == 6639
     assert KeyConfiguration.parse(MESSAGE).identity == BOTH.pin
 
 
