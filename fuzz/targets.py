@@ -267,7 +267,12 @@ def pin(data: bytes) -> None:
 def _directory() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="nearfar-fuzz-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    for name in ("ca.pem", "policy.toml"):  # what the example configuration names
+    for name in (
+        "ca.pem",
+        "policy.toml",
+        "release.pub",
+        "client.key",
+    ):  # what the example configuration names
         (directory / name).touch()
     return directory
 

@@ -56,17 +56,14 @@ from nearfar.secure.outbox import MAX_BATCH_BYTES, Item, Outbox
 from nearfar.secure.records import RecordOpener, RecordSealer
 from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
 from nearfar.wire.codec import encode
-from nearfar.wire.connection import Connection, ConnectionState, Outgoing, Role
+from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Outgoing, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
     Auth,
     Credit,
     Error,
     Fin,
-    Generate,
     GoAway,
-    Infer,
-    ListModels,
     Message,
     Ready,
     Token,
@@ -113,7 +110,7 @@ def item_of(outgoing: Outgoing) -> Item:
         parts=outgoing.parts,
         size_bytes=outgoing.size_bytes,
         stream=getattr(message, "stream", 0),
-        opens=isinstance(message, (ListModels, Infer, Generate)),
+        opens=isinstance(message, OPENERS),
         is_paced=isinstance(message, (Token, Credit)),
         ends=isinstance(message, (Fin, Error)),
         is_barrier=isinstance(message, GoAway),

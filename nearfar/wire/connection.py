@@ -135,7 +135,8 @@ CROSSINGS: frozenset[tuple[Role, State, type[Message]]] = frozenset(
     }
 )
 
-_OPENERS = (ListModels, Infer, Generate, Resume)
+#: Messages of the client that open a stream.
+OPENERS = (ListModels, Infer, Generate, Resume)
 _CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
 _MAX_UNANSWERED_PINGS = 64
 _MAX_ERROR_CHARACTERS = 2000
@@ -416,7 +417,7 @@ class Connection:
             return False  # the usual case: an open stream is not over
         if self.role is Role.SERVER and stream > self._last_stream:
             # The client had not read our GoAway; it learns from there that nothing came of this.
-            return isinstance(message, (*_OPENERS, Cancel, Credit))
+            return isinstance(message, (*OPENERS, Cancel, Credit))
         return (self._peer, self._stream_state(stream), type(message)) in CROSSINGS
 
     # Judging, the same for both directions
@@ -483,7 +484,7 @@ class Connection:
     def _judge_stream(self, stream: int, message: Message) -> None:
         if self.state not in (ConnectionState.OPEN, ConnectionState.DRAINING):
             raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
-        if isinstance(message, _OPENERS):
+        if isinstance(message, OPENERS):
             if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
                 raise _Violation("the server is going away", "Open a new connection")
             if len(self._streams) >= self._max_streams:
@@ -533,7 +534,7 @@ class Connection:
     def _advance_stream(self, stream: int, message: Message, next_state: StreamState) -> None:
         if next_state is StreamState.ENDED:
             del self._streams[stream]
-        elif isinstance(message, _OPENERS):
+        elif isinstance(message, OPENERS):
             credit = message.credit if isinstance(message, (Generate, Resume)) else 0
             resumed_at = message.next_index if isinstance(message, Resume) else None
             self._streams[stream] = _Stream(next_state, credit, resumed_at)

@@ -22,7 +22,7 @@ from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import MAX_LIFETIME_S, KeyRing
 from nearfar.secure.outbox import Item
 from nearfar.secure.records import OVERHEAD_BYTES, RecordSealer
-from nearfar.session import ClientSession, ServerSession, max_sealed_bytes
+from nearfar.session import ClientSession, ServerSession, item_of, max_sealed_bytes
 from nearfar.wire import messages as wire
 from nearfar.wire.codec import encode
 from nearfar.wire.connection import Outgoing
@@ -38,6 +38,7 @@ from tests.support.wire import (
     messages,
     ready,
     result,
+    resume,
 )
 
 KEYS = KeyRing(IDENTITY, now_s=NOW_S)
@@ -164,6 +165,23 @@ def test_nothing_of_a_message_is_visible_outside(
 
 
 LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
+
+
+@pytest.mark.parametrize(
+    ("message", "opens"),
+    [
+        (wire.ListModels(stream=1), True),
+        (infer(), True),
+        (generate(), True),
+        (resume(), True),
+        (wire.Cancel(stream=1), False),
+        (wire.Ping(id=1), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_messages_that_open_a_stream_are_queued_as_such(message: wire.Message, opens: bool) -> None:
+    outgoing = Outgoing(message, [b""], 0)
+    assert item_of(outgoing).opens is opens
 
 
 def test_ping_and_short_request_overtake_a_long_one() -> None:
