@@ -19,7 +19,7 @@ from benchmarks.wire_server import MODEL
 from cloud_runtime.provision import provision, url_of
 from cloud_runtime.state import StateDir
 from nearfar.errors import EngineError
-from nearfar.session import ClientSession, Limits, Received, max_sealed_bytes
+from nearfar.session import ClientSession, Limits, Received
 from nearfar.units import Deadline
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import Infer
@@ -274,7 +274,7 @@ async def _connect(config: CloudConfig, tls: ssl.SSLContext) -> ClientConnection
         config.url,
         ssl=tls,
         compression=None,
-        max_size=max_sealed_bytes(Limits()),
+        max_size=Limits().max_message_bytes,
         open_timeout=_TIMEOUT_S,
         proxy=None,
     )

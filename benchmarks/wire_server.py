@@ -38,7 +38,7 @@ from nearfar.errors import EngineError
 from nearfar.eventloop import LoopName, limit_tls_buffers, run
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
-from nearfar.session import Limits, ServerSession, max_sealed_bytes
+from nearfar.session import Limits, ServerSession
 from nearfar.units import Deadline
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import PROTOCOL_VERSION, Auth, Infer, Ready, Result
@@ -72,7 +72,7 @@ class EchoModel:
         self.execution_provider = PROVIDER
 
     def infer(
-        self, work: InferWork, *, deadline: Deadline, ticket: Ticket
+        self, work: InferWork, *, deadline: Deadline, ticket: Ticket, priority: int = 5
     ) -> asyncio.Future[InferOutcome]:
         """As `ServedModel.infer`."""
         loop = asyncio.get_running_loop()
@@ -150,7 +150,7 @@ async def main(state: StateDir, *, max_connections: int) -> None:
     options: dict[str, Any] = {
         "ssl": tls,
         "compression": None,
-        "max_size": max_sealed_bytes(limits),
+        "max_size": limits.max_message_bytes,
         "server_header": None,
     }
     runtime = CloudServer(
