@@ -15,7 +15,7 @@ from sdk.config import CloudConfig, Config, load_config
 from sdk.core import Completed, Core
 from sdk.knowledge import Knowledge
 from sdk.plans import Plans
-from sdk.policy import DEVICE_ONLY, Policy, load_policy
+from sdk.policy import DEVICE_ONLY, Policy
 from sdk.requests import Request
 from sdk.results import (
     BatchUsage,
@@ -355,7 +355,11 @@ def _sampling(
 def _policy_of(policy: Policy | str | Path | None) -> Policy:
     if policy is None:
         return DEVICE_ONLY
-    return policy if isinstance(policy, Policy) else load_policy(policy)
+    if isinstance(policy, Policy):
+        return policy
+    from sdk.policy import load_policy
+
+    return load_policy(policy)
 
 
 def _edge_of(store: Path, options: SessionOptions | None, trusted_keys: Sequence[str]) -> EdgeRoute:

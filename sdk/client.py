@@ -13,7 +13,6 @@ from nearfar.errors import CloudUnavailable, InvalidInput, NearfarError
 from nearfar.generation import ChatMessage
 from nearfar.units import Deadline
 from sdk import requests
-from sdk.answer import AnswerState
 from sdk.calls import Calls, GenerateOptions, RequestOptions
 from sdk.results import ClassifyResult, EmbedResult, InferResult, ModelInfo
 from sdk.steps import (
@@ -27,16 +26,17 @@ from sdk.steps import (
     run_here,
     wire_tensors,
 )
-from sdk.streams import CloudSource, EdgeSource, GenerationStream, Source
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from sdk.answer import AnswerState
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
     from sdk.requests import Request
     from sdk.routing import RouteDecision
+    from sdk.streams import GenerationStream, Source
 
 T = TypeVar("T")
 
@@ -317,11 +317,17 @@ class Client(Calls):
         return None
 
     def _stream(self, request: Request) -> GenerationStream:
+        # Here and below: not every client generates text, and importing should be quick.
+        from sdk.answer import AnswerState
+        from sdk.streams import GenerationStream
+
         decision = self._drive(self._core.route(request))
         state = AnswerState(self._core, request, decision)
         return GenerationStream(state, self._open).begin()
 
     def _open(self, state: AnswerState) -> Source:
+        from sdk.streams import CloudSource, EdgeSource
+
         request, attempt = state.request, state.attempt
         if attempt.delay_s:
             time.sleep(attempt.delay_s)

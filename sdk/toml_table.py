@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -10,11 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from nearfar.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 MAX_FILE_BYTES = 1 << 20  # far above any hand-written file; a wrong path may name a model
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -24,6 +18,8 @@ _Choice = TypeVar("_Choice", bound=str)
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """A fix for an unknown word: "Did you mean 'x'?", or the list of known words."""
+    import difflib  # here: `from sdk import Client` should not pay for a mistake
+
     words = sorted(known)
     close = difflib.get_close_matches(word[:64], words, n=1, cutoff=0.6)
     if close:
@@ -65,6 +61,12 @@ def parse_toml(text: str, *, source: str) -> dict[str, object]:
     Raises:
         ConfigError: It is not TOML.
     """
+    # Here: a client made from arguments needs no parser.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
     try:
         text.encode("utf-8")
         parsed: dict[str, object] = tomllib.loads(text)

@@ -11,6 +11,8 @@ Semantics: docs/reference/policy.md.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sdk.policy.evaluate import evaluate
 from sdk.policy.model import (
     DEVICE_ONLY,
@@ -21,7 +23,9 @@ from sdk.policy.model import (
     Rule,
     Verdict,
 )
-from sdk.policy.parser import load_policy, parse_policy
+
+if TYPE_CHECKING:
+    from sdk.policy.parser import load_policy, parse_policy
 
 __all__ = [
     "DEVICE_ONLY",
@@ -35,3 +39,12 @@ __all__ = [
     "load_policy",
     "parse_policy",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The parser is loaded when a policy is read, which not every client does."""
+    if name in ("load_policy", "parse_policy"):
+        from sdk.policy import parser
+
+        return getattr(parser, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
