@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test lint types imports unit vectors fuzz autobahn bench clean distclean
+.PHONY: help quickstart test lint types imports unit vectors simulate fuzz autobahn bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ unit: $(VENV)/.ready-dev ## pytest, real models included
 
 vectors: $(VENV)/.ready-dev ## Write the test vectors of wire and secure channel anew
 	@$(BIN)/python -m tests.vectors.generate
+
+simulate: $(VENV)/.ready-dev ## Both ends over a bad network: make simulate SEEDS=10000
+	@NEARFAR_SIMULATOR_SEEDS=$(or $(SEEDS),10000) $(BIN)/python -m pytest -q tests/simulator
 
 # Not in `dev`: there are no wheels for every platform.
 fuzz: $(VENV)/.ready-dev $(VENV)/.ready-fuzz ## Fuzz every parser: SECONDS=60 each, stops at the first crash
