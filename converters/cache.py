@@ -116,7 +116,7 @@ class StepCache:
         if entry is not None:
             try:
                 found = msgspec.json.decode(entry.value, type=kind)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 logger.warning("cache entry %s cannot be read and is made anew", folder)
             else:
                 self.hits += 1

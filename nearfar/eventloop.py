@@ -31,8 +31,9 @@ def limit_tls_buffers(size_bytes: int = TLS_BUFFER_BYTES) -> None:
     For a process that is all ours, such as a server's: it changes asyncio's setting for all
     connections made from now on. uvloop has buffers of its own, which take memory only when used.
     """
-    # In 3.10 to 3.14; typeshed does not know it.
-    sslproto.SSLProtocol.max_size = size_bytes  # type: ignore[attr-defined]
+    # In 3.11 to 3.14; typeshed does not know it. Before, reading took memory only while it read.
+    if hasattr(sslproto.SSLProtocol, "max_size"):
+        sslproto.SSLProtocol.max_size = size_bytes
 
 
 def has_uvloop() -> bool:

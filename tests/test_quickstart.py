@@ -45,9 +45,11 @@ def test_personal_data_stays_and_unmatched_requests_are_denied(quickstart):
     assert [row.split()[-1] for row in rows if "(e)" in row] == ["denied"] * 3
 
 
-def test_the_cloud_is_stopped_at_the_end(quickstart):
+def test_the_cloud_is_stopped_at_the_end(quickstart, workspace):
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    assert "cloud_runtime serve" not in processes.stdout
+    servers = [line for line in processes.stdout.splitlines() if "cloud_runtime serve" in line]
+    # Others of this machine may serve as well.
+    assert not [line for line in servers if str(workspace) in line]
 
 
 def test_every_variant_carries_figures_against_its_reference(bundles_dir):

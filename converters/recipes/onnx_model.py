@@ -189,7 +189,7 @@ def _read_preprocessing(stated: str, source: OnnxSource, shop: Workshop) -> Prep
             ) from exc
     try:
         spec: Preprocessing = msgspec.json.decode(text, type=Preprocessing)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConversionError(
             f"--preprocessing does not fit: {exc}", fix="See docs/reference/bundle.md"
         ) from exc

@@ -110,7 +110,7 @@ def _run(job: Job) -> Measured:
     last = done.stdout.strip().rpartition(b"\n")[2]
     try:
         return msgspec.json.decode(last, type=Measured)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ConversionError(
             f"The converted model does not run: the measuring process ended with status "

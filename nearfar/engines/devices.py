@@ -204,6 +204,6 @@ def _probe_in_child(folder: Path, libraries: list[str]) -> _Found:
         return _Found(why_not=dict.fromkeys(libraries, f"the probe did not finish: {error}"))
     try:
         return msgspec.json.decode(done.stdout.strip().rpartition("\n")[2], type=_Found)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         why = f"loading it ended the probe with status {done.returncode}"
         return _Found(why_not=dict.fromkeys(libraries, why))

@@ -90,7 +90,7 @@ def decode_decision(record: bytes) -> RouteDecision:
     """
     try:
         return _DECODER.decode(record)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidInput(
             f"The bytes are not a decision record ({exc})",
             field="record",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from asyncio import sslproto
 
 import pytest
@@ -38,6 +39,7 @@ def test_an_unknown_loop_is_refused():
         eventloop.choose("trio")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio kept no such buffers before 3.11")
 def test_tls_buffers_are_asyncios_own_setting(monkeypatch):
     # Fails when asyncio renames it: then idle connections would silently grow by 229 kB.
     monkeypatch.setattr(sslproto.SSLProtocol, "max_size", sslproto.SSLProtocol.max_size)

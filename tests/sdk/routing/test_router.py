@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nearfar.errors import (
@@ -334,6 +334,7 @@ def test_the_largest_record_stays_within_1024_bytes() -> None:
 
 
 @given(st.binary() | st.just(b"\x91" * 5000))
+@example(b"\x95\xa3\x00\x00\x80")  # text that is not UTF-8
 def test_bytes_that_are_no_record_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidInput, match="not a decision record"):
         replay(data)
