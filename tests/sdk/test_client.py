@@ -597,11 +597,12 @@ def test_closing_twice_or_unused_is_fine(cloud):
 
 
 def test_a_cloud_that_has_become_slow_is_learned_from_and_left_for_the_device(both, cloud):
-    for mode in ("edge_only", "cloud_only"):
+    # Several, so that one call which the machine disturbed does not make the device look slow.
+    for mode in ("edge_only", "cloud_only") * 8:
         both.infer("tensor", X, mode=mode)
     cloud.behaviour = hang
     for _ in range(12):
         with pytest.raises(DeadlineExceeded):
-            both.infer("tensor", X, mode="cloud_only", deadline_ms=60)
-    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=60)
+            both.infer("tensor", X, mode="cloud_only", deadline_ms=150)
+    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=150)
     assert result.route.name == "edge"
