@@ -47,6 +47,9 @@ class ScriptedEdge:
     def state(self, model: str, version: str | None = None) -> SimpleNamespace:
         return SimpleNamespace(running=0, waiting=0, expected_wait_s=self.wait_s)
 
+    def direct(self, model: str, version: str | None = None) -> None:
+        """No plan is made: what is scripted shall be asked each time."""
+
     def is_loaded(self, model: str, version: str | None = None) -> bool:
         return True
 
