@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted, refusal, stamp_of
-from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
+from cloud_runtime.state import PRIVATE_MODE, StateDir
 from nearfar.errors import ConfigError
+from nearfar.files import write_atomically
 
 if TYPE_CHECKING:
     from cloud_runtime.tokens import TokenVerifier

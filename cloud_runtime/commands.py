@@ -371,7 +371,8 @@ def token_issue(
 ) -> None:
     """Issue a token that only the holder of the client's key can use, on this server."""
     from cloud_runtime import tokens
-    from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
+    from cloud_runtime.state import PRIVATE_MODE, StateDir
+    from nearfar.files import write_atomically
     from nearfar.secure.credentials import ClientPublicKey
     from nearfar.secure.identity import ServerIdentity
 
@@ -401,7 +402,8 @@ def key_add(
 ) -> None:
     """Make an API key and show it, once: only its hash is stored."""
     from cloud_runtime import auth
-    from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
+    from cloud_runtime.state import PRIVATE_MODE, StateDir
+    from nearfar.files import write_atomically
 
     if output is not None and output.exists():
         raise ConfigError(f"{output} exists already", field="output", fix="Choose another file")

@@ -24,8 +24,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloud_runtime import auth
-from cloud_runtime.state import PRIVATE_MODE, PUBLIC_MODE, StateDir, write_atomically
+from cloud_runtime.state import PRIVATE_MODE, PUBLIC_MODE, StateDir
 from nearfar.errors import ConfigError
+from nearfar.files import write_atomically
 from nearfar.secure.identity import RotationStatement, ServerIdentity
 
 DEFAULT_HOSTS = ("localhost", "127.0.0.1", "::1")

@@ -27,8 +27,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from cloud_runtime.caller import Caller, NotAdmitted, stamp_of
-from cloud_runtime.state import PRIVATE_MODE, StateDir, write_atomically
+from cloud_runtime.state import PRIVATE_MODE, StateDir
 from nearfar.errors import ConfigError
+from nearfar.files import write_atomically
 from nearfar.secure.credentials import ClientPublicKey, proof_message
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ Reference: docs/reference/configuration.md, "Trusted identities".
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from nearfar.errors import ConfigError, SecurityError
+from nearfar.files import write_atomically
 from nearfar.secure.identity import Pin, RotationStatement
 
 #: A thousand entries; a larger file is another kind of file.
@@ -210,19 +210,9 @@ def _entry(entries: tuple[TrustEntry, ...], name: str, path: Path) -> TrustEntry
 
 def _write(path: Path, entries: tuple[TrustEntry, ...]) -> None:
     data = msgspec.json.format(msgspec.json.encode(_TrustFile(entries=entries)), indent=2) + b"\n"
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(path, data, mode=0o600)
     except OSError as exc:
         raise ConfigError(
             f"The trust file {path} cannot be written: {exc.strerror}",

@@ -23,8 +23,9 @@ from cloud_runtime.provision import (
     renew_certificates,
     replace_identity,
 )
-from cloud_runtime.state import StateDir, write_atomically
+from cloud_runtime.state import StateDir
 from nearfar.errors import ConfigError
+from nearfar.files import write_atomically
 from nearfar.secure.identity import RotationStatement, ServerIdentity
 
 if sys.version_info >= (3, 11):
