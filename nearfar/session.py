@@ -21,7 +21,7 @@ import abc
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -52,7 +52,7 @@ from nearfar.secure.handshake import (
 )
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
-from nearfar.secure.outbox import MAX_BATCH_BYTES, Item, Outbox
+from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Item, Outbox, Traits
 from nearfar.secure.records import RecordOpener, RecordSealer
 from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
 from nearfar.wire.codec import encode
@@ -66,14 +66,14 @@ from nearfar.wire.messages import (
     GoAway,
     Message,
     Ready,
+    Result,
     Token,
 )
 
 __all__ = ["ClientSession", "Limits", "Received", "ServerSession", "max_sealed_bytes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """One message from the peer.
 
     Attributes:
@@ -103,18 +103,19 @@ def _max_record_bytes(max_message_bytes: int) -> int:
     return longest_bytes + records.OVERHEAD_BYTES
 
 
+_TRAITS: dict[type[Message], Traits] = {
+    **dict.fromkeys(OPENERS, Traits(opens=True)),
+    **dict.fromkeys((Token, Credit), Traits(is_paced=True)),
+    **dict.fromkeys((Fin, Error), Traits(ends=True)),
+    GoAway: Traits(is_barrier=True),
+}
+
+
 def item_of(outgoing: Outgoing) -> Item:
     """What the queue must know about a message; nothing of its contents."""
-    message = outgoing.message
-    return Item(
-        parts=outgoing.parts,
-        size_bytes=outgoing.size_bytes,
-        stream=getattr(message, "stream", 0),
-        opens=isinstance(message, OPENERS),
-        is_paced=isinstance(message, (Token, Credit)),
-        ends=isinstance(message, (Fin, Error)),
-        is_barrier=isinstance(message, GoAway),
-    )
+    message, parts, size_bytes = outgoing
+    stream: int = getattr(message, "stream", 0)
+    return Item(parts, size_bytes, stream, _TRAITS.get(type(message), PLAIN))
 
 
 class _Session(abc.ABC):
@@ -177,8 +178,10 @@ class _Session(abc.ABC):
         """Take one handshake message; queue the answer; install the secrets when it is the last."""
 
     def _receive_record(self, opener: RecordOpener, data: bytes | bytearray) -> list[Received]:
+        connection = self._connection
+        max_message_bytes = connection.max_message_bytes
         # Checked before decryption spends memory on it.
-        if len(data) > (allowed_bytes := _max_record_bytes(self._connection.max_message_bytes)):
+        if len(data) > (allowed_bytes := _max_record_bytes(max_message_bytes)):
             raise RemoteProtocolError(
                 f"The peer sent a record of {len(data)} bytes where {allowed_bytes} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
@@ -190,21 +193,20 @@ class _Session(abc.ABC):
                 fix="Update nearfar on the older side",
             )
         received: list[Received] = []
-        for arrived in self._assembler.feed(
-            plaintext, max_message_bytes=self._connection.max_message_bytes
+        for data_of, size_bytes, announced_stream in self._assembler.feed(
+            plaintext, max_message_bytes=max_message_bytes
         ):
-            if arrived.message is None:
-                self._connection.announce(arrived.announced_stream or 0)
+            if data_of is None:
+                connection.announce(announced_stream or 0)
                 continue
-            incoming = self._connection.receive(
-                arrived.message, announced_stream=arrived.announced_stream
-            )
-            if self._flush_connection():
+            incoming = connection.receive(data_of, announced_stream=announced_stream)
+            if connection.has_outgoing:
+                self._flush_connection()
                 self._count_reply()
             if incoming is not None:
                 message, tensors = incoming
                 self._heed(message)
-                received.append(Received(message, tensors, arrived.size_bytes))
+                received.append(Received(message, tensors, size_bytes))
         return received
 
     def _count_reply(self) -> None:
@@ -237,7 +239,7 @@ class _Session(abc.ABC):
         if self._outgoing:
             return self._outgoing.popleft()
         if self._sealer is not None:
-            plaintext = self._outbox.next(now_s, is_busy=self._is_busy, bulk=bulk)
+            plaintext = self._outbox.next(now_s, is_busy=self._connection.is_busy, bulk=bulk)
             if plaintext is not None:
                 return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
         if not self._outbox.has_ready:
@@ -259,14 +261,18 @@ class _Session(abc.ABC):
         """
         return None if self.is_closed else self._outbox.next_flush_s()
 
-    @property
-    def _is_busy(self) -> bool:
-        return bool(self._connection.open_streams)
+    def own_borrowed(self) -> None:
+        """Copy what `send` borrowed and what has not left: from now on its arrays may change."""
+        self._outbox.own()
 
-    def _flush_connection(self) -> int:
+    def _flush_connection(self, *, borrow: bool = False) -> int:
         """Queue what the connection has for the peer; returns the size on the wire in bytes."""
-        self._outbox.max_unfinished_bytes = self._connection.max_message_bytes
-        return sum(self._outbox.put(item_of(outgoing)) for outgoing in self._connection.take())
+        outbox = self._outbox
+        outbox.max_unfinished_bytes = self._connection.max_message_bytes
+        size_bytes = 0
+        for outgoing in self._connection.take():
+            size_bytes += outbox.put(item_of(outgoing), borrow=borrow)
+        return size_bytes
 
     def _seal_all(self) -> None:
         """Seal what was queued, but no pieces: nobody waits for the rest of a long message."""
@@ -280,13 +286,17 @@ class _Session(abc.ABC):
 
     # Messages
 
-    def send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+    def send(
+        self, message: Message, tensors: Sequence[np.ndarray] = (), *, borrow: bool = False
+    ) -> int:
         """Check, encode, seal and queue one message.
 
         Args:
             message: Any message this side may send; `Auth` and `Pong` are sent by themselves.
             tensors: What the message's `tensors` describe (see `nearfar.wire.codec.describe`);
                 copied, so they may change afterwards.
+            borrow: Do not copy them yet. The shell calls `next_to_send` as often as it can at
+                once, and then `own_borrowed`, before anybody else may change them.
 
         Returns:
             Size on the wire, sealed, in bytes; of a message that shares a record, its own part.
@@ -307,7 +317,7 @@ class _Session(abc.ABC):
                 fix="Wait until is_ready",
             )
         self._connection.send(message, tensors)
-        return self._flush_connection()
+        return self._flush_connection(borrow=borrow)
 
     def close(self, problem: NearfarError | None = None) -> None:
         """End the session at once; open streams are abandoned.
@@ -337,13 +347,22 @@ class _Session(abc.ABC):
         return self._connection.state is ConnectionState.CLOSED
 
     @property
+    def oldest_unfinished(self) -> tuple[int, int] | None:
+        """Number and announced bytes of the message whose pieces began to come first.
+
+        `None` when no message is unfinished. The shell watches that it does not stay the same for
+        long.
+        """
+        return self._assembler.oldest
+
+    @property
     def open_streams(self) -> tuple[int, ...]:
         """Streams that have not ended, in the order of opening; a cancelled one is still open."""
         return self._connection.open_streams
 
     def is_open(self, stream: int) -> bool:
         """Whether the stream was opened and has not ended."""
-        return stream in self._connection.open_streams
+        return self._connection.is_open(stream)
 
     def credit(self, stream: int) -> int:
         """Tokens the server may still send on an open stream.
@@ -459,6 +478,8 @@ class ClientSession(_Session):
         return self._handshake.attested
 
     def _heed(self, message: Message) -> None:
+        if type(message) is Result:
+            return  # by far the most frequent, and says nothing about the session
         if isinstance(message, Ready):
             if LEVELS.index(message.shaping) < LEVELS.index(self._shaping):
                 raise SecurityError(
@@ -521,9 +542,11 @@ class ServerSession(_Session):
         if isinstance(message, Auth):
             self._shaping = strongest(self._shaping, message.shaping)
 
-    def send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+    def send(
+        self, message: Message, tensors: Sequence[np.ndarray] = (), *, borrow: bool = False
+    ) -> int:
         """As `_Session.send`; `Ready.shaping` is filled in: the client's wish or our minimum."""
-        if isinstance(message, Ready):
+        if type(message) is Ready:
             message = msgspec.structs.replace(message, shaping=self._shaping)
             self._outbox.shaping = self._shaping
-        return super().send(message, tensors)
+        return super().send(message, tensors, borrow=borrow)

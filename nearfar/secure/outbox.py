@@ -10,9 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from nearfar.secure import frames
-from nearfar.secure.frames import HEADER_BYTES, MAX_UNFINISHED, MAX_WHOLE_BYTES
+from nearfar.secure.frames import (
+    HEADER_BYTES,
+    MAX_UNFINISHED,
+    MAX_WHOLE_BYTES,
+    PIECE_RECORD_BYTES,
+    Pieces,
+    frame,
+)
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import BUCKET_BYTES, Shaping, padded_bytes
 
@@ -40,44 +47,52 @@ STRICT_RUN_TICKS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One message to send.
+class Traits:
+    """What the queue must know about a kind of message.
 
     Attributes:
-        parts: Its bytes; copied when it is put into the queue.
-        size_bytes: Their length together.
-        stream: Stream it belongs to; 0 for the connection.
         opens: It opens the stream: the receiver wants these in order.
         is_paced: `Token` or `Credit`: its size and time tell about an answer's text.
         ends: It is the last one of the stream.
         is_barrier: Must not overtake anything.
     """
 
-    parts: Sequence[Buffer]
-    size_bytes: int
-    stream: int = 0
     opens: bool = False
     is_paced: bool = False
     ends: bool = False
     is_barrier: bool = False
 
 
-class _Queued:
-    """An item whose bytes are laid out: one plaintext, or one for each piece.
+PLAIN = Traits()
 
-    Keeps nothing of the caller's arrays, which may change once a message was queued: a request
-    that was cancelled must not take what its app writes into the same array later.
+
+class Item(NamedTuple):
+    """One message to send.
+
+    Attributes:
+        parts: Its bytes; copied when it is put into the queue, but see `Outbox.put`.
+        size_bytes: Their length together.
+        stream: Stream it belongs to; 0 for the connection.
+        traits: What kind it is.
     """
 
-    __slots__ = ("is_barrier", "is_large", "opens", "plaintexts", "size_bytes", "stream")
+    parts: Sequence[Buffer]
+    size_bytes: int
+    stream: int = 0
+    traits: Traits = PLAIN
 
-    def __init__(self, item: Item, plaintexts: deque[Buffer]) -> None:
-        self.plaintexts = plaintexts
-        self.is_large = len(plaintexts) > 1
+
+class _Queued:
+    """A message in the queue: one plaintext, or the pieces of a long message."""
+
+    __slots__ = ("pieces", "plaintext", "size_bytes", "stream", "traits")
+
+    def __init__(self, item: Item, *, plaintext: bytes = b"", pieces: Pieces | None = None) -> None:
+        self.plaintext = plaintext
+        self.pieces = pieces
         self.size_bytes = item.size_bytes
         self.stream = item.stream
-        self.opens = item.opens
-        self.is_barrier = item.is_barrier
+        self.traits = item.traits
 
 
 class Outbox:
@@ -97,6 +112,7 @@ class Outbox:
         self._large: deque[_Queued] = deque()  # first piece gone; take turns
         self._under_way: list[_Queued] = []  # large, in _ready or _large
         self._held: deque[_Queued] = deque()  # must wait for something before them
+        self._borrowed: list[Pieces] = []
         self._next_tick_s: float | None = None
         # balanced
         self._answering: set[int] = set()  # streams whose first token was sent, or has come
@@ -111,18 +127,46 @@ class Outbox:
 
     # Putting in
 
-    def put(self, item: Item) -> int:
-        """Queue one message; returns the bytes that it will take on the wire."""
-        if self.shaping == "balanced" and self._is_paced(item):
-            self._backlog.append((item.stream, frames.frame(item.parts, item.size_bytes)))
-            if item.ends:
+    def put(self, item: Item, *, borrow: bool = False) -> int:
+        """Queue one message; returns the bytes that it will take on the wire.
+
+        Args:
+            item: The message.
+            borrow: Do not copy the parts of a long message yet: they must not change until it
+                has left, or until `own` was called.
+        """
+        shaping = self.shaping
+        if shaping == "balanced" and self._is_paced(item):
+            self._backlog.append((item.stream, frame(item.parts, item.size_bytes)))
+            if item.traits.ends:
                 self._has_end = True
                 self._answering.discard(item.stream)
             return HEADER_BYTES + item.size_bytes
-        queued = self._lay_out(item)
-        size_bytes = sum(len(one) + OVERHEAD_BYTES for one in queued.plaintexts)
-        self._enqueue(queued)
+        longest_bytes = (
+            STRICT_RECORD_BYTES - HEADER_BYTES if shaping == "strict" else MAX_WHOLE_BYTES
+        )
+        if item.size_bytes <= longest_bytes:
+            is_padded = shaping == "balanced"  # strict: when its record is put together
+            padded = padded_bytes(HEADER_BYTES + item.size_bytes) if is_padded else 0
+            plaintext = frame(item.parts, item.size_bytes, padded)
+            self._enqueue(_Queued(item, plaintext=plaintext))
+            return len(plaintext) + OVERHEAD_BYTES
+        pieces = self._cut(item)
+        size_bytes = pieces.left_bytes + pieces.count * OVERHEAD_BYTES
+        # Keeps nothing of the caller's arrays for long, which may change once a message was
+        # queued: a request that was cancelled must not take what its app writes there later.
+        if borrow:
+            self._borrowed.append(pieces)
+        else:
+            pieces.own()
+        self._enqueue(_Queued(item, pieces=pieces))
         return size_bytes
+
+    def own(self) -> None:
+        """Copy what is still borrowed."""
+        for pieces in self._borrowed:
+            pieces.own()
+        self._borrowed.clear()
 
     def answer_began(self, stream: int) -> None:
         """The first token of an answer came: what is said about it leaves on ticks from now on."""
@@ -138,10 +182,11 @@ class Outbox:
             self._backlog = deque(entry for entry in self._backlog if entry[0] != stream)
 
     def _is_paced(self, item: Item) -> bool:
-        if item.is_barrier:
+        traits = item.traits
+        if traits.is_barrier:
             self._release_backlog()
         elif item.stream in self._answering:
-            can_wait = item.is_paced or item.ends
+            can_wait = traits.is_paced or traits.ends
             if (
                 can_wait
                 and item.size_bytes <= MAX_WHOLE_BYTES
@@ -149,9 +194,9 @@ class Outbox:
             ):
                 return True
             self._release_backlog()
-            if item.ends:
+            if traits.ends:
                 self._answering.discard(item.stream)
-        elif item.is_paced:
+        elif traits.is_paced:
             self._answering.add(item.stream)  # the first leaves at once
             self._idle_ticks = 0
         return False
@@ -161,42 +206,33 @@ class Outbox:
             stream == other.stream for queue in (self._under_way, self._held) for other in queue
         )
 
-    def _lay_out(self, item: Item) -> _Queued:
-        if self.shaping == "strict":
-            longest_bytes, record_bytes = STRICT_RECORD_BYTES - HEADER_BYTES, STRICT_RECORD_BYTES
-        else:
-            longest_bytes, record_bytes = MAX_WHOLE_BYTES, frames.PIECE_RECORD_BYTES
-        if item.size_bytes <= longest_bytes:
-            is_padded = self.shaping == "balanced"  # strict: when its record is put together
-            padded = padded_bytes(HEADER_BYTES + item.size_bytes) if is_padded else 0
-            return _Queued(item, deque([frames.frame(item.parts, item.size_bytes, padded)]))
+    def _cut(self, item: Item) -> Pieces:
         self._number += 1
-        pieces = frames.cut(
+        return Pieces(
             item.parts,
             item.size_bytes,
             stream=item.stream,
             number=self._number,
-            record_bytes=record_bytes,
+            record_bytes=STRICT_RECORD_BYTES if self.shaping == "strict" else PIECE_RECORD_BYTES,
             pad=_PADS[self.shaping],
         )
-        return _Queued(item, deque(pieces))
 
     def _enqueue(self, queued: _Queued) -> None:
         if self._must_wait(queued):
             self._held.append(queued)
             return
-        if queued.is_large:
+        if queued.pieces is not None:
             self._under_way.append(queued)
         self._ready.append(queued)
 
     def _must_wait(self, queued: _Queued) -> bool:
         if not self._under_way and not self._held:
             return False
-        if queued.is_barrier or self._is_blocked(queued.stream):
+        if queued.traits.is_barrier or self._is_blocked(queued.stream):
             return True
-        if queued.opens and any(held.opens for held in self._held):
+        if queued.traits.opens and any(held.traits.opens for held in self._held):
             return True
-        return queued.is_large and (
+        return queued.pieces is not None and (
             len(self._under_way) >= MAX_UNFINISHED
             or sum(other.size_bytes for other in self._under_way) + queued.size_bytes
             > self.max_unfinished_bytes
@@ -233,10 +269,13 @@ class Outbox:
 
     def _pop(self, queue: deque[_Queued]) -> Buffer:
         queued = queue.popleft()
-        plaintext = queued.plaintexts.popleft()
-        if queued.plaintexts:
+        pieces = queued.pieces
+        if pieces is None:
+            return queued.plaintext
+        plaintext = pieces.take()
+        if pieces.count:
             self._large.append(queued)
-        elif queued.is_large:
+        else:
             self._under_way.remove(queued)
             held, self._held = self._held, deque()
             for other in held:
@@ -263,7 +302,7 @@ class Outbox:
             return None
         self._advance_tick(self._next_tick_s, now_s, self._batch_tick_s)
         self._idle_ticks = 0 if self._backlog else self._idle_ticks + 1
-        if self._has_end and sum(len(frame) for _, frame in self._backlog) <= max(
+        if self._has_end and sum(len(framed) for _, framed in self._backlog) <= max(
             END_BYTES, self._batch_bytes
         ):
             self._has_end = False
@@ -301,8 +340,8 @@ class Outbox:
 
     def _release_backlog(self) -> None:
         while self._backlog:
-            item = Item(parts=(), size_bytes=0)
-            self._ready.append(_Queued(item, deque([self._take_batch(MAX_BATCH_BYTES)])))
+            batch = self._take_batch(MAX_BATCH_BYTES)
+            self._ready.append(_Queued(Item((), 0), plaintext=batch))
 
     # strict: one record per tick, with or without something in it
 
@@ -330,9 +369,11 @@ class Outbox:
         if len(plaintext) == STRICT_RECORD_BYTES:
             return plaintext
         taken, left_bytes = [plaintext], STRICT_RECORD_BYTES - len(plaintext)
-        while self._ready and len(self._ready[0].plaintexts[0]) <= left_bytes:
+        while self._ready and (short := self._ready[0].plaintext):
+            if len(short) > left_bytes:
+                break
             taken.append(self._pop(self._ready))
-            left_bytes -= len(taken[-1])
+            left_bytes -= len(short)
         return b"".join((*taken, bytes(left_bytes)))
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 import numpy as np
 
@@ -135,6 +134,9 @@ CROSSINGS: frozenset[tuple[Role, State, type[Message]]] = frozenset(
     }
 )
 
+StreamMessage = Union[
+    ListModels, Models, Infer, Result, Generate, Token, Fin, Cancel, Credit, Error, Resume
+]
 #: Messages of the client that open a stream.
 OPENERS = (ListModels, Infer, Generate, Resume)
 _CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
@@ -186,8 +188,7 @@ class _Stream:
         self.count += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """One checked and encoded message.
 
     Attributes:
@@ -234,6 +235,20 @@ class Connection:
     def open_streams(self) -> tuple[int, ...]:
         """Streams that have not ended, in the order of opening."""
         return tuple(self._streams)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a stream is open."""
+        return bool(self._streams)
+
+    def is_open(self, stream: int) -> bool:
+        """Whether the stream was opened and has not ended."""
+        return stream in self._streams
+
+    @property
+    def has_outgoing(self) -> bool:
+        """Whether `take` has something to give."""
+        return bool(self._outgoing)
 
     @property
     def next_stream(self) -> int:
@@ -293,10 +308,10 @@ class Connection:
             LocalProtocolError: It is illegal now or too large; nothing changed.
             InvalidInput: A tensor cannot be sent.
         """
-        if isinstance(message, Pong):
+        if type(message) is Pong:
             raise LocalProtocolError("Pong is sent by the connection itself", field="Pong")
         self._send(message, tensors)
-        if isinstance(message, Ping):
+        if type(message) is Ping:
             self._pings_sent.add(message.id)
 
     def _send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> None:
@@ -401,18 +416,17 @@ class Connection:
             return None
         next_state = self._judge(self._peer, message)
         self._advance(message, next_state)
-        if isinstance(next_state, StreamState):
-            if isinstance(message, Token) and next_state in _CANCELLED_STATES:
-                return None
-        elif isinstance(message, Ping):
+        if type(message) is Token:
+            return None if next_state in _CANCELLED_STATES else (message, tensors)
+        if type(message) is Ping:
             self._send(Pong(id=message.id))
             return None
-        elif isinstance(message, Pong):
+        if type(message) is Pong:
             self._pings_sent.remove(message.id)
         return message, tensors
 
     def _is_crossing(self, message: Message) -> bool:
-        stream = getattr(message, "stream", 0)
+        stream: int = getattr(message, "stream", 0)
         if stream in self._streams or not 0 < stream <= MAX_STREAM:
             return False  # the usual case: an open stream is not over
         if self.role is Role.SERVER and stream > self._last_stream:
@@ -439,7 +453,11 @@ class Connection:
             raise _Violation(problem)
         stream: int = getattr(message, "stream", 0)
         kind = type(message)
-        state = self._stream_state(stream) if stream else self.state
+        entry = self._streams.get(stream)
+        if entry is not None:
+            state = entry.state
+        else:
+            state = self._stream_state(stream) if stream else self.state
         next_state = TRANSITIONS.get((sender, state, kind))
         if next_state is None:
             where = f"stream {stream}" if stream else "the connection"
@@ -447,10 +465,14 @@ class Connection:
                 f"{kind.__name__} is not allowed from the {sender.value} "
                 f"while {where} is {state.value}"
             )
-        if stream:
-            self._judge_stream(stream, message)
-        else:
+        if not stream:
             self._judge_connection(sender, message)
+        elif self.state is not ConnectionState.OPEN and self.state is not ConnectionState.DRAINING:
+            raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
+        elif entry is None:
+            self._judge_opener()
+        elif kind is not Result:
+            self._judge_stream(entry, message)  # type: ignore[arg-type]
         return next_state
 
     def _judge_connection(self, sender: Role, message: Message) -> None:
@@ -481,19 +503,17 @@ class Connection:
         if message.id not in self._pings_sent:
             raise _Violation("Pong answers no Ping")
 
-    def _judge_stream(self, stream: int, message: Message) -> None:
-        if self.state not in (ConnectionState.OPEN, ConnectionState.DRAINING):
-            raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
-        if isinstance(message, OPENERS):
-            if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
-                raise _Violation("the server is going away", "Open a new connection")
-            if len(self._streams) >= self._max_streams:
-                raise _Violation(
-                    f"{self._max_streams} streams are open already",
-                    "Wait until one ends (can_open tells)",
-                )
-            return
-        entry = self._streams[stream]
+    def _judge_opener(self) -> None:
+        if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
+            raise _Violation("the server is going away", "Open a new connection")
+        if len(self._streams) >= self._max_streams:
+            raise _Violation(
+                f"{self._max_streams} streams are open already",
+                "Wait until one ends (can_open tells)",
+            )
+
+    def _judge_stream(self, entry: _Stream, message: StreamMessage) -> None:
+        stream = message.stream
         if isinstance(message, Token):
             if message.index != entry.count:
                 raise _Violation(
@@ -519,9 +539,14 @@ class Connection:
     # Following
 
     def _advance(self, message: Message, next_state: State) -> None:
-        if isinstance(next_state, StreamState):
-            self._advance_stream(message.stream, message, next_state)  # type: ignore[union-attr]
-            return
+        if next_state is StreamState.ENDED:
+            del self._streams[message.stream]  # type: ignore[union-attr]
+        elif isinstance(next_state, ConnectionState):
+            self._advance_connection(message, next_state)
+        else:
+            self._advance_stream(message, next_state)  # type: ignore[arg-type]
+
+    def _advance_connection(self, message: Message, next_state: ConnectionState) -> None:
         self.state = next_state
         if isinstance(message, Ready):
             self._max_streams = min(self._limits.max_streams, message.max_streams)
@@ -531,19 +556,19 @@ class Connection:
             for stream in [s for s in self._streams if s > message.last_stream]:
                 del self._streams[stream]
 
-    def _advance_stream(self, stream: int, message: Message, next_state: StreamState) -> None:
-        if next_state is StreamState.ENDED:
-            del self._streams[stream]
-        elif isinstance(message, OPENERS):
-            credit = message.credit if isinstance(message, (Generate, Resume)) else 0
+    def _advance_stream(self, message: StreamMessage, next_state: StreamState) -> None:
+        stream = message.stream
+        entry = self._streams.get(stream)
+        if entry is None:
+            credit = getattr(message, "credit", 0)  # `Generate` and `Resume` have it
             resumed_at = message.next_index if isinstance(message, Resume) else None
             self._streams[stream] = _Stream(next_state, credit, resumed_at)
-            self._highest_stream = max(self._highest_stream, stream)
+            if stream > self._highest_stream:
+                self._highest_stream = stream
             self._arriving.discard(stream)
-        else:
-            entry = self._streams[stream]
-            entry.state = next_state
-            if isinstance(message, Token):
-                entry.add(message.text)
-            elif isinstance(message, Credit):
-                entry.credit += message.tokens
+            return
+        entry.state = next_state
+        if isinstance(message, Token):
+            entry.add(message.text)
+        elif isinstance(message, Credit):
+            entry.credit += message.tokens

@@ -181,7 +181,7 @@ LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
 )
 def test_messages_that_open_a_stream_are_queued_as_such(message: wire.Message, opens: bool) -> None:
     outgoing = Outgoing(message, [b""], 0)
-    assert item_of(outgoing).opens is opens
+    assert item_of(outgoing).traits.opens is opens
 
 
 def test_ping_and_short_request_overtake_a_long_one() -> None:

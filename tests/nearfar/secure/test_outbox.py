@@ -13,6 +13,7 @@ from nearfar.secure.outbox import (
     STRICT_TICK_S,
     Item,
     Outbox,
+    Traits,
 )
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import BUCKET_BYTES, Shaping
@@ -24,7 +25,7 @@ LARGE = MAX_WHOLE_BYTES * 3
 def item(name: str, stream: int = 0, size_bytes: int = 0, **flags: bool) -> Item:
     """A message that begins with its name."""
     data = name.encode().ljust(size_bytes, b".")
-    return Item(parts=[data], size_bytes=len(data), stream=stream, **flags)
+    return Item([data], len(data), stream, Traits(**flags))
 
 
 def outbox(shaping: Shaping = "off") -> Outbox:
@@ -39,6 +40,7 @@ class Reader:
     def __init__(self) -> None:
         self._assembler = Assembler()
         self.names: list[str] = []
+        self.messages: list[bytes] = []
         self.announced: list[int] = []
         self.announced_before: dict[str, int] = {}
         self.sizes: list[int] = []
@@ -47,6 +49,7 @@ class Reader:
         self.sizes.append(len(plaintext))
         for one in self._assembler.feed(bytes(plaintext), max_message_bytes=LIMIT):
             if one.message is not None:
+                self.messages.append(bytes(one.message))
                 self.names.append(bytes(one.message[:16]).decode().rstrip("."))
                 self.announced_before[self.names[-1]] = len(self.announced)
             elif one.announced_stream is not None:
@@ -132,6 +135,20 @@ def test_callers_array_may_change_after_it_was_queued() -> None:
     box.put(Item(parts=[memoryview(data)], size_bytes=LARGE, stream=1))
     data[:6] = b"after!"
     assert Reader().drain(box).names == ["before"]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_borrowed_array_may_change_once_it_is_owned(taken: int) -> None:
+    box, data = outbox(), bytearray(b"before".ljust(LARGE, b"."))
+    box.put(Item([memoryview(data)], LARGE, 1), borrow=True)
+    gone = [box.next(None) for _ in range(taken)]
+    box.own()
+    data[:] = bytes(LARGE)
+    reader = Reader()
+    for plaintext in gone:
+        assert plaintext is not None
+        reader.read(plaintext)
+    assert reader.drain(box).messages == [b"before".ljust(LARGE, b".")]
 
 
 SHAPINGS: list[Shaping] = ["off", "balanced", "strict"]
