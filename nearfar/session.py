@@ -52,11 +52,11 @@ from nearfar.secure.handshake import (
 )
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
-from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Item, Outbox, Traits
+from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Outbox, Traits
 from nearfar.secure.records import RecordOpener, RecordSealer
 from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
 from nearfar.wire.codec import encode
-from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Outgoing, Role
+from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
     Auth,
@@ -66,7 +66,6 @@ from nearfar.wire.messages import (
     GoAway,
     Message,
     Ready,
-    Result,
     Token,
 )
 
@@ -103,19 +102,13 @@ def _max_record_bytes(max_message_bytes: int) -> int:
     return longest_bytes + records.OVERHEAD_BYTES
 
 
-_TRAITS: dict[type[Message], Traits] = {
+#: What the queue must know about a message; nothing of its contents.
+TRAITS: dict[type[Message], Traits] = {
     **dict.fromkeys(OPENERS, Traits(opens=True)),
     **dict.fromkeys((Token, Credit), Traits(is_paced=True)),
     **dict.fromkeys((Fin, Error), Traits(ends=True)),
     GoAway: Traits(is_barrier=True),
 }
-
-
-def item_of(outgoing: Outgoing) -> Item:
-    """What the queue must know about a message; nothing of its contents."""
-    message, parts, size_bytes = outgoing
-    stream: int = getattr(message, "stream", 0)
-    return Item(parts, size_bytes, stream, _TRAITS.get(type(message), PLAIN))
 
 
 class _Session(abc.ABC):
@@ -205,7 +198,8 @@ class _Session(abc.ABC):
                 self._count_reply()
             if incoming is not None:
                 message, tensors = incoming
-                self._heed(message)
+                if type(message) in self._heeded:
+                    self._heed(message)
                 received.append(Received(message, tensors, size_bytes))
         return received
 
@@ -217,6 +211,9 @@ class _Session(abc.ABC):
                 "reading the answers",
                 fix="Ping once at a time",
             )
+
+    #: What `_heed` is asked about; most messages say nothing about the session.
+    _heeded: tuple[type[Message], ...]
 
     @abc.abstractmethod
     def _heed(self, message: Message) -> None:
@@ -239,12 +236,30 @@ class _Session(abc.ABC):
         if self._outgoing:
             return self._outgoing.popleft()
         if self._sealer is not None:
-            plaintext = self._outbox.next(now_s, is_busy=self._connection.is_busy, bulk=bulk)
+            outbox = self._outbox
+            is_busy = outbox.shaping == "strict" and self._connection.is_busy
+            plaintext = outbox.next(now_s, is_busy=is_busy, bulk=bulk)
             if plaintext is not None:
                 return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
         if not self._outbox.has_ready:
             self._unsent_replies = 0
         return None
+
+    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> list[bytes | bytearray]:
+        """Several at once: as many as may leave now, until they are that long together."""
+        records: list[bytes | bytearray] = []
+        while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
+            records.append(record)
+            at_most_bytes -= len(record)
+            if self.is_quiet:
+                self._unsent_replies = 0
+                break
+        return records
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing will leave before the next `receive`, `send` or `close`."""
+        return self._outbox.is_idle and not self._outgoing
 
     def data_to_send(self, now_s: float | None = None) -> list[bytes | bytearray]:
         """All websocket binary messages that may leave now, in order: `next_to_send` until `None`.
@@ -265,14 +280,11 @@ class _Session(abc.ABC):
         """Copy what `send` borrowed and what has not left: from now on its arrays may change."""
         self._outbox.own()
 
-    def _flush_connection(self, *, borrow: bool = False) -> int:
-        """Queue what the connection has for the peer; returns the size on the wire in bytes."""
-        outbox = self._outbox
-        outbox.max_unfinished_bytes = self._connection.max_message_bytes
-        size_bytes = 0
-        for outgoing in self._connection.take():
-            size_bytes += outbox.put(item_of(outgoing), borrow=borrow)
-        return size_bytes
+    def _flush_connection(self) -> None:
+        """Queue what the connection itself has for the peer."""
+        for message, parts, size_bytes in self._connection.take():
+            traits = TRAITS.get(type(message), PLAIN)
+            self._outbox.put(parts, size_bytes, getattr(message, "stream", 0), traits)
 
     def _seal_all(self) -> None:
         """Seal what was queued, but no pieces: nobody waits for the rest of a long message."""
@@ -306,18 +318,23 @@ class _Session(abc.ABC):
                 the session goes on.
             InvalidInput: A tensor's dtype cannot be sent; likewise.
         """
-        if self.is_closed:
+        connection = self._connection
+        if self._sealer is None or connection.state is ConnectionState.CLOSED:
+            name = type(message).__name__
+            if self.is_closed:
+                raise LocalProtocolError(
+                    f"{name} cannot be sent: the session is closed",
+                    fix="Check is_closed, and connect again",
+                )
             raise LocalProtocolError(
-                f"{type(message).__name__} cannot be sent: the session is closed",
-                fix="Check is_closed, and connect again",
+                f"{name} cannot be sent before the handshake is over", fix="Wait until is_ready"
             )
-        if self._sealer is None:
-            raise LocalProtocolError(
-                f"{type(message).__name__} cannot be sent before the handshake is over",
-                fix="Wait until is_ready",
-            )
-        self._connection.send(message, tensors)
-        return self._flush_connection(borrow=borrow)
+        parts, size_bytes = connection.prepare(message, tensors)
+        outbox = self._outbox
+        outbox.max_unfinished_bytes = connection.max_message_bytes
+        traits = TRAITS.get(type(message), PLAIN)
+        stream: int = getattr(message, "stream", 0)
+        return outbox.put(parts, size_bytes, stream, traits, borrow=borrow)
 
     def close(self, problem: NearfarError | None = None) -> None:
         """End the session at once; open streams are abandoned.
@@ -477,9 +494,9 @@ class ClientSession(_Session):
         """What the server's evidence showed; `None` without a verifier."""
         return self._handshake.attested
 
+    _heeded = (Token, Fin, Error, Ready)
+
     def _heed(self, message: Message) -> None:
-        if type(message) is Result:
-            return  # by far the most frequent, and says nothing about the session
         if isinstance(message, Ready):
             if LEVELS.index(message.shaping) < LEVELS.index(self._shaping):
                 raise SecurityError(
@@ -537,6 +554,8 @@ class ServerSession(_Session):
         self._outgoing.append(welcome)
         self._install(secrets.server_traffic, secrets.client_traffic, secrets.suite)
         self.exporter = secrets.exporter
+
+    _heeded = (Auth,)
 
     def _heed(self, message: Message) -> None:
         if isinstance(message, Auth):

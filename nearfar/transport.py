@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from nearfar.wire.messages import Message
 
 #: Sealed at once and given to the socket together.
-_BATCH_BYTES = 64 * 1024
-#: Written without letting the event loop do something else: some 2 ms.
-_TURN_BYTES = 2**20
+_BATCH_BYTES = 256 * 1024
+#: Batches written without letting the event loop do something else: some 2 ms.
+_TURN_BATCHES = 4
 #: A message in pieces may take that much longer than the limit: half of what a 2G modem does.
 _SLOWEST_BYTES_PER_S = 8 * 1024
 
@@ -131,7 +131,7 @@ class Transport:
 
     def flush(self) -> None:
         """Write what the session has for now, and come back when it says so."""
-        if self._is_closed:
+        if self._is_closed or (self._due_s is None and self._session.is_quiet):
             return
         has_more = self._write(time.monotonic())
         self._session.own_borrowed()
@@ -162,22 +162,17 @@ class Transport:
     def _write(self, now_s: float | None) -> bool:
         """Write while the other end reads; whether it was stopped to let others have a turn."""
         session, websocket = self._session, self._websocket
-        records: list[bytes | bytearray] = []
-        batch_bytes = turn_bytes = 0
-        while websocket.is_writable and turn_bytes < _TURN_BYTES:
-            record = session.next_to_send(now_s)
-            if record is None:
-                break
-            records.append(record)
-            batch_bytes += len(record)
-            if batch_bytes >= _BATCH_BYTES:
+        turns = 0
+        while websocket.is_writable:
+            records = session.records_to_send(now_s, _BATCH_BYTES)
+            if records:
                 websocket.write(records)
-                records = []
-                turn_bytes += batch_bytes
-                batch_bytes = 0
-        if records:
-            websocket.write(records)
-        return turn_bytes >= _TURN_BYTES
+            if session.is_quiet or not records:
+                break
+            turns += 1
+            if turns == _TURN_BATCHES:
+                return True
+        return False
 
     # Called by the websocket (`nearfar.websocket.Listener`)
 
@@ -206,6 +201,8 @@ class Transport:
         self._fragments.end()
 
     def batch_ended(self) -> None:
+        if not self._in_batch:
+            return  # no message has ended
         self._in_batch = False
         oldest = self._session.oldest_unfinished
         if oldest != self._oldest:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from nearfar.secure.frames import (
     HEADER_BYTES,
@@ -66,33 +65,15 @@ class Traits:
 PLAIN = Traits()
 
 
-class Item(NamedTuple):
-    """One message to send.
-
-    Attributes:
-        parts: Its bytes; copied when it is put into the queue, but see `Outbox.put`.
-        size_bytes: Their length together.
-        stream: Stream it belongs to; 0 for the connection.
-        traits: What kind it is.
-    """
-
-    parts: Sequence[Buffer]
-    size_bytes: int
-    stream: int = 0
-    traits: Traits = PLAIN
-
-
+@dataclass(eq=False, slots=True)
 class _Queued:
     """A message in the queue: one plaintext, or the pieces of a long message."""
 
-    __slots__ = ("pieces", "plaintext", "size_bytes", "stream", "traits")
-
-    def __init__(self, item: Item, *, plaintext: bytes = b"", pieces: Pieces | None = None) -> None:
-        self.plaintext = plaintext
-        self.pieces = pieces
-        self.size_bytes = item.size_bytes
-        self.stream = item.stream
-        self.traits = item.traits
+    size_bytes: int
+    stream: int
+    traits: Traits
+    plaintext: bytes = b""
+    pieces: Pieces | None = None
 
 
 class Outbox:
@@ -108,7 +89,8 @@ class Outbox:
         self._batch_tick_s = BALANCED_TICK_S
         self.max_unfinished_bytes = 0
         self._number = 0
-        self._ready: deque[_Queued] = deque()  # in order, before all pieces but first ones
+        # in order, before all pieces but first ones; what nothing can stop is a mere plaintext
+        self._ready: deque[bytes | _Queued] = deque()
         self._large: deque[_Queued] = deque()  # first piece gone; take turns
         self._under_way: list[_Queued] = []  # large, in _ready or _large
         self._held: deque[_Queued] = deque()  # must wait for something before them
@@ -127,40 +109,55 @@ class Outbox:
 
     # Putting in
 
-    def put(self, item: Item, *, borrow: bool = False) -> int:
+    def put(
+        self,
+        parts: Sequence[Buffer],
+        size_bytes: int,
+        stream: int = 0,
+        traits: Traits = PLAIN,
+        *,
+        borrow: bool = False,
+    ) -> int:
         """Queue one message; returns the bytes that it will take on the wire.
 
         Args:
-            item: The message.
+            parts: Its bytes.
+            size_bytes: Their length together.
+            stream: Stream it belongs to; 0 for the connection.
+            traits: What kind it is.
             borrow: Do not copy the parts of a long message yet: they must not change until it
                 has left, or until `own` was called.
         """
         shaping = self.shaping
-        if shaping == "balanced" and self._is_paced(item):
-            self._backlog.append((item.stream, frame(item.parts, item.size_bytes)))
-            if item.traits.ends:
-                self._has_end = True
-                self._answering.discard(item.stream)
-            return HEADER_BYTES + item.size_bytes
-        longest_bytes = (
-            STRICT_RECORD_BYTES - HEADER_BYTES if shaping == "strict" else MAX_WHOLE_BYTES
-        )
-        if item.size_bytes <= longest_bytes:
-            is_padded = shaping == "balanced"  # strict: when its record is put together
-            padded = padded_bytes(HEADER_BYTES + item.size_bytes) if is_padded else 0
-            plaintext = frame(item.parts, item.size_bytes, padded)
-            self._enqueue(_Queued(item, plaintext=plaintext))
+        padded = 0
+        longest_bytes = MAX_WHOLE_BYTES
+        if shaping == "balanced":
+            if self._is_paced(size_bytes, stream, traits):
+                self._backlog.append((stream, frame(parts, size_bytes)))
+                if traits.ends:
+                    self._has_end = True
+                    self._answering.discard(stream)
+                return HEADER_BYTES + size_bytes
+            padded = padded_bytes(HEADER_BYTES + size_bytes)
+        elif shaping == "strict":  # padded when its record is put together
+            longest_bytes = STRICT_RECORD_BYTES - HEADER_BYTES
+        if size_bytes <= longest_bytes:
+            plaintext = frame(parts, size_bytes, padded)
+            if self._under_way or self._held:
+                self._enqueue(_Queued(size_bytes, stream, traits, plaintext=plaintext))
+            else:
+                self._ready.append(plaintext)
             return len(plaintext) + OVERHEAD_BYTES
-        pieces = self._cut(item)
-        size_bytes = pieces.left_bytes + pieces.count * OVERHEAD_BYTES
+        pieces = self._cut(parts, size_bytes, stream)
+        sealed_bytes = pieces.left_bytes + pieces.count * OVERHEAD_BYTES
         # Keeps nothing of the caller's arrays for long, which may change once a message was
         # queued: a request that was cancelled must not take what its app writes there later.
         if borrow:
             self._borrowed.append(pieces)
         else:
             pieces.own()
-        self._enqueue(_Queued(item, pieces=pieces))
-        return size_bytes
+        self._enqueue(_Queued(size_bytes, stream, traits, pieces=pieces))
+        return sealed_bytes
 
     def own(self) -> None:
         """Copy what is still borrowed."""
@@ -181,23 +178,18 @@ class Outbox:
             self._answering.discard(stream)
             self._backlog = deque(entry for entry in self._backlog if entry[0] != stream)
 
-    def _is_paced(self, item: Item) -> bool:
-        traits = item.traits
+    def _is_paced(self, size_bytes: int, stream: int, traits: Traits) -> bool:
         if traits.is_barrier:
             self._release_backlog()
-        elif item.stream in self._answering:
+        elif stream in self._answering:
             can_wait = traits.is_paced or traits.ends
-            if (
-                can_wait
-                and item.size_bytes <= MAX_WHOLE_BYTES
-                and not self._is_blocked(item.stream)
-            ):
+            if can_wait and size_bytes <= MAX_WHOLE_BYTES and not self._is_blocked(stream):
                 return True
             self._release_backlog()
             if traits.ends:
-                self._answering.discard(item.stream)
+                self._answering.discard(stream)
         elif traits.is_paced:
-            self._answering.add(item.stream)  # the first leaves at once
+            self._answering.add(stream)  # the first leaves at once
             self._idle_ticks = 0
         return False
 
@@ -206,12 +198,12 @@ class Outbox:
             stream == other.stream for queue in (self._under_way, self._held) for other in queue
         )
 
-    def _cut(self, item: Item) -> Pieces:
+    def _cut(self, parts: Sequence[Buffer], size_bytes: int, stream: int) -> Pieces:
         self._number += 1
         return Pieces(
-            item.parts,
-            item.size_bytes,
-            stream=item.stream,
+            parts,
+            size_bytes,
+            stream=stream,
             number=self._number,
             record_bytes=STRICT_RECORD_BYTES if self.shaping == "strict" else PIECE_RECORD_BYTES,
             pad=_PADS[self.shaping],
@@ -241,6 +233,11 @@ class Outbox:
     # Taking out
 
     @property
+    def is_idle(self) -> bool:
+        """Whether `next` would give nothing, now and until the next `put`."""
+        return not (self._ready or self._large or self.shaping != "off")
+
+    @property
     def has_ready(self) -> bool:
         """Whether short messages wait, for whatever reason."""
         return bool(self._ready or self._backlog)
@@ -262,13 +259,30 @@ class Outbox:
         if self.shaping == "strict":
             return self._next_strict(now_s, is_busy=is_busy)
         if self._ready:
-            return self._pop(self._ready)
+            plaintext = self._pop(self._ready)
+            if self._ready and self.shaping == "off":
+                return self._join_ready(plaintext)
+            return plaintext
         if self.shaping == "balanced" and (batch := self._next_batch(now_s)) is not None:
             return batch
         return self._pop(self._large) if bulk and self._large else None
 
-    def _pop(self, queue: deque[_Queued]) -> Buffer:
+    def _join_ready(self, first: bytes) -> bytes:
+        """Short messages share a record: each record costs both ends more than its bytes do."""
+        taken, size_bytes = [first], len(first)
+        while self._ready:
+            found = self._ready[0]
+            if not isinstance(found, bytes) or size_bytes + len(found) > PIECE_RECORD_BYTES:
+                break
+            taken.append(found)
+            size_bytes += len(found)
+            self._ready.popleft()
+        return b"".join(taken)
+
+    def _pop(self, queue: deque[bytes | _Queued] | deque[_Queued]) -> bytes:
         queued = queue.popleft()
+        if isinstance(queued, bytes):
+            return queued
         pieces = queued.pieces
         if pieces is None:
             return queued.plaintext
@@ -340,8 +354,7 @@ class Outbox:
 
     def _release_backlog(self) -> None:
         while self._backlog:
-            batch = self._take_batch(MAX_BATCH_BYTES)
-            self._ready.append(_Queued(Item((), 0), plaintext=batch))
+            self._ready.append(self._take_batch(MAX_BATCH_BYTES))
 
     # strict: one record per tick, with or without something in it
 
@@ -369,8 +382,10 @@ class Outbox:
         if len(plaintext) == STRICT_RECORD_BYTES:
             return plaintext
         taken, left_bytes = [plaintext], STRICT_RECORD_BYTES - len(plaintext)
-        while self._ready and (short := self._ready[0].plaintext):
-            if len(short) > left_bytes:
+        while self._ready:
+            first = self._ready[0]
+            short = first if isinstance(first, bytes) else first.plaintext
+            if not short or len(short) > left_bytes:
                 break
             taken.append(self._pop(self._ready))
             left_bytes -= len(short)

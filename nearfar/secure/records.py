@@ -139,10 +139,14 @@ class RecordSealer:
         """
         size_bytes = len(plaintext)
         epoch = self._epoch
-        if self._has_aged(now_s) or not epoch.has_room(size_bytes, self._limits):
+        began_s = self._epoch_began_s
+        has_aged = (
+            now_s is not None and began_s is not None and now_s - began_s >= self._limits.age_s
+        )
+        if has_aged or not epoch.has_room(size_bytes, self._limits):
             epoch = self._epoch = epoch.next()
-            self._epoch_began_s = None
-        if self._epoch_began_s is None:
+            began_s = None
+        if began_s is None:
             self._epoch_began_s = now_s
         sequence = self._sequence
         header = _HEADER.pack(record_type, epoch.number, sequence)
@@ -159,10 +163,6 @@ class RecordSealer:
         epoch.size_bytes += size_bytes
         self._sequence = sequence + 1
         return record
-
-    def _has_aged(self, now_s: float | None) -> bool:
-        began_s = self._epoch_began_s
-        return now_s is not None and began_s is not None and now_s - began_s >= self._limits.age_s
 
 
 class RecordOpener:
