@@ -5,9 +5,9 @@ sixty Python calls, for each message. A session answers at once and never waits,
 shells take the frames where asyncio reads them, and write records where they are sealed.
 
 Of the websocket protocol only its simplest case is handled here, and nearly all messages are it: a
-whole binary message in one frame (RFC 6455, section 5.2) that came in one piece, which the library
-builds and reads with another fifty calls. Everything else stays the library's: its handshake,
-fragments, frames in parts, masks and opcodes that are wrong, keepalive, closing.
+whole binary message in one frame (RFC 6455, section 5.2), which the library builds and reads with
+another fifty calls. Everything else stays the library's: handshake, fragments, very long frames,
+masks and opcodes that are wrong, keepalive, closing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _MASKED, _LENGTH = 0x80, 0x7F
 _LENGTH_16, _LENGTH_64 = 126, 127
 _MASK_BYTES = 4
 _HEAD_16, _HEAD_64 = struct.Struct("!BBH"), struct.Struct("!BBQ")
+#: Longer frames are the library's to refuse or to collect.
+_MAX_LENGTH = 128 * 1024
 #: The longest head of a frame.
 _HEAD_BYTES = _HEAD_64.size + _MASK_BYTES
 
@@ -140,6 +142,8 @@ class DirectConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._early: list[Frame] = []  # what came before `listen`
+        self._begun: list[bytes] = []  # a whole binary message of which the end is missing
+        self._missing_bytes = 0
         self._masks = self.protocol.side is Side.CLIENT
         self.protocol.reader.__class__ = _Reader  # its parser holds the object already
         super().connection_made(transport)
@@ -149,6 +153,13 @@ class DirectConnection(Connection):
         if listener is None:
             super().data_received(data)
             return
+        if self._begun:
+            self._begun.append(data)
+            self._missing_bytes -= len(data)
+            if self._missing_bytes > 0:
+                return
+            data = b"".join(self._begun)
+            self._begun.clear()
         if self._is_between_frames:
             data = self._take_whole(listener, data)
         if data:
@@ -179,8 +190,12 @@ class DirectConnection(Connection):
             if is_masked:
                 start += _MASK_BYTES
             end = start + length
-            if end > total or (second >= _MASKED) is not is_masked:
+            if (second >= _MASKED) is not is_masked or length > _MAX_LENGTH:
                 break
+            if end > total:
+                self._begun.append(data[position:])
+                self._missing_bytes = end - total
+                return b""
             message = data[start:end]
             if is_masked:
                 message = apply_mask(message, data[start - _MASK_BYTES : start])
