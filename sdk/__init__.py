@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdk.aio import AsyncClient
     from sdk.client import Client
     from sdk.config import CloudConfig, Config, load_config
+    from sdk.jobs import AsyncJob, GenerateResult, Job, JobsConfig
     from sdk.policy import Policy, load_policy, parse_policy
     from sdk.results import (
         Chunk,
@@ -62,6 +63,7 @@ _MODULE_OF = {
     "AsyncClient": "sdk.aio",
     "Client": "sdk.client",
     **dict.fromkeys(("CloudConfig", "Config", "load_config"), "sdk.config"),
+    **dict.fromkeys(("AsyncJob", "GenerateResult", "Job", "JobsConfig"), "sdk.jobs"),
     **dict.fromkeys(("Policy", "load_policy", "parse_policy"), "sdk.policy"),
     **dict.fromkeys(
         (
@@ -77,6 +79,7 @@ _MODULE_OF = {
 __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
+    "AsyncJob",
     "BundleError",
     "Cancelled",
     "ChatMessage",
@@ -90,9 +93,12 @@ __all__ = [
     "DeadlineExceeded",
     "EmbedResult",
     "EngineError",
+    "GenerateResult",
     "GenerationStream",
     "InferResult",
     "InvalidInput",
+    "Job",
+    "JobsConfig",
     "ModelInfo",
     "ModelNotFound",
     "NearfarError",

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from sdk.jobs.desk import Desk
+    from sdk.jobs.handles import AsyncJob
+    from sdk.jobs.runner import AsyncRunner
     from sdk.requests import Request
     from sdk.routing import RouteDecision
 
@@ -59,6 +62,8 @@ class AsyncClient(Calls):
 
     _workers: ThreadPoolExecutor | None = None
     _owner: asyncio.AbstractEventLoop | None = None
+    _opening: asyncio.Task[Desk] | None = None
+    _runner: AsyncRunner | None = None
 
     @classmethod
     def from_config(cls, path: str | Path, **arguments: Any) -> AsyncClient:
@@ -130,6 +135,70 @@ class AsyncClient(Calls):
         await self._prepare()
         return self._core.explain(request)
 
+    async def submit(
+        self,
+        model: str,
+        *,
+        deferrable: bool = False,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str] | ChatMessage] | None = None,
+        texts: Sequence[str] | None = None,
+        data: bytes | str | Path | None = None,
+        feeds: Mapping[str, np.ndarray] | None = None,
+        top_k: int = 1,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncJob:
+        """As `Client.submit`."""
+        from sdk.jobs.handles import AsyncJob
+
+        inputs = {
+            "prompt": prompt, "messages": messages, "texts": texts, "data": data, "feeds": feeds,
+        }  # fmt: skip
+        request, deadline_ms = self._job_request(model, top_k, options, inputs)
+        await self._prepare()
+        runner = await self._jobs()
+        job_id = await asyncio.to_thread(
+            runner.desk.submit, request, deferrable=deferrable, deadline_ms=deadline_ms
+        )
+        runner.start()
+        return AsyncJob(runner.desk, job_id)
+
+    async def jobs(self) -> tuple[AsyncJob, ...]:
+        """As `Client.jobs`."""
+        from sdk.jobs.handles import AsyncJob
+
+        runner = await self._jobs()
+        runner.start()
+        infos = await asyncio.to_thread(runner.desk.store.list)
+        return tuple(AsyncJob(runner.desk, info.id) for info in infos)
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """As `Client.job`."""
+        from sdk.jobs.desk import no_such_job
+        from sdk.jobs.handles import AsyncJob
+
+        runner = await self._jobs()
+        runner.start()
+        if await asyncio.to_thread(runner.desk.store.status, job_id) is None:
+            raise no_such_job(job_id)
+        return AsyncJob(runner.desk, job_id)
+
+    async def _jobs(self) -> AsyncRunner:
+        from sdk.jobs.runner import AsyncRunner
+
+        self._own_loop()
+        if self._opening is None:
+            # One task for all who come meanwhile: a queue that is opened twice is run once only.
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._desk))
+        try:
+            desk = await asyncio.shield(self._opening)
+        except NearfarError:
+            self._opening = None
+            raise
+        if self._runner is None:
+            self._runner = AsyncRunner(self, desk)
+        return self._runner
+
     async def models(self, *, refresh: bool = False) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         await self._prepare()
@@ -156,6 +225,9 @@ class AsyncClient(Calls):
         if not self._is_closed:
             self._known.save()
         self._is_closed = True
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.close()
         if self._link is not None:
             await self._link.close()
         workers, self._workers = self._workers, None

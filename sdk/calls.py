@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from nearfar.engines.base import SessionOptions
     from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
+    from sdk.jobs.config import JobsConfig
+    from sdk.jobs.desk import Desk
     from sdk.routing.types import Mode, Objective
 
 
@@ -88,6 +90,7 @@ class Calls:
     Args:
         config: What a `nearfar.toml` says, or the path of one.
         models: Directory of bundles; overrides the configuration.
+        jobs: Where jobs wait (see `submit`); overrides the configuration.
         cloud: The cloud runtime; overrides the configuration.
         policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
             any, everything stays on the device.
@@ -119,6 +122,7 @@ class Calls:
         deadline_ms: float | None = None,
         edge: bool = True,
         edge_options: SessionOptions | None = None,
+        jobs: JobsConfig | None = None,
     ) -> None:
         if config is None:
             config = Config()
@@ -154,6 +158,7 @@ class Calls:
         if self._link is not None:
             self._link.on_round_trip = known.observe_round_trip
         self._known = known
+        self._jobs_config = jobs or config.jobs
         self._plans = Plans(known)
         self._usual = self._settings(deadline_ms=math.inf)
         self._core = Core(
@@ -278,11 +283,12 @@ class Calls:
         data: bytes | str | Path | None,
         feeds: Mapping[str, np.ndarray] | None,
         options: GenerateOptions,
+        top_k: int = 1,
     ) -> Request:
         given = [x for x in (prompt, messages, texts, data, feeds) if x is not None]
         if len(given) != 1:
             raise InvalidInput(
-                f"explain() got {len(given)} inputs",
+                f"There are {len(given)} inputs",
                 field="prompt",
                 fix="Give exactly one of prompt, messages, texts, data, feeds",
             )
@@ -295,9 +301,35 @@ class Calls:
         if texts is not None:
             return self._embed_request(model, texts, common)
         if data is not None:
-            return self._classify_request(model, data, 1, common)
+            return self._classify_request(model, data, top_k, common)
         assert feeds is not None
         return self._infer_request(model, feeds, common)
+
+    def _desk(self) -> Desk:
+        """The way to the queue of jobs, opened."""
+        self._refuse_if_closed()
+        if self._jobs_config is None:
+            raise ConfigError(
+                "This client has no queue of jobs",
+                field="jobs",
+                fix='Add a [jobs] section with file = "…", or give jobs=JobsConfig(file=…)',
+            )
+        from sdk.jobs.desk import Desk
+
+        return Desk(self._jobs_config, self._core)
+
+    def _job_request(
+        self, model: str, top_k: int, options: Any, inputs: Mapping[str, Any]
+    ) -> tuple[Request, float | None]:
+        """A request to be kept, and its time for each attempt: the configured default is not meant
+        for what may wait."""
+        options = dict(options)
+        deadline_ms = options.pop("deadline_ms", None)
+        if not Deadline.after_ms(deadline_ms).is_set:
+            deadline_ms = None
+        options["deadline_ms"] = math.inf
+        request = self._explain_request(model, options=options, top_k=top_k, **inputs)
+        return request, deadline_ms
 
     # -- outputs to results ----------------------------------------------------------------------
 
@@ -325,6 +357,12 @@ class Calls:
         top = top_labels(scores[0], done.manifest.labels, done.request.top_k)
         label, score = top[0]
         return ClassifyResult(label=label, score=score, top=tuple(top), **_facts(done))
+
+    def _result(self, done: Completed) -> InferResult | EmbedResult | ClassifyResult:
+        method = done.request.method
+        if method == "infer":
+            return self._infer_result(done)
+        return self._embed_result(done) if method == "embed" else self._classify_result(done)
 
     def _models(self) -> tuple[ModelInfo, ...]:
         return self._known.models()

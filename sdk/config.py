@@ -25,13 +25,14 @@ from sdk.toml_table import Table, parse_toml, read_text, suggestion
 if TYPE_CHECKING:
     from nearfar.secure.attestation import Verifier
     from nearfar.secure.identity import Pin
+    from sdk.jobs.config import JobsConfig
 
 logger = logging.getLogger(__name__)
 
 # RFC 7518 tokens and API keys are far shorter; a larger file is not a key.
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
-_TOP_KEYS = ("models", "cloud", "routing", "policy")
+_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs")
 _ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
@@ -293,6 +294,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         policy_file: Policy; `None` keeps everything on the device.
         default_sensitivity: Class of requests that state none; `None` takes the policy's strictest.
         source: File it came from, for messages.
+        jobs: Where jobs wait; `None` for no queue.
     """
 
     models_store: Path | None = None
@@ -302,6 +304,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     policy_file: Path | None = None
     default_sensitivity: str | None = None
     source: str = "configuration"
+    jobs: JobsConfig | None = None
 
     @property
     def cloud(self) -> CloudConfig | None:
@@ -346,7 +349,17 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
             "default_sensitivity", max_length=24, fix="Name one of the policy's classes"
         ),
         source=source,
+        jobs=_jobs(top, base),
     )
+
+
+def _jobs(top: Table, base: Path) -> JobsConfig | None:
+    if not top.has("jobs"):
+        return None
+    from sdk.jobs.config import KEYS, parse_jobs
+
+    table = top.table("jobs", known=KEYS)
+    return parse_jobs(table, lambda key: _path(table, key, base, must_exist=False))
 
 
 def _clouds(top: Table, base: Path) -> dict[str, CloudConfig]:

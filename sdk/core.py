@@ -7,7 +7,6 @@ and repair alike, and all of it can be tested without a socket.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
 from sdk.knowledge import Knowledge
 from sdk.policy import Policy, RequestFacts, Verdict, evaluate
-from sdk.requests import Request, check
+from sdk.requests import Request, check, request_id_of
 from sdk.results import Route, RouteName
 from sdk.routing import Attempt, DecisionInputs, Outcome, RouteDecision, attempts, decide
 from sdk.routing.types import CONFIDENCE
@@ -133,7 +132,7 @@ class Core:
         permits.append(permit)
         # Asked for again under the same id, it is computed once; another variant is another.
         variant = self.known.variant_wanted(request)
-        request_id = ids.setdefault(variant, os.urandom(16))
+        request_id = ids.setdefault(variant, request_id_of(request, variant))
         with self.known.under_way(request, attempt) as ticket, self.known.guarded():
             answer = yield RunThere(request, permit, offer, variant, request_id)
         self.known.learn(request, "cloud", answer, ticket)
