@@ -238,6 +238,8 @@ class AsyncClient(Calls):
             workers.shutdown()
         if self._edge is not None:
             self._edge.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sdk.edge import EdgeRoute
     from sdk.jobs.config import JobsConfig
     from sdk.jobs.desk import Desk
+    from sdk.records.ring import Recorder
     from sdk.routing.types import Mode, Objective
 
 
@@ -108,6 +109,7 @@ class Calls:
     """
 
     _is_closed = False
+    _recorder: Recorder | None = None
 
     def __init__(
         self,
@@ -167,6 +169,8 @@ class Calls:
             known=known,
             confidence=config.routing.confidence,
         )
+        if config.routing.record is not None:
+            self._recorder = _recorder_of(config.routing.record, known, self._core)
 
     @property
     def policy(self) -> Policy:
@@ -404,6 +408,14 @@ def _edge_of(store: Path, options: SessionOptions | None, trusted_keys: Sequence
     from sdk.edge import EdgeRoute
 
     return EdgeRoute(store, options=options, trusted_keys=trusted_keys)
+
+
+def _recorder_of(path: Path, known: Knowledge, core: Core) -> Recorder:
+    from sdk.records.ring import Recorder
+
+    recorder = Recorder(path, known)
+    core.record, known.record = recorder.decided, recorder.finished
+    return recorder
 
 
 def _link_of(cloud: CloudConfig) -> CloudLink:

@@ -341,6 +341,8 @@ class Client(Calls):
             runner.close()
         if self._edge is not None:
             self._edge.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def __enter__(self) -> Client:
         return self

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
 _TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs")
-_ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state")
+_ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state", "record")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
     "shaping",
@@ -253,6 +253,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
         confidence: Probability with which a route must be expected within the deadline to count as
             being in time; above 0 and below 1.
         state: File in which the client keeps what routes took, across restarts; `None` for none.
+        record: File in which the client writes down its last decisions; `None` for none.
 
     Raises:
         ConfigError: A field does not fit; `ConfigError.field` names it.
@@ -263,6 +264,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ms: float | None = None
     confidence: float = CONFIDENCE
     state: Path | None = None
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -427,6 +429,7 @@ def _routing(table: Table, base: Path) -> RoutingConfig:
             deadline_ms=None if deadline_ms is None else float(deadline_ms),
             confidence=CONFIDENCE if confidence is None else float(confidence),
             state=_path(table, "state", base, must_exist=False),
+            record=_path(table, "record", base, must_exist=False),
         )
     except OverflowError:
         raise table.error(

@@ -78,6 +78,8 @@ class Core:
         self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
         self.known = known
+        #: Told every decision that a request is bound by; `None` when nobody asked for it.
+        self.record: Callable[[RouteDecision], None] | None = None
         self._verdicts: dict[tuple[str | None, ...], Verdict] = {}
 
     # -- one batch -------------------------------------------------------------------------------
@@ -160,6 +162,8 @@ class Core:
         ):
             check(request, offer.manifest)
         decision = self.decide(request)
+        if self.record is not None:
+            self.record(decision)
         error = decision.error()
         if error is not None:
             raise self._explained(error, request)
@@ -192,7 +196,10 @@ class Core:
         """For the repair generator: policy is asked again before any other route is taken."""
 
         def again(failed: tuple[RouteName, ...], now_s: float) -> RouteDecision:
-            return self.decide(request, failed)
+            decision = self.decide(request, failed)
+            if self.record is not None:
+                self.record(decision)
+            return decision
 
         return again
 
