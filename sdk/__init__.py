@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Timings,
     )
     from sdk.routing import RouteDecision, replay
+    from sdk.sharing import CacheConfig
     from sdk.streams import AsyncGenerationStream, GenerationStream
 
 _MODULE_OF = {
@@ -73,6 +74,7 @@ _MODULE_OF = {
         "sdk.results",
     ),
     **dict.fromkeys(("RouteDecision", "replay"), "sdk.routing"),
+    "CacheConfig": "sdk.sharing",
     **dict.fromkeys(("AsyncGenerationStream", "GenerationStream"), "sdk.streams"),
 }  # fmt: skip
 
@@ -81,6 +83,7 @@ __all__ = [
     "AsyncGenerationStream",
     "AsyncJob",
     "BundleError",
+    "CacheConfig",
     "Cancelled",
     "ChatMessage",
     "Chunk",

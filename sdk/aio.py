@@ -225,6 +225,8 @@ class AsyncClient(Calls):
         if not self._is_closed:
             self._known.save()
         self._is_closed = True
+        if self._sharing is not None:
+            self._sharing.clear()
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.close()
@@ -255,6 +257,13 @@ class AsyncClient(Calls):
     # -- performing steps ------------------------------------------------------------------------
 
     async def _run(self, request: Request) -> Any:
+        sharing = self._sharing
+        key = None if sharing is None else sharing.key(request)
+        if sharing is not None and key is not None:
+            self._own_loop()
+            return await sharing.run_async(
+                key, request, lambda: self._drive(self._core.run(request))
+            )
         return await self._drive(self._core.run(request))
 
     async def _drive(self, life: Generator[Step, Any, T]) -> T:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sdk.jobs.desk import Desk
     from sdk.records.ring import Recorder
     from sdk.routing.types import Mode, Objective
+    from sdk.sharing.config import CacheConfig
+    from sdk.sharing.sharing import Sharing
 
 
 class RequestOptions(TypedDict, total=False):
@@ -92,6 +94,7 @@ class Calls:
         config: What a `nearfar.toml` says, or the path of one.
         models: Directory of bundles; overrides the configuration.
         jobs: Where jobs wait (see `submit`); overrides the configuration.
+        cache: Models whose equal requests share their computation; overrides the configuration.
         cloud: The cloud runtime; overrides the configuration.
         policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
             any, everything stays on the device.
@@ -125,6 +128,7 @@ class Calls:
         edge: bool = True,
         edge_options: SessionOptions | None = None,
         jobs: JobsConfig | None = None,
+        cache: Mapping[str, CacheConfig] | None = None,
     ) -> None:
         if config is None:
             config = Config()
@@ -169,6 +173,8 @@ class Calls:
             known=known,
             confidence=config.routing.confidence,
         )
+        caches = config.caches if cache is None else cache
+        self._sharing = _sharing_of(caches, self._core) if caches else None
         if config.routing.record is not None:
             self._recorder = _recorder_of(config.routing.record, known, self._core)
 
@@ -416,6 +422,12 @@ def _recorder_of(path: Path, known: Knowledge, core: Core) -> Recorder:
     recorder = Recorder(path, known)
     core.record, known.record = recorder.decided, recorder.finished
     return recorder
+
+
+def _sharing_of(caches: Mapping[str, CacheConfig], core: Core) -> Sharing:
+    from sdk.sharing.sharing import Sharing
+
+    return Sharing(caches, core)
 
 
 def _link_of(cloud: CloudConfig) -> CloudLink:

@@ -88,8 +88,7 @@ class Client(Calls):
         """
         result = self._plans.infer(model, feeds, options)
         if result is None:
-            done = self._drive(self._core.run(self._infer_request(model, feeds, options)))
-            self._plans.keep(done, options)
+            done = self._decided(self._infer_request(model, feeds, options), options)
             result = self._infer_result(done)
         return result
 
@@ -328,6 +327,8 @@ class Client(Calls):
             self._known.save()
         self._is_closed = True
         self._plans.clear()
+        if self._sharing is not None:
+            self._sharing.clear()
         with _LOOP_LOCK:
             loop, self._loop = self._loop, None
             runner, self._runner = self._runner, None
@@ -359,9 +360,17 @@ class Client(Calls):
 
     def _run(self, request: Request) -> Completed:
         done = self._plans.follow(request)
-        if done is None:
-            done = self._drive(self._core.run(request))
-            self._plans.keep(done)
+        return self._decided(request) if done is None else done
+
+    def _decided(self, request: Request, options: RequestOptions | None = None) -> Completed:
+        """Answer a request that no plan fits. What is shared has no plans, which know no cache."""
+        sharing = self._sharing
+        key = None if sharing is None else sharing.key(request)
+        if sharing is not None and key is not None:
+            self._refuse_if_closed()
+            return sharing.run(key, request, lambda: self._drive(self._core.run(request)))
+        done = self._drive(self._core.run(request))
+        self._plans.keep(done, options)
         return done
 
     def _drive(self, life: Generator[Step, Any, T]) -> T:

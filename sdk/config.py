@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from nearfar.secure.attestation import Verifier
     from nearfar.secure.identity import Pin
     from sdk.jobs.config import JobsConfig
+    from sdk.sharing.config import CacheConfig
 
 logger = logging.getLogger(__name__)
 
 # RFC 7518 tokens and API keys are far shorter; a larger file is not a key.
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
-_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs")
+_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs", "cache")
 _ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state", "record")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
@@ -297,6 +298,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         default_sensitivity: Class of requests that state none; `None` takes the policy's strictest.
         source: File it came from, for messages.
         jobs: Where jobs wait; `None` for no queue.
+        caches: Models whose equal requests share their computation.
     """
 
     models_store: Path | None = None
@@ -307,6 +309,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     default_sensitivity: str | None = None
     source: str = "configuration"
     jobs: JobsConfig | None = None
+    caches: dict[str, CacheConfig] = {}
 
     @property
     def cloud(self) -> CloudConfig | None:
@@ -352,7 +355,18 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
         ),
         source=source,
         jobs=_jobs(top, base),
+        caches=_caches(top),
     )
+
+
+def _caches(top: Table) -> dict[str, CacheConfig]:
+    if not top.has("cache"):
+        return {}
+    from sdk.sharing.config import parse_caches
+
+    value = top.raw("cache")
+    models = tuple(value) if isinstance(value, dict) else ()
+    return parse_caches(top.table("cache", known=models), models)
 
 
 def _jobs(top: Table, base: Path) -> JobsConfig | None:
