@@ -145,7 +145,6 @@ class AsyncClient(Calls):
         texts: Sequence[str] | None = None,
         data: bytes | str | Path | None = None,
         feeds: Mapping[str, np.ndarray] | None = None,
-        top_k: int = 1,
         **options: Unpack[GenerateOptions],
     ) -> AsyncJob:
         """As `Client.submit`."""
@@ -154,7 +153,7 @@ class AsyncClient(Calls):
         inputs = {
             "prompt": prompt, "messages": messages, "texts": texts, "data": data, "feeds": feeds,
         }  # fmt: skip
-        request, deadline_ms = self._job_request(model, top_k, options, inputs)
+        request, deadline_ms = self._job_request(model, options, inputs)
         await self._prepare()
         runner = await self._jobs()
         job_id = await asyncio.to_thread(
@@ -169,7 +168,7 @@ class AsyncClient(Calls):
 
         runner = await self._jobs()
         runner.start()
-        infos = await asyncio.to_thread(runner.desk.store.list)
+        infos = await asyncio.to_thread(runner.desk.store.infos)
         return tuple(AsyncJob(runner.desk, info.id) for info in infos)
 
     async def job(self, job_id: str) -> AsyncJob:
@@ -261,10 +260,8 @@ class AsyncClient(Calls):
         key = None if sharing is None else sharing.key(request)
         if sharing is not None and key is not None:
             self._own_loop()
-            return await sharing.run_async(
-                key, request, lambda: self._drive(self._core.run(request))
-            )
-        return await self._drive(self._core.run(request))
+            return await sharing.run_async(key, request, lambda: self._drive(self._life(request)))
+        return await self._drive(self._life(request))
 
     async def _drive(self, life: Generator[Step, Any, T]) -> T:
         await self._prepare()
@@ -302,6 +299,7 @@ class AsyncClient(Calls):
                 variant=step.variant,
                 priority=request.priority,
                 request_id=step.request_id,
+                trace=step.trace,
             )
             return answer_of(reply, started_s)
         if isinstance(step, Connect):
@@ -313,8 +311,12 @@ class AsyncClient(Calls):
         return None
 
     async def _stream(self, request: Request) -> AsyncGenerationStream:
-        decision = await self._drive(self._core.route(request))
-        state = AnswerState(self._core, request, decision)
+        life = self._core.route(request)
+        if self._telemetry is None:
+            state = AnswerState(self._core, request, await self._drive(life))
+        else:
+            traced = self._telemetry.answer(request)
+            state = traced.state(self._core, await self._drive(traced.route(life)))
         return await AsyncGenerationStream(state, self._open).begin()
 
     async def _open(self, state: AnswerState) -> AsyncSource:
@@ -349,6 +351,7 @@ class AsyncClient(Calls):
                 version=request.version,
                 priority=request.priority,
                 request_id=state.request_id(),
+                trace=state.trace,
             )
         return AsyncCloudSource(stream, request.deadline)
 

@@ -47,6 +47,9 @@ class AnswerState:
         execution_provider: What it runs on; ``""`` until it is known.
     """
 
+    #: For the wire, when the answer is traced (`Generate.trace`).
+    trace = b""
+
     def __init__(self, core: Core, request: Request, decision: RouteDecision) -> None:
         self._core = core
         self._request = request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from sdk.routing.types import Mode, Objective
     from sdk.sharing.config import CacheConfig
     from sdk.sharing.sharing import Sharing
+    from sdk.steps import Step
+    from sdk.telemetry import Telemetry
 
 
 class RequestOptions(TypedDict, total=False):
@@ -95,6 +97,7 @@ class Calls:
         models: Directory of bundles; overrides the configuration.
         jobs: Where jobs wait (see `submit`); overrides the configuration.
         cache: Models whose equal requests share their computation; overrides the configuration.
+        telemetry: Tell OpenTelemetry about requests; overrides the configuration.
         cloud: The cloud runtime; overrides the configuration.
         policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
             any, everything stays on the device.
@@ -129,6 +132,7 @@ class Calls:
         edge_options: SessionOptions | None = None,
         jobs: JobsConfig | None = None,
         cache: Mapping[str, CacheConfig] | None = None,
+        telemetry: bool | None = None,
     ) -> None:
         if config is None:
             config = Config()
@@ -175,6 +179,8 @@ class Calls:
         )
         caches = config.caches if cache is None else cache
         self._sharing = _sharing_of(caches, self._core) if caches else None
+        is_traced = config.telemetry if telemetry is None else telemetry
+        self._telemetry = _telemetry_of() if is_traced else None
         if config.routing.record is not None:
             self._recorder = _recorder_of(config.routing.record, known, self._core)
 
@@ -315,6 +321,11 @@ class Calls:
         assert feeds is not None
         return self._infer_request(model, feeds, common)
 
+    def _life(self, request: Request) -> Generator[Step, Any, Completed]:
+        """The life of one batch, as it is performed here."""
+        life = self._core.run(request)
+        return life if self._telemetry is None else self._telemetry.run(request, life)
+
     def _desk(self) -> Desk:
         """The way to the queue of jobs, opened."""
         self._refuse_if_closed()
@@ -329,7 +340,7 @@ class Calls:
         return Desk(self._jobs_config, self._core)
 
     def _job_request(
-        self, model: str, top_k: int, options: Any, inputs: Mapping[str, Any]
+        self, model: str, options: Any, inputs: Mapping[str, Any]
     ) -> tuple[Request, float | None]:
         """A request to be kept, and its time for each attempt: the configured default is not meant
         for what may wait."""
@@ -338,6 +349,8 @@ class Calls:
         if not Deadline.after_ms(deadline_ms).is_set:
             deadline_ms = None
         options["deadline_ms"] = math.inf
+        # Of a classification it is the number of labels, of a text how tokens are drawn.
+        top_k = 1 if inputs["data"] is None else options.pop("top_k", 1)
         request = self._explain_request(model, options=options, top_k=top_k, **inputs)
         return request, deadline_ms
 
@@ -428,6 +441,15 @@ def _sharing_of(caches: Mapping[str, CacheConfig], core: Core) -> Sharing:
     from sdk.sharing.sharing import Sharing
 
     return Sharing(caches, core)
+
+
+def _telemetry_of() -> Telemetry:
+    from nearfar.telemetry import require
+
+    require()
+    from sdk.telemetry import Telemetry
+
+    return Telemetry()
 
 
 def _link_of(cloud: CloudConfig) -> CloudLink:

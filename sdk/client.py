@@ -211,7 +211,6 @@ class Client(Calls):
         texts: Sequence[str] | None = None,
         data: bytes | str | Path | None = None,
         feeds: Mapping[str, np.ndarray] | None = None,
-        top_k: int = 1,
         **options: Unpack[GenerateOptions],
     ) -> Job:
         """Put a request into the durable queue, to be run when policy and link allow.
@@ -228,9 +227,8 @@ class Client(Calls):
             texts: As for `embed`.
             data: As for `classify`.
             feeds: As for `infer`.
-            top_k: As for `classify`.
-            options: See `GenerateOptions`; `deadline_ms` is the time for each attempt, and has no
-                default here.
+            options: See `GenerateOptions`; `top_k` is that of the method, `deadline_ms` the time
+                for each attempt, without a default here.
 
         Raises:
             InvalidInput: The request does not fit the model.
@@ -244,7 +242,7 @@ class Client(Calls):
         inputs = {
             "prompt": prompt, "messages": messages, "texts": texts, "data": data, "feeds": feeds,
         }  # fmt: skip
-        request, deadline_ms = self._job_request(model, top_k, options, inputs)
+        request, deadline_ms = self._job_request(model, options, inputs)
         runner = self._jobs()
         job_id = runner.desk.submit(request, deferrable=deferrable, deadline_ms=deadline_ms)
         runner.start()
@@ -260,7 +258,7 @@ class Client(Calls):
 
         runner = self._jobs()
         runner.start()
-        return tuple(Job(runner.desk, info.id) for info in runner.desk.store.list())
+        return tuple(Job(runner.desk, info.id) for info in runner.desk.store.infos())
 
     def job(self, job_id: str) -> Job:
         """The handle of one job.
@@ -363,14 +361,16 @@ class Client(Calls):
         return self._decided(request) if done is None else done
 
     def _decided(self, request: Request, options: RequestOptions | None = None) -> Completed:
-        """Answer a request that no plan fits. What is shared has no plans, which know no cache."""
+        """Answer a request that no plan fits. What is shared or traced makes no plans, which know
+        no cache and no spans."""
         sharing = self._sharing
         key = None if sharing is None else sharing.key(request)
         if sharing is not None and key is not None:
             self._refuse_if_closed()
-            return sharing.run(key, request, lambda: self._drive(self._core.run(request)))
-        done = self._drive(self._core.run(request))
-        self._plans.keep(done, options)
+            return sharing.run(key, request, lambda: self._drive(self._life(request)))
+        done = self._drive(self._life(request))
+        if self._telemetry is None:
+            self._plans.keep(done, options)
         return done
 
     def _drive(self, life: Generator[Step, Any, T]) -> T:
@@ -409,6 +409,7 @@ class Client(Calls):
                     variant=step.variant,
                     priority=request.priority,
                     request_id=step.request_id,
+                    trace=step.trace,
                 )
             )
             return answer_of(reply, started_s)
@@ -425,8 +426,12 @@ class Client(Calls):
         from sdk.answer import AnswerState
         from sdk.streams import GenerationStream
 
-        decision = self._drive(self._core.route(request))
-        state = AnswerState(self._core, request, decision)
+        life = self._core.route(request)
+        if self._telemetry is None:
+            state = AnswerState(self._core, request, self._drive(life))
+        else:
+            traced = self._telemetry.answer(request)
+            state = traced.state(self._core, self._drive(traced.route(life)))
         return GenerationStream(state, self._open).begin()
 
     def _open(self, state: AnswerState) -> Source:
@@ -459,6 +464,7 @@ class Client(Calls):
                     version=request.version,
                     priority=request.priority,
                     request_id=state.request_id(),
+                    trace=state.trace,
                 )
             )
         return CloudSource(stream, request.deadline, self._call, self._post)

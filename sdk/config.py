@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # RFC 7518 tokens and API keys are far shorter; a larger file is not a key.
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
-_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs", "cache")
+_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs", "cache", "telemetry")
 _ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state", "record")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
@@ -298,6 +298,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         default_sensitivity: Class of requests that state none; `None` takes the policy's strictest.
         source: File it came from, for messages.
         jobs: Where jobs wait; `None` for no queue.
+        telemetry: Whether requests are told to OpenTelemetry.
         caches: Models whose equal requests share their computation.
     """
 
@@ -309,6 +310,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     default_sensitivity: str | None = None
     source: str = "configuration"
     jobs: JobsConfig | None = None
+    telemetry: bool = False
     caches: dict[str, CacheConfig] = {}
 
     @property
@@ -355,6 +357,7 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
         ),
         source=source,
         jobs=_jobs(top, base),
+        telemetry=top.table("telemetry", known=("enabled",)).boolean("enabled", default=False),
         caches=_caches(top),
     )
 

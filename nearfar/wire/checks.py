@@ -27,6 +27,8 @@ MAX_CREDIT = 2**31 - 1
 REQUEST_ID_BYTES = 16
 DIGEST_BYTES = 32
 PROOF_BYTES = 64  # Ed25519
+#: Trace id and span id; neither may be all zeros (W3C Trace Context, section 3.2.2).
+TRACE_BYTES = 16 + 8
 #: Length of `Ready.resume_key`, and of the tickets made with it.
 TICKET_BYTES = 32
 
@@ -79,6 +81,8 @@ def _problem_in_request(message: Infer | Generate, name: str) -> str | None:
         problem := _problem_in_times(name, message.deadline_ms)
     ):
         return problem
+    if message.trace and not _is_trace(message.trace):
+        return f"{name}.trace is not a trace id of 16 bytes and a span id of 8, neither all zeros"
     if isinstance(message, Generate):
         if not 0 <= message.credit <= MAX_CREDIT:
             return f"{name}.credit is {message.credit}"
@@ -88,6 +92,10 @@ def _problem_in_request(message: Infer | Generate, name: str) -> str | None:
     ):
         return f"{name} of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
     return None
+
+
+def _is_trace(trace: bytes) -> bool:
+    return len(trace) == TRACE_BYTES and any(trace[:16]) and any(trace[16:])
 
 
 def _problem_in_resume(message: Resume, name: str) -> str | None:

@@ -38,7 +38,7 @@ def list_jobs(
     """List the jobs of the queue; shows no content."""
     store = _store(config)
     try:
-        infos = store.list()
+        infos = store.infos()
     finally:
         store.close()
     if json:
@@ -95,7 +95,7 @@ def cancel(
         )
     store = _store(config)
     try:
-        known = [info.id for info in store.list()]
+        known = [info.id for info in store.infos()]
         chosen = known if all_jobs else [_find(prefix, known) for prefix in ids or ()]
         cancelled = sum(store.cancel(job_id, time.time()) for job_id in chosen)
         forgotten = sum(store.forget(job_id) for job_id in chosen) if forget else 0
@@ -118,12 +118,12 @@ def run(
     with Client.from_config(config) as client:
         runner = Runner(client, client._desk())
         try:
-            before = {info.id: info.status for info in runner.desk.store.list()}
+            before = {info.id: info.status for info in runner.desk.store.infos()}
             runner.run_due()
             while wait and runner.desk.store.next_due_s() is not None:
                 time.sleep(runner.desk.idle_s())
                 runner.run_due()
-            after = runner.desk.store.list()
+            after = runner.desk.store.infos()
         finally:
             runner.close()
     ended = Counter(

@@ -5,7 +5,7 @@ msgpack of the structs below; nothing here is code, so reading what somebody els
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import msgspec
 import numpy as np
@@ -27,6 +27,8 @@ from sdk.routing import Mode, Objective, RequestSize, RouteDecision
 
 if TYPE_CHECKING:
     from sdk.streams import AsyncGenerationStream, GenerationStream
+
+T = TypeVar("T")
 
 
 class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -340,7 +342,7 @@ _ERROR = msgspec.msgpack.Decoder(_StoredError)
 _LABEL = msgspec.msgpack.Decoder(Label)
 
 
-def _decode(data: bytes, decoder: Any) -> Any:
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
     try:
         value = decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -371,5 +373,6 @@ def _unpacked(array: _Array) -> np.ndarray:
         made = np.empty(len(array.items), dtype=object)
         made[:] = array.items
         return made.reshape(array.shape)
-    # A copy, since what `frombuffer` gives cannot be written to.
-    return np.frombuffer(array.data, numpy_of(array.datatype)).reshape(array.shape).copy()
+    made = np.empty(array.shape, numpy_of(array.datatype))
+    made.reshape(-1)[:] = np.frombuffer(array.data, made.dtype)
+    return made

@@ -115,7 +115,7 @@ class Runner:
                     if not self.desk.store.is_mine(job):
                         return None
                 return generated(stream)
-        done = client._drive(client._core.run(request))
+        done = client._drive(client._life(request))
         return client._result(done)
 
 
@@ -208,5 +208,5 @@ class AsyncRunner:
                     if not await asyncio.to_thread(self.desk.store.is_mine, job):
                         return None
                 return generated(stream)
-        done = await client._drive(client._core.run(request))
+        done = await client._drive(client._life(request))
         return client._result(done)

@@ -190,14 +190,17 @@ class JobStore:
     def status(self, job_id: str) -> JobStatus | None:
         """Where the job is in its life; `None` when it is not in the queue."""
         row = self._row("SELECT status FROM jobs WHERE id = ?", job_id)
-        return None if row is None else row[0]
+        if row is None:
+            return None
+        status: JobStatus = row[0]
+        return status
 
     def info(self, job_id: str) -> JobInfo | None:
         """What a list shows of the job; `None` when it is not in the queue."""
         found = self._infos("WHERE id = ?", job_id)
         return found[0] if found else None
 
-    def list(self) -> list[JobInfo]:
+    def infos(self) -> list[JobInfo]:
         """All jobs, in the order they were submitted."""
         return self._infos("ORDER BY number")
 

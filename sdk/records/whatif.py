@@ -33,14 +33,16 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
     confidence: float | None = None
 
     def __post_init__(self) -> None:
+        deadline_ms, rtt_ms = self.deadline_ms, self.rtt_ms
+        bandwidth, confidence = self.bandwidth_mbit_per_s, self.confidence
         checks = (
-            ("deadline_ms", self.deadline_ms, lambda x: x > 0, "above 0"),
-            ("rtt_ms", self.rtt_ms, lambda x: 0 <= x < 1e9, "0 or more"),
-            ("bandwidth", self.bandwidth_mbit_per_s, lambda x: 0 < x < 1e9, "above 0"),
-            ("confidence", self.confidence, lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("deadline_ms", deadline_ms, deadline_ms is None or deadline_ms > 0, "above 0"),
+            ("rtt_ms", rtt_ms, rtt_ms is None or 0 <= rtt_ms < 1e9, "0 or more"),
+            ("bandwidth", bandwidth, bandwidth is None or 0 < bandwidth < 1e9, "above 0"),
+            ("confidence", confidence, confidence is None or 0 < confidence < 1, "in (0, 1)"),
         )
         for name, value, is_good, allowed in checks:
-            if value is not None and not is_good(value):
+            if not is_good:
                 raise InvalidInput(f"{name} is {value}", field=name, fix=f"It must be {allowed}")
 
     @property

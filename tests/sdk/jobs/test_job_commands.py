@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nearfar import cli
-from sdk import Client
+from sdk import Client, JobsConfig
 from sdk.jobs.commands import app
-from tests.support.tiny import write_tiny_tensor_bundle
+from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
 
 pytest.importorskip("onnxruntime")
 FEEDS = {"x": np.arange(4, dtype=np.float32).reshape(1, 4)}
@@ -88,3 +88,13 @@ def test_a_queue_that_was_never_used_is_named_and_not_made(config, capsys):
     assert status == 2
     assert "first job" in text
     assert not (config.parent / "jobs.db").exists()
+
+
+def test_a_classification_keeps_its_number_of_labels(tmp_path):
+    write_tiny_classifier_bundle(tmp_path / "models" / "tiny-classifier")
+    jobs = JobsConfig(file=tmp_path / "jobs.db")
+    with Client(models=tmp_path / "models", jobs=jobs) as client:
+        called = client.classify("tiny-classifier", b"hello", top_k=2)
+        result = client.submit("tiny-classifier", data=b"hello", top_k=2).result(20)
+    assert (result.label, result.score, result.top) == (called.label, called.score, called.top)
+    assert len(result.top) == 2

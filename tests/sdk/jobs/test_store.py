@@ -300,7 +300,7 @@ def test_a_closed_queue_says_so(config):
     store = JobStore(config)
     store.close()
     with pytest.raises(ConfigError, match="closed"):
-        store.list()
+        store.infos()
 
 
 def test_only_one_has_the_turn(store):
