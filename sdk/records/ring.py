@@ -162,23 +162,22 @@ class RingReader:
 
     def entries(self) -> Iterator[Entry]:
         """Entries that were not given out before, the oldest first."""
+        found: list[tuple[int, bytes]] = []
         with self._opened() as file:
-            first = max(0, self._next(file.fileno()) - self._slots, self._seen + 1)
-            found: list[tuple[int, bytes]] = []
-            for slot in range(self._slots):
-                if self._next(file.fileno()) == first:
-                    break
-                where = HEADER_BYTES + slot * SLOT_BYTES
-                data = os.pread(file.fileno(), SLOT_BYTES, where)
+            descriptor = file.fileno()
+            end = self._next(descriptor)
+            for number in range(max(0, end - self._slots, self._seen + 1), end):
+                where = HEADER_BYTES + number % self._slots * SLOT_BYTES
+                data = os.pread(descriptor, SLOT_BYTES, where)
                 if len(data) < _SLOT.size:
-                    break  # not written yet, nor is any after it
-                number, length, checksum = _SLOT.unpack_from(data)
+                    continue  # the file was cut
+                held, length, checksum = _SLOT.unpack_from(data)
                 entry = data[_SLOT.size : _SLOT.size + length]
-                if number % self._slots != slot or _checksum(number, entry) != checksum:
-                    self.damaged += any(data)
-                elif number >= first:
+                if _checksum(held, entry) != checksum:
+                    self.damaged += 1
+                elif held == number:  # otherwise a newer one is there by now
                     found.append((number, entry))
-        for number, entry in sorted(found):
+        for number, entry in found:
             self._seen = max(self._seen, number)
             try:
                 yield decode_entry(entry)
