@@ -4,9 +4,8 @@
 
 Both seals have ``"nearfar jobs 1" ‖ store id ‖ job id ‖ kind`` as associated data, so that a value
 cannot be moved to another job, to another column or into another database. Keys and nonces are
-random; a row key seals one value (NIST SP 800-38D, section 8.3, allows 2^32 random nonces for one
-key, which is then the limit of the store key). A value whose row is deleted cannot be had back from
-the store key alone.
+random. A row key seals one value, so the store key never meets the content itself, and seals no
+more than 2^32 row keys: as many random nonces as NIST SP 800-38D, section 8.3, allows for one key.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ CREATE INDEX jobs_by_status ON jobs (status, priority DESC, number);
 #: What a row costs beside its sealed values, so that many small jobs count as well.
 _ROW_BYTES = 256
 _BUSY_TIMEOUT_S = 10.0
+#: 2025-01-01. A device without a battery for its clock starts in 1970, until it reaches a network.
+_CLOCK_SET_S = 1_735_689_600.0
 
 
 class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -368,6 +370,13 @@ class JobStore:
 
     def _sweep(self, database: sqlite3.Connection, now_s: float) -> None:
         """Give up what is too old, delete what ended long ago."""
+        if now_s >= _CLOCK_SET_S:
+            # What was noted before the clock was set would be half a century old now.
+            for column in ("created_s", "ended_s", "due_s"):
+                database.execute(
+                    f"UPDATE jobs SET {column} = ? WHERE {column} < ?",  # noqa: S608 (our own names)
+                    (now_s, _CLOCK_SET_S),
+                )
         database.execute(
             "UPDATE jobs SET status = 'expired', ended_s = ?, request = NULL, size_bytes ="
             " ? + length(label) WHERE status = 'waiting' AND created_s < ?",

@@ -20,8 +20,9 @@ from nearfar.errors import (
     PolicyDenied,
 )
 from nearfar.wire import messages as wire
-from sdk import AsyncClient, Client, JobsConfig, parse_policy
+from sdk import AsyncClient, Client, CloudConfig, JobsConfig, parse_policy
 from sdk.jobs import pace
+from tests.cloud_runtime.support import ScriptedModel, make_state, running, served
 from tests.support.scripted_cloud import STORY, TENSOR, Abort, ScriptedCloud, obliging
 from tests.support.scripted_edge import ScriptedEdge, put_into
 
@@ -446,3 +447,46 @@ def test_an_async_job_can_be_cancelled(cloud, jobs):
                 await job.result(1)
 
     asyncio.run(scenario())
+
+
+# -- with a real server --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [("tensor", {"feeds": X}), ("story", {"prompt": "Once", "max_new_tokens": 3})],
+    ids=["batch", "text"],
+)
+def test_what_the_cloud_computes_for_a_client_that_dies_is_not_computed_again(
+    tmp_path, jobs, model, inputs
+):
+    scripted = ScriptedModel(model, task="tensor" if model == "tensor" else "text-generation")
+    state = make_state(tmp_path / "cloud")
+
+    async def scenario():
+        async with running(served(scripted), state) as server:
+            config = CloudConfig(
+                url=server.url,
+                identity=server.pin,
+                credentials=f"file:{state.client_key}",
+                ca_file=state.ca_certificate,
+            )
+            scripted.hold.set()
+            first = AsyncClient(cloud=config, policy=OPEN, sensitivity="public", jobs=jobs)
+            job = await first.submit(model, deferrable=True, **inputs)
+            while not scripted.running:
+                await asyncio.sleep(0.005)
+            first._runner.desk._turn.give_back()  # as the end of its process does
+            async with AsyncClient(
+                cloud=config, policy=OPEN, sensitivity="public", jobs=jobs
+            ) as second:
+                handle = await second.job(job.id)
+                await asyncio.sleep(0.1)
+                scripted.hold.clear()
+                result = await handle.result(20)
+            await first.close()
+            return result
+
+    result = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert scripted.runs == 1
+    assert result.route.name == "cloud"

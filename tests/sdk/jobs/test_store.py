@@ -158,6 +158,16 @@ def test_a_job_that_is_too_old_is_given_up(tmp_path):
     store.close()
 
 
+def test_a_job_of_before_the_clock_was_set_is_not_taken_to_be_old(store):
+    waits, ends = add(store, now_s=100.0), add(store, now_s=100.0, priority=9)
+    finish(store, take(store, 100.0), 101.0)
+    job = take(store, 1.8e9)
+    assert (job.id, store.status(ends)) == (waits, "failed")
+    store.release(job, 1.8e9, counts=False)
+    assert take(store, 1.8e9 + 8 * 86400) is None
+    assert store.status(waits) == "expired"
+
+
 def test_an_ended_job_is_kept_for_a_while_and_then_deleted(tmp_path):
     store = JobStore(JobsConfig(file=tmp_path / "q", keep_s=10.0))
     job_id = add(store)
