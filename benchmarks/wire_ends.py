@@ -9,22 +9,26 @@ import ssl
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from benchmarks.wire_server import MODEL
 from cloud_runtime.provision import provision, url_of
 from cloud_runtime.state import StateDir
 from nearfar.errors import EngineError
 from nearfar.session import ClientSession, Limits, Received
+from nearfar.transport import Transport
 from nearfar.units import Deadline
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import Infer
 from sdk.cloud.connection import Connection
 from sdk.cloud.egress import Permit
+from sdk.cloud.websocket import ClientWebsocket
 from sdk.config import CloudConfig
 from sdk.policy import Verdict
 
@@ -164,64 +168,77 @@ class Raw:
 
 
 class Session:
-    """`ClientSession` in the least shell that drives it."""
+    """`ClientSession` and its transport with the least owner."""
 
-    def __init__(self, websocket: ClientConnection, session: ClientSession) -> None:
+    def __init__(self, websocket: ClientWebsocket, session: ClientSession) -> None:
         self._websocket = websocket
         self._session = session
+        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[Received] = deque()
+        self._waiter: asyncio.Future[None] = self._loop.create_future()
+        self._transport = Transport(websocket, session, self, message_timeout_s=_TIMEOUT_S)
+        self._transport.start()
 
     @classmethod
     async def open(cls, config: CloudConfig, tls: ssl.SSLContext) -> Session:
         session = ClientSession(
             pin=config.identity, token=config.token(), limits=Limits(), now_s=time.time()
         )
-        side = cls(await _connect(config, tls), session)
-        await side._receive()  # `Ready`
+        websocket = await _connect(config, tls, create_connection=ClientWebsocket)
+        assert isinstance(websocket, ClientWebsocket)
+        side = cls(websocket, session)
+        await side._next()  # `Ready`
         return side
 
     async def echo(self, payload: np.ndarray) -> int:
-        await self._send(payload)
-        received = await self._receive()
+        self._send(payload)
+        received = await self._next()
         _check_came_back(payload, received.tensors[0].nbytes if received.tensors else 0)
         return received.size_bytes
 
     async def pipeline(self, payload: np.ndarray, count: int, depth: int) -> None:
         for _ in range(min(depth, count)):
-            await self._send(payload)
+            self._send(payload)
         for done in range(count):
-            await self._receive()
+            await self._next()
             if done + depth < count:
-                await self._send(payload)
+                self._send(payload)
 
     async def close(self) -> None:
         self._session.close()
         await self._websocket.close()
 
-    async def _send(self, payload: np.ndarray) -> None:
-        session = self._session
-        session.send(
+    def _send(self, payload: np.ndarray) -> None:
+        self._transport.send(
             Infer(
-                stream=session.next_stream,
+                stream=self._session.next_stream,
                 request_id=os.urandom(16),
                 model=MODEL,
                 tensors=describe({"x": payload}),
             ),
             (payload,),
         )
-        await self._flush()
 
-    async def _receive(self) -> Received:
-        while True:
-            data = await self._websocket.recv()
-            assert isinstance(data, bytes)
-            received = self._session.receive(data, now_s=time.time())
-            await self._flush()
-            if received:
-                return received[0]
+    async def _next(self) -> Received:
+        while not self._arrived:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return self._arrived.popleft()
 
-    async def _flush(self) -> None:
-        for data in self._session.data_to_send():
-            await self._websocket.send(data)
+    def on_received(self, received: Received) -> None:
+        self._arrived.append(received)
+        if not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def on_failed(self, error: Exception) -> None:
+        if not self._waiter.done():
+            self._waiter.set_exception(error)
+
+    def on_late(self, _: str) -> None:
+        self._websocket.transport.abort()
+
+    def on_ended(self, problem: ConnectionClosed) -> None:
+        self.on_failed(problem)
 
 
 class Runtime:
@@ -269,9 +286,14 @@ def _check_came_back(payload: np.ndarray, size_bytes: int) -> None:
         )
 
 
-async def _connect(config: CloudConfig, tls: ssl.SSLContext) -> ClientConnection:
+async def _connect(
+    config: CloudConfig,
+    tls: ssl.SSLContext,
+    create_connection: type[ClientConnection] = ClientConnection,
+) -> ClientConnection:
     return await connect(
         config.url,
+        create_connection=create_connection,
         ssl=tls,
         compression=None,
         max_size=Limits().max_message_bytes,

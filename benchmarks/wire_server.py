@@ -28,6 +28,7 @@ from websockets.exceptions import ConnectionClosed
 
 from benchmarks.machine import resident_bytes
 from cloud_runtime.auth import Authenticator
+from cloud_runtime.connection import ServerWebsocket
 from cloud_runtime.executor import InferOutcome, InferWork, Ticket
 from cloud_runtime.models import ServedModels
 from cloud_runtime.server import CloudServer, tls_context
@@ -38,7 +39,8 @@ from nearfar.errors import EngineError
 from nearfar.eventloop import LoopName, limit_tls_buffers, run
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
-from nearfar.session import Limits, ServerSession
+from nearfar.session import Limits, Received, ServerSession
+from nearfar.transport import Transport
 from nearfar.units import Deadline
 from nearfar.wire.codec import describe
 from nearfar.wire.messages import PROTOCOL_VERSION, Auth, Infer, Ready, Result
@@ -95,7 +97,7 @@ async def echo_raw(websocket: ServerConnection) -> None:
 
 
 class SessionEcho:
-    """`ServerSession` in the least shell: one task for each connection, no requests beside it."""
+    """`ServerSession` and its transport with the least owner: answers each request at once."""
 
     def __init__(self, keys: KeyRing, limits: Limits) -> None:
         self._keys = keys
@@ -103,43 +105,57 @@ class SessionEcho:
 
     async def serve(self, websocket: ServerConnection) -> None:
         """Serve one websocket until it closes."""
+        assert isinstance(websocket, ServerWebsocket)
         session = ServerSession(keys=self._keys, limits=self._limits, now_s=time.time())
-        with suppress(ConnectionClosed):
-            await _flush(session, websocket)
-            while not session.is_closed:
-                data = cast("bytes", await websocket.recv())
-                for received in session.receive(data, now_s=time.time()):
-                    message = received.message
-                    if isinstance(message, Auth):
-                        session.send(self._ready())
-                    elif isinstance(message, Infer):
-                        names = [header.name for header in message.tensors]
-                        arrays = dict(zip(names, received.tensors, strict=True))
-                        session.send(
-                            Result(
-                                stream=message.stream,
-                                tensors=describe(arrays),
-                                variant=VARIANT,
-                                execution_provider=PROVIDER,
-                                queue_ms=0.0,
-                                compute_ms=0.0,
-                            ),
-                            received.tensors,
-                        )
-                await _flush(session, websocket)
+        _SessionEcho(websocket, session, self._limits)
+        await websocket.wait_closed()
 
-    def _ready(self) -> Ready:
-        return Ready(
-            protocol_version=PROTOCOL_VERSION,
-            server="bench",
-            max_streams=self._limits.max_streams,
-            max_message_bytes=self._limits.max_message_bytes,
+
+class _SessionEcho:
+    """One connection."""
+
+    def __init__(self, websocket: ServerWebsocket, session: ServerSession, limits: Limits) -> None:
+        self._limits = limits
+        self._websocket = websocket
+        self._transport = Transport(
+            websocket, session, self, message_timeout_s=30.0, waits_for_reader=True
         )
+        self._transport.start()
 
+    def on_received(self, received: Received) -> None:
+        message = received.message
+        if isinstance(message, Infer):
+            names = [header.name for header in message.tensors]
+            arrays = dict(zip(names, received.tensors, strict=True))
+            self._transport.send(
+                Result(
+                    stream=message.stream,
+                    tensors=describe(arrays),
+                    variant=VARIANT,
+                    execution_provider=PROVIDER,
+                    queue_ms=0.0,
+                    compute_ms=0.0,
+                ),
+                received.tensors,
+            )
+        elif isinstance(message, Auth):
+            self._transport.send(
+                Ready(
+                    protocol_version=PROTOCOL_VERSION,
+                    server="bench",
+                    max_streams=self._limits.max_streams,
+                    max_message_bytes=self._limits.max_message_bytes,
+                )
+            )
 
-async def _flush(session: ServerSession, websocket: ServerConnection) -> None:
-    for data in session.data_to_send():
-        await websocket.send(data)
+    def on_failed(self, error: Exception) -> None:
+        raise error  # a defect: the benchmark must not go on
+
+    def on_late(self, _: str) -> None:
+        self._websocket.transport.abort()
+
+    def on_ended(self, _: ConnectionClosed) -> None:
+        pass  # `wait_closed` returns
 
 
 async def main(state: StateDir, *, max_connections: int) -> None:
@@ -163,7 +179,13 @@ async def main(state: StateDir, *, max_connections: int) -> None:
     async with (
         runtime,
         serve(echo_raw, "127.0.0.1", 0, **options) as raw,
-        serve(SessionEcho(keys, limits).serve, "127.0.0.1", 0, **options) as session,
+        serve(
+            SessionEcho(keys, limits).serve,
+            "127.0.0.1",
+            0,
+            create_connection=ServerWebsocket,
+            **options,
+        ) as session,
     ):
         ports = {
             "raw": next(iter(raw.sockets)).getsockname()[1],

@@ -39,12 +39,11 @@ from nearfar.errors import (
     RemoteProtocolError,
     SecurityError,
 )
-from nearfar.fragments import receive_message
-from nearfar.secure.frames import MAX_WHOLE_BYTES
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
+from nearfar.transport import TextReceived, Transport
 from nearfar.units import Deadline
-from nearfar.watchdog import Watchdog
+from nearfar.websocket import DirectConnection
 from nearfar.wire.checks import TICKET_BYTES
 from nearfar.wire.codec import describe, named
 from nearfar.wire.messages import (
@@ -135,6 +134,10 @@ class _Stream:
         )
 
 
+class ServerWebsocket(DirectConnection, ServerConnection):
+    """The server's end of a websocket."""
+
+
 class Connection:
     """Serves one websocket from its key configuration to its close.
 
@@ -152,7 +155,7 @@ class Connection:
 
     def __init__(
         self,
-        websocket: ServerConnection,
+        websocket: ServerWebsocket,
         services: Services,
         *,
         address: str = "",
@@ -172,15 +175,15 @@ class Connection:
             now_s=time.time(),
         )
         self._loop = asyncio.get_running_loop()
-        self._write_lock = asyncio.Lock()
-        self._read_watchdog = Watchdog(
-            self._settings.message_timeout_s, lambda: self.drop("message took too long")
+        self._transport = Transport(
+            websocket,
+            self._session,
+            self,
+            message_timeout_s=self._settings.message_timeout_s,
+            write_timeout_s=self._settings.write_timeout_s,
+            waits_for_reader=True,
         )
-        self._write_watchdog = Watchdog(
-            self._settings.write_timeout_s, lambda: self.drop("the client reads too slowly")
-        )
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._flush_task: asyncio.Task[None] | None = None
+        self._over: asyncio.Future[int] = self._loop.create_future()  # gets the close code
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: dict[int, _Stream] = {}
         self._last_stream = 0
@@ -196,27 +199,15 @@ class Connection:
         )
         code = _CLOSE_NORMAL
         try:
-            await self._flush()
-            code = await self._serve()
-        except ConnectionClosed:
-            pass
-        except RemoteProtocolError:
-            self._has_parted = True
-            code = await self._refuse(_CLOSE_PROTOCOL_ERROR)
-        except NearfarError:
-            self._has_parted = True
-            code = await self._refuse(_CLOSE_POLICY)
-        except Exception as error:  # noqa: BLE001 (a bug here ends one connection, not the server)
-            _log_unexpected(error, f"conn={self.number}")
-            code = _CLOSE_INTERNAL
+            self._transport.start()
+            code = await self._over
         finally:
             handshake_timer.cancel()
             await self._end_streams()
-            self._read_watchdog.close()
-            await self._end_flushing()
         with contextlib.suppress(ConnectionClosed):
+            await self._transport.flush_all()
             await self._websocket.close(code)
-        self._write_watchdog.close()
+        self._transport.close()
         access_log.info(
             "conn=%d closed code=%s key=%s%s",
             self.number,
@@ -231,10 +222,10 @@ class Connection:
         with contextlib.suppress(ConnectionClosed):
             if self._session.is_ready and not self._session.is_closed:
                 if is_first:
-                    await self._send(GoAway(last_stream=self._last_stream, reason=reason))
+                    self._send(GoAway(last_stream=self._last_stream, reason=reason))
                 while self._tasks:
                     await asyncio.wait(set(self._tasks))
-                await self._write_all()
+                await self._transport.flush_all()
         await self.close()
 
     async def close(self) -> None:
@@ -257,24 +248,45 @@ class Connection:
         self._has_parted = True
         with contextlib.suppress(ConnectionClosed):
             self._session.close(error)
-            await self._flush()
+            await self._transport.flush_all()
             await self._websocket.close(_CLOSE_POLICY)
 
     # Receiving.
 
-    async def _serve(self) -> int:
-        while not self._session.is_closed:
-            data = await receive_message(self._websocket, self._read_watchdog)
-            if data is None:
-                self._drop_reason = "text frame"
-                self._has_parted = True
-                return _CLOSE_UNSUPPORTED
-            for received in self._session.receive(data, now_s=time.time()):
-                await self._dispatch(received)
-            await self._flush()
-        return _CLOSE_NORMAL if self.key is not None else _CLOSE_POLICY
+    def on_received(self, received: Received) -> None:
+        """A message came (`nearfar.transport.Owner`)."""
+        self._dispatch(received)
+        if self._session.is_closed:
+            self._end(_CLOSE_NORMAL if self.key is not None else _CLOSE_POLICY)
 
-    async def _dispatch(self, received: Received) -> None:
+    def on_failed(self, error: Exception) -> None:
+        """The client broke a rule, or there is a bug here."""
+        self._has_parted = True
+        if isinstance(error, TextReceived):
+            self._drop_reason = "text frame"
+            self._end(_CLOSE_UNSUPPORTED)
+        elif isinstance(error, RemoteProtocolError):
+            self._end(_CLOSE_PROTOCOL_ERROR)
+        elif isinstance(error, NearfarError):
+            self._end(_CLOSE_POLICY)
+        else:  # ends one connection, not the server
+            self._has_parted = False
+            _log_unexpected(error, f"conn={self.number}")
+            self._end(_CLOSE_INTERNAL)
+
+    def on_late(self, reason: str) -> None:
+        """The client begins what it does not end."""
+        self.drop(reason)
+
+    def on_ended(self, _: ConnectionClosed) -> None:
+        """The websocket has ended."""
+        self._end(_CLOSE_NORMAL)
+
+    def _end(self, code: int) -> None:
+        if not self._over.done():
+            self._over.set_result(code)
+
+    def _dispatch(self, received: Received) -> None:
         message = received.message
         if isinstance(message, (Infer, Generate, Resume)):
             self._last_stream = message.stream
@@ -300,11 +312,11 @@ class Connection:
         elif isinstance(message, ListModels):
             self._last_stream = message.stream
             offers = self._services.models.offers()
-            await self._send(Models(stream=message.stream, models=offers))
+            self._send(Models(stream=message.stream, models=offers))
         elif isinstance(message, Auth):
-            await self._admit(message)
+            self._admit(message)
 
-    async def _admit(self, message: Auth) -> None:
+    def _admit(self, message: Auth) -> None:
         try:
             self.key = self._services.authenticator.authenticate(
                 message.token, proof=message.proof, exporter=self._session.exporter
@@ -317,7 +329,7 @@ class Connection:
         limits = self._settings.limits
         if self.key is not ANONYMOUS and self._settings.retention.keep_s > 0:
             self._resume_key = secrets.token_bytes(TICKET_BYTES)
-        await self._send(
+        self._send(
             Ready(
                 protocol_version=PROTOCOL_VERSION,
                 server=f"nearfar/{__version__}",
@@ -351,11 +363,11 @@ class Connection:
             raise
         except NearfarError as error:
             status = error.code
-            await self._fail(stream, error)
+            self._fail(stream, error)
         except Exception as error:  # noqa: BLE001 (one request's bug must not end the others)
             status = "internal"
             _log_unexpected(error, f"conn={self.number} stream={stream.stream}")
-            await self._fail(
+            self._fail(
                 stream,
                 NearfarError(
                     "The cloud runtime failed on this request",
@@ -366,13 +378,12 @@ class Connection:
             del self._streams[stream.stream]
             stream.log(status)
 
-    async def _fail(self, stream: _Stream, error: NearfarError) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            if self._session.is_open(stream.stream):
-                message = Error(
-                    stream=stream.stream, code=error.code, problem=error.problem, fix=error.fix
-                )
-                stream.out_bytes += await self._send(message)
+    def _fail(self, stream: _Stream, error: NearfarError) -> None:
+        if self._session.is_open(stream.stream):
+            message = Error(
+                stream=stream.stream, code=error.code, problem=error.problem, fix=error.fix
+            )
+            stream.out_bytes += self._send(message)
 
     async def _infer(self, request: Infer, tensors: Sequence[np.ndarray], stream: _Stream) -> None:
         deadline = _deadline_of(request)
@@ -409,7 +420,7 @@ class Connection:
             compute_ms=outcome.compute_ms,
         )
         try:
-            stream.out_bytes = await self._send(result, tensors=tuple(outcome.outputs.values()))
+            stream.out_bytes = self._send(result, tuple(outcome.outputs.values()))
         except LocalProtocolError as error:
             raise InvalidInput(
                 f"The result cannot be sent: {error.problem}",
@@ -487,19 +498,18 @@ class Connection:
                 if not texts:
                     continue
                 stream.tokens += len(texts)
-                stream.out_bytes += await self._send(
-                    *(
-                        Token(stream=number, index=index, text=text)
-                        for index, text in enumerate(texts, first)
-                    )
-                )
+                for index, text in enumerate(texts, first):
+                    token = Token(stream=number, index=index, text=text)
+                    stream.out_bytes += self._transport.send(token, flush=False)
+                self._transport.flush()
+                await self._websocket.until_writable()
             if not isinstance(outcome, Completion):
                 has_ended = True
                 raise outcome
             stream.queue_ms = outcome.queue_ms
             stream.compute_ms = outcome.prefill_ms + outcome.decode_ms
             served = reader.served
-            stream.out_bytes += await self._send(
+            stream.out_bytes += self._send(
                 Fin(
                     stream=number,
                     count=session.token_count(number),
@@ -534,78 +544,15 @@ class Connection:
             return f"connection {self.number}"
         return self.key.scope
 
-    # Sending.
+    def _send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+        """Send a message, or queue it while the client reads too slowly; returns its size.
 
-    async def _send(self, *messages: Message, tensors: Sequence[np.ndarray] = ()) -> int:
-        """Queue and write messages; returns their size. Waits while the client reads too slowly.
-
-        While traffic is shaped, tokens may still wait for their tick when this returns.
+        Raises:
+            LocalProtocolError: As `ServerSession.send`.
         """
-        size_bytes = sum(self._session.send(message, tensors) for message in messages)
-        # Who sends a long message writes it; everyone else writes past it, see `next_to_send`.
-        await self._flush(bulk=size_bytes > MAX_WHOLE_BYTES)
-        return size_bytes
-
-    async def _flush(self, *, bulk: bool = False) -> None:
-        """Write what the session has for now, and come back when it says so."""
-        while await self._write_next(time.monotonic(), bulk=bulk):
-            pass
-        self._schedule_flush()
-
-    async def _write_all(self) -> None:
-        """Write everything, also what waits for a tick."""
-        while await self._write_next(None, bulk=True):
-            pass
-
-    async def _write_next(self, now_s: float | None, *, bulk: bool) -> bool:
-        """Write one record, if there is one."""
-        # Records are numbered: they leave in the order in which they were sealed, hence the lock,
-        # held for one record so that others can overtake a long message. A client that stops
-        # reading must not hold it for ever, hence the watchdog.
-        async with self._write_lock:
-            record = self._session.next_to_send(now_s, bulk=bulk)
-            if record is None:
-                return False
-            self._write_watchdog.begin()
-            try:
-                await self._websocket.send(record)
-            finally:
-                self._write_watchdog.end()
-        return True
-
-    def _schedule_flush(self) -> None:
-        due_s = self._session.next_flush_s()
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        if due_s is not None:
-            wait_s = max(0.0, due_s - time.monotonic())
-            self._flush_timer = self._loop.call_later(wait_s, self._begin_flush)
-
-    def _begin_flush(self) -> None:
-        # A tick that finds the one before still writing is skipped: that one looks again.
-        if self._flush_task is None or self._flush_task.done():
-            self._flush_task = self._loop.create_task(self._flush_on_tick())
-
-    async def _flush_on_tick(self) -> None:
-        with contextlib.suppress(ConnectionClosed):  # `run` learns it from its own read
-            # A strict tick may carry a piece of a long message.
-            await self._flush(bulk=True)
+        return self._transport.send(message, tensors)
 
     # Ending.
-
-    async def _end_flushing(self) -> None:
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-        if self._flush_task is not None:
-            self._flush_task.cancel()
-            await asyncio.wait({self._flush_task})
-
-    async def _refuse(self, code: int) -> int:
-        """After a failed check: send what the session still may say, then close."""
-        with contextlib.suppress(ConnectionClosed):
-            await self._flush()
-        return code
 
     def _drop_unless_ready(self) -> None:
         if not self._session.is_ready:

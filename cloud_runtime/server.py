@@ -16,7 +16,7 @@ from websockets.http11 import Request, Response
 
 from cloud_runtime.answers import Answers
 from cloud_runtime.auth import Authenticator
-from cloud_runtime.connection import Connection, Services
+from cloud_runtime.connection import Connection, ServerWebsocket, Services
 from cloud_runtime.models import ServedModels
 from cloud_runtime.provision import WEBSOCKET_PATH
 from cloud_runtime.recent import RecentRuns
@@ -27,11 +27,8 @@ from nearfar.session import max_sealed_bytes
 
 logger = logging.getLogger(__name__)
 
-#: Frames waiting between socket and session. Each may be as large as a message.
-_MAX_QUEUED_FRAMES = 4
 
-
-class GuardedConnection(ServerConnection):
+class GuardedConnection(ServerWebsocket):
     """A websocket that may send little before its client is admitted.
 
     The size limit for messages must fit tensors, and cannot be changed on an open websocket; a
@@ -145,7 +142,6 @@ class CloudServer:
                 ping_timeout=settings.ping_timeout_s,
                 close_timeout=settings.close_timeout_s,
                 max_size=max_sealed_bytes(settings.limits),
-                max_queue=_MAX_QUEUED_FRAMES,
                 logger=quiet,
             )
         except OSError as exc:

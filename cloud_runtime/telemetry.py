@@ -58,7 +58,8 @@ class TracedConnection(Connection):
         code = "disconnected"
         try:
             await super()._answer(stream, request, tensors)
-            code = self._failures.pop(stream.stream, "")
+            # Nothing was sent, not even an error: the client had gone.
+            code = self._failures.pop(stream.stream, "" if stream.out_bytes else "disconnected")
         finally:
             facts: dict[str, str | int | float | bool] = {
                 "nearfar.model": stream.model,
@@ -79,6 +80,6 @@ class TracedConnection(Connection):
                 _queue.record(stream.queue_ms / 1000.0, {"model": stream.model})
                 _compute.record(stream.compute_ms / 1000.0, {"model": stream.model})
 
-    async def _fail(self, stream: _Stream, error: NearfarError) -> None:
+    def _fail(self, stream: _Stream, error: NearfarError) -> None:
         self._failures[stream.stream] = error.code
-        await super()._fail(stream, error)
+        super()._fail(stream, error)

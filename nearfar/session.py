@@ -21,7 +21,7 @@ import abc
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -52,11 +52,11 @@ from nearfar.secure.handshake import (
 )
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
-from nearfar.secure.outbox import MAX_BATCH_BYTES, Item, Outbox
+from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Outbox, Traits
 from nearfar.secure.records import RecordOpener, RecordSealer
 from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
 from nearfar.wire.codec import encode
-from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Outgoing, Role
+from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
     Auth,
@@ -72,8 +72,7 @@ from nearfar.wire.messages import (
 __all__ = ["ClientSession", "Limits", "Received", "ServerSession", "max_sealed_bytes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """One message from the peer.
 
     Attributes:
@@ -103,18 +102,13 @@ def _max_record_bytes(max_message_bytes: int) -> int:
     return longest_bytes + records.OVERHEAD_BYTES
 
 
-def item_of(outgoing: Outgoing) -> Item:
-    """What the queue must know about a message; nothing of its contents."""
-    message = outgoing.message
-    return Item(
-        parts=outgoing.parts,
-        size_bytes=outgoing.size_bytes,
-        stream=getattr(message, "stream", 0),
-        opens=isinstance(message, OPENERS),
-        is_paced=isinstance(message, (Token, Credit)),
-        ends=isinstance(message, (Fin, Error)),
-        is_barrier=isinstance(message, GoAway),
-    )
+#: What the queue must know about a message; nothing of its contents.
+TRAITS: dict[type[Message], Traits] = {
+    **dict.fromkeys(OPENERS, Traits(opens=True)),
+    **dict.fromkeys((Token, Credit), Traits(is_paced=True)),
+    **dict.fromkeys((Fin, Error), Traits(ends=True)),
+    GoAway: Traits(is_barrier=True),
+}
 
 
 class _Session(abc.ABC):
@@ -177,8 +171,10 @@ class _Session(abc.ABC):
         """Take one handshake message; queue the answer; install the secrets when it is the last."""
 
     def _receive_record(self, opener: RecordOpener, data: bytes | bytearray) -> list[Received]:
+        connection = self._connection
+        max_message_bytes = connection.max_message_bytes
         # Checked before decryption spends memory on it.
-        if len(data) > (allowed_bytes := _max_record_bytes(self._connection.max_message_bytes)):
+        if len(data) > (allowed_bytes := _max_record_bytes(max_message_bytes)):
             raise RemoteProtocolError(
                 f"The peer sent a record of {len(data)} bytes where {allowed_bytes} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
@@ -190,21 +186,21 @@ class _Session(abc.ABC):
                 fix="Update nearfar on the older side",
             )
         received: list[Received] = []
-        for arrived in self._assembler.feed(
-            plaintext, max_message_bytes=self._connection.max_message_bytes
+        for data_of, size_bytes, announced_stream in self._assembler.feed(
+            plaintext, max_message_bytes=max_message_bytes
         ):
-            if arrived.message is None:
-                self._connection.announce(arrived.announced_stream or 0)
+            if data_of is None:
+                connection.announce(announced_stream or 0)
                 continue
-            incoming = self._connection.receive(
-                arrived.message, announced_stream=arrived.announced_stream
-            )
-            if self._flush_connection():
+            incoming = connection.receive(data_of, announced_stream=announced_stream)
+            if connection.has_outgoing:
+                self._flush_connection()
                 self._count_reply()
             if incoming is not None:
                 message, tensors = incoming
-                self._heed(message)
-                received.append(Received(message, tensors, arrived.size_bytes))
+                if type(message) in self._heeded:
+                    self._heed(message)
+                received.append(Received(message, tensors, size_bytes))
         return received
 
     def _count_reply(self) -> None:
@@ -215,6 +211,9 @@ class _Session(abc.ABC):
                 "reading the answers",
                 fix="Ping once at a time",
             )
+
+    #: What `_heed` is asked about; most messages say nothing about the session.
+    _heeded: tuple[type[Message], ...]
 
     @abc.abstractmethod
     def _heed(self, message: Message) -> None:
@@ -237,12 +236,30 @@ class _Session(abc.ABC):
         if self._outgoing:
             return self._outgoing.popleft()
         if self._sealer is not None:
-            plaintext = self._outbox.next(now_s, is_busy=self._is_busy, bulk=bulk)
+            outbox = self._outbox
+            is_busy = outbox.shaping == "strict" and self._connection.is_busy
+            plaintext = outbox.next(now_s, is_busy=is_busy, bulk=bulk)
             if plaintext is not None:
                 return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
         if not self._outbox.has_ready:
             self._unsent_replies = 0
         return None
+
+    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> list[bytes | bytearray]:
+        """Several at once: as many as may leave now, until they are that long together."""
+        records: list[bytes | bytearray] = []
+        while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
+            records.append(record)
+            at_most_bytes -= len(record)
+            if self.is_quiet:
+                self._unsent_replies = 0
+                break
+        return records
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing will leave before the next `receive`, `send` or `close`."""
+        return self._outbox.is_idle and not self._outgoing
 
     def data_to_send(self, now_s: float | None = None) -> list[bytes | bytearray]:
         """All websocket binary messages that may leave now, in order: `next_to_send` until `None`.
@@ -259,14 +276,15 @@ class _Session(abc.ABC):
         """
         return None if self.is_closed else self._outbox.next_flush_s()
 
-    @property
-    def _is_busy(self) -> bool:
-        return bool(self._connection.open_streams)
+    def own_borrowed(self) -> None:
+        """Copy what `send` borrowed and what has not left: from now on its arrays may change."""
+        self._outbox.own()
 
-    def _flush_connection(self) -> int:
-        """Queue what the connection has for the peer; returns the size on the wire in bytes."""
-        self._outbox.max_unfinished_bytes = self._connection.max_message_bytes
-        return sum(self._outbox.put(item_of(outgoing)) for outgoing in self._connection.take())
+    def _flush_connection(self) -> None:
+        """Queue what the connection itself has for the peer."""
+        for message, parts, size_bytes in self._connection.take():
+            traits = TRAITS.get(type(message), PLAIN)
+            self._outbox.put(parts, size_bytes, getattr(message, "stream", 0), traits)
 
     def _seal_all(self) -> None:
         """Seal what was queued, but no pieces: nobody waits for the rest of a long message."""
@@ -280,13 +298,17 @@ class _Session(abc.ABC):
 
     # Messages
 
-    def send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+    def send(
+        self, message: Message, tensors: Sequence[np.ndarray] = (), *, borrow: bool = False
+    ) -> int:
         """Check, encode, seal and queue one message.
 
         Args:
             message: Any message this side may send; `Auth` and `Pong` are sent by themselves.
             tensors: What the message's `tensors` describe (see `nearfar.wire.codec.describe`);
                 copied, so they may change afterwards.
+            borrow: Do not copy them yet. The shell calls `next_to_send` as often as it can at
+                once, and then `own_borrowed`, before anybody else may change them.
 
         Returns:
             Size on the wire, sealed, in bytes; of a message that shares a record, its own part.
@@ -296,18 +318,23 @@ class _Session(abc.ABC):
                 the session goes on.
             InvalidInput: A tensor's dtype cannot be sent; likewise.
         """
-        if self.is_closed:
+        connection = self._connection
+        if self._sealer is None or connection.state is ConnectionState.CLOSED:
+            name = type(message).__name__
+            if self.is_closed:
+                raise LocalProtocolError(
+                    f"{name} cannot be sent: the session is closed",
+                    fix="Check is_closed, and connect again",
+                )
             raise LocalProtocolError(
-                f"{type(message).__name__} cannot be sent: the session is closed",
-                fix="Check is_closed, and connect again",
+                f"{name} cannot be sent before the handshake is over", fix="Wait until is_ready"
             )
-        if self._sealer is None:
-            raise LocalProtocolError(
-                f"{type(message).__name__} cannot be sent before the handshake is over",
-                fix="Wait until is_ready",
-            )
-        self._connection.send(message, tensors)
-        return self._flush_connection()
+        parts, size_bytes = connection.prepare(message, tensors)
+        outbox = self._outbox
+        outbox.max_unfinished_bytes = connection.max_message_bytes
+        traits = TRAITS.get(type(message), PLAIN)
+        stream: int = getattr(message, "stream", 0)
+        return outbox.put(parts, size_bytes, stream, traits, borrow=borrow)
 
     def close(self, problem: NearfarError | None = None) -> None:
         """End the session at once; open streams are abandoned.
@@ -337,13 +364,22 @@ class _Session(abc.ABC):
         return self._connection.state is ConnectionState.CLOSED
 
     @property
+    def oldest_unfinished(self) -> tuple[int, int] | None:
+        """Number and announced bytes of the message whose pieces began to come first.
+
+        `None` when no message is unfinished. The shell watches that it does not stay the same for
+        long.
+        """
+        return self._assembler.oldest
+
+    @property
     def open_streams(self) -> tuple[int, ...]:
         """Streams that have not ended, in the order of opening; a cancelled one is still open."""
         return self._connection.open_streams
 
     def is_open(self, stream: int) -> bool:
         """Whether the stream was opened and has not ended."""
-        return stream in self._connection.open_streams
+        return self._connection.is_open(stream)
 
     def credit(self, stream: int) -> int:
         """Tokens the server may still send on an open stream.
@@ -458,6 +494,8 @@ class ClientSession(_Session):
         """What the server's evidence showed; `None` without a verifier."""
         return self._handshake.attested
 
+    _heeded = (Token, Fin, Error, Ready)
+
     def _heed(self, message: Message) -> None:
         if isinstance(message, Ready):
             if LEVELS.index(message.shaping) < LEVELS.index(self._shaping):
@@ -517,13 +555,17 @@ class ServerSession(_Session):
         self._install(secrets.server_traffic, secrets.client_traffic, secrets.suite)
         self.exporter = secrets.exporter
 
+    _heeded = (Auth,)
+
     def _heed(self, message: Message) -> None:
         if isinstance(message, Auth):
             self._shaping = strongest(self._shaping, message.shaping)
 
-    def send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> int:
+    def send(
+        self, message: Message, tensors: Sequence[np.ndarray] = (), *, borrow: bool = False
+    ) -> int:
         """As `_Session.send`; `Ready.shaping` is filled in: the client's wish or our minimum."""
-        if isinstance(message, Ready):
+        if type(message) is Ready:
             message = msgspec.structs.replace(message, shaping=self._shaping)
             self._outbox.shaping = self._shaping
-        return super().send(message, tensors)
+        return super().send(message, tensors, borrow=borrow)

@@ -6,9 +6,8 @@ Layout: docs/reference/secure-channel.md, "Frames".
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +29,7 @@ _ANNOUNCEMENT = struct.Struct(">II")  # stream, length of the whole message
 HEADER_BYTES = _HEADER.size
 
 _MESSAGE, _FIRST_PIECE, _PIECE = 1, 2, 3
+_WHOLE = _MESSAGE << 24
 _NUMBERS = 1 << 24
 
 
@@ -41,61 +41,96 @@ def frame(parts: Sequence[Buffer], size_bytes: int, plaintext_bytes: int = 0) ->
         size_bytes: Their length together.
         plaintext_bytes: Padded with zeros to that, if it is longer.
     """
-    zeros = bytes(max(0, plaintext_bytes - HEADER_BYTES - size_bytes))
-    return b"".join((_HEADER.pack(_MESSAGE << 24, size_bytes), *parts, zeros))
+    header = _HEADER.pack(_WHOLE, size_bytes)
+    missing_bytes = plaintext_bytes - HEADER_BYTES - size_bytes
+    if missing_bytes > 0:
+        return b"".join((header, *parts, bytes(missing_bytes)))
+    return b"".join((header, *parts))
 
 
-def cut(
-    parts: Sequence[Buffer],
-    size_bytes: int,
-    *,
-    stream: int,
-    number: int,
-    record_bytes: int,
-    pad: Callable[[int], int] | None = None,
-) -> deque[memoryview]:
-    """The plaintexts of records that carry one message in pieces; the message is copied once.
+class Pieces:
+    """The plaintexts of the records that carry one long message, made as they are needed.
 
     Args:
-        parts: The message, in order; may change afterwards.
+        parts: The message, in order; must not change until `own` was called or all were taken.
         size_bytes: Their length together, not 0.
         stream: Stream it belongs to.
         number: Told apart by it from other unfinished messages of this direction.
         record_bytes: Length of all plaintexts but the last.
         pad: Total length of all plaintexts to their padded total; the rest is zeros.
+
+    Attributes:
+        count: How many are left.
+        left_bytes: Their length together.
     """
-    room = record_bytes - HEADER_BYTES
-    count = -(-(size_bytes + _ANNOUNCEMENT.size) // room)
-    used_bytes = size_bytes + _ANNOUNCEMENT.size + count * HEADER_BYTES
-    total_bytes = used_bytes if pad is None else pad(used_bytes)
-    buffer = np.empty(total_bytes, np.uint8)  # all of it is written below, once
-    area = buffer.data
-    number %= _NUMBERS
-    left_bytes = size_bytes + _ANNOUNCEMENT.size
-    for index in range(count):
-        kind = _PIECE if index else _FIRST_PIECE
-        length = min(room, left_bytes)
-        _HEADER.pack_into(area, index * record_bytes, kind << 24 | number, length)
-        left_bytes -= length
-    _ANNOUNCEMENT.pack_into(area, HEADER_BYTES, stream, size_bytes)
-    position = HEADER_BYTES + _ANNOUNCEMENT.size
-    for part in parts:
-        source = memoryview(part).cast("B")
-        while source:
-            taken = min(len(source), record_bytes - position % record_bytes)
-            area[position : position + taken] = source[:taken]
-            source = source[taken:]
-            position += taken
-            if position % record_bytes == 0:
-                position += HEADER_BYTES
-    buffer[used_bytes:] = 0
-    return deque(
-        area[start : start + record_bytes] for start in range(0, total_bytes, record_bytes)
+
+    __slots__ = (
+        "_number",
+        "_opening",
+        "_record_bytes",
+        "_sources",
+        "_to_come",
+        "count",
+        "left_bytes",
     )
 
+    def __init__(
+        self,
+        parts: Sequence[Buffer],
+        size_bytes: int,
+        *,
+        stream: int,
+        number: int,
+        record_bytes: int,
+        pad: Callable[[int], int] | None = None,
+    ) -> None:
+        opening = _ANNOUNCEMENT.pack(stream, size_bytes)
+        to_come = len(opening) + size_bytes
+        frames = -(-to_come // (record_bytes - HEADER_BYTES))
+        used_bytes = to_come + frames * HEADER_BYTES
+        self.left_bytes = used_bytes if pad is None else pad(used_bytes)
+        self.count = -(-self.left_bytes // record_bytes)
+        self._record_bytes = record_bytes
+        self._number = number % _NUMBERS
+        self._opening = opening  # empty once it is gone
+        self._to_come = to_come
+        self._sources = [memoryview(part).cast("B") for part in parts]
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+    def take(self) -> bytes:
+        """The next plaintext."""
+        plaintext_bytes = min(self._record_bytes, self.left_bytes)
+        room = min(plaintext_bytes - HEADER_BYTES, self._to_come)
+        self.count -= 1
+        self.left_bytes -= plaintext_bytes
+        if room <= 0:
+            return bytes(plaintext_bytes)
+        self._to_come -= room
+        kind = _FIRST_PIECE if self._opening else _PIECE
+        taken: list[Buffer] = [_HEADER.pack(kind << 24 | self._number, room), self._opening]
+        zeros = plaintext_bytes - HEADER_BYTES - room
+        room -= len(self._opening)
+        self._opening = b""
+        sources = self._sources
+        while room:
+            source = sources[0]
+            if len(source) > room:
+                taken.append(source[:room])
+                sources[0] = source[room:]
+                break
+            taken.append(source)
+            room -= len(source)
+            del sources[0]
+        if zeros:
+            taken.append(bytes(zeros))
+        return b"".join(taken)
+
+    def own(self) -> None:
+        """Copy what is left of the message: from now on its arrays may change."""
+        if self._sources:
+            self._sources = [memoryview(b"".join(self._sources))]
+
+
+class Arrived(NamedTuple):
     """What a record brought.
 
     Attributes:
@@ -137,6 +172,13 @@ class Assembler:
         return len(self._unfinished)
 
     @property
+    def oldest(self) -> tuple[int, int] | None:
+        """Number and announced length of the one that began first; `None` without any."""
+        for number, one in self._unfinished.items():
+            return number, len(one.area)
+        return None
+
+    @property
     def held_bytes(self) -> int:
         """Announced length of those messages together."""
         return sum(len(one.area) for one in self._unfinished.values())
@@ -151,10 +193,20 @@ class Assembler:
         Raises:
             RemoteProtocolError: The layout is wrong, or it is too much.
         """
-        arrived: list[Arrived] = []
         view = memoryview(plaintext)
         total, position = len(view), 0
         record_bytes = total + OVERHEAD_BYTES
+        if total > HEADER_BYTES:  # nearly always: one whole message, and perhaps padding
+            word, length = _HEADER.unpack_from(view)
+            end = HEADER_BYTES + length
+            if (
+                word == _WHOLE
+                and length <= max_message_bytes
+                and end <= total
+                and plaintext.count(0, end) == total - end
+            ):
+                return [Arrived(view[HEADER_BYTES:end], record_bytes)]
+        arrived: list[Arrived] = []
         while position + HEADER_BYTES <= total:
             word, length = _HEADER.unpack_from(view, position)
             kind = word >> 24

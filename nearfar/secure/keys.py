@@ -186,10 +186,7 @@ class KeyConfiguration:
                 "the new pin into `identity` of this cloud, or give `nearfar trust add` the "
                 "operator's rotation statement; otherwise someone is in between",
             )
-        is_cosigned = bool(self.identity.cosigner_hash)
-        signature_bytes = COSIGNED_SIGNATURE_BYTES if is_cosigned else SIGNATURE_BYTES
-        body, signature = self.message[:-signature_bytes], self.message[-signature_bytes:]
-        if not pin.verifies(signature, _SIGNATURE_PURPOSE + body):
+        if not _is_signed(self.message, self.identity, pin):
             raise SecurityError(
                 f"The server's key configuration is not signed by the pinned identity {pin}",
                 fix="Reconnect from another network; something in between altered it",
@@ -209,6 +206,14 @@ class KeyConfiguration:
                 f"and this machine's clock says {_utc(now_s)}",
                 fix="Check the clocks of this machine and of the server (`timedatectl`)",
             )
+
+
+@functools.lru_cache(maxsize=16)
+def _is_signed(message: bytes, identity: Pin, pin: Pin) -> bool:
+    """Kept, as a client that reconnects is shown the same configuration for hours."""
+    signature_bytes = COSIGNED_SIGNATURE_BYTES if identity.cosigner_hash else SIGNATURE_BYTES
+    body, signature = message[:-signature_bytes], message[-signature_bytes:]
+    return pin.verifies(signature, _SIGNATURE_PURPOSE + body)
 
 
 def _utc(time_s: float) -> str:

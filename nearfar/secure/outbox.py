@@ -11,8 +11,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nearfar.secure import frames
-from nearfar.secure.frames import HEADER_BYTES, MAX_UNFINISHED, MAX_WHOLE_BYTES
+from nearfar.secure.frames import (
+    HEADER_BYTES,
+    MAX_UNFINISHED,
+    MAX_WHOLE_BYTES,
+    PIECE_RECORD_BYTES,
+    Pieces,
+    frame,
+)
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import BUCKET_BYTES, Shaping, padded_bytes
 
@@ -40,44 +46,34 @@ STRICT_RUN_TICKS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One message to send.
+class Traits:
+    """What the queue must know about a kind of message.
 
     Attributes:
-        parts: Its bytes; copied when it is put into the queue.
-        size_bytes: Their length together.
-        stream: Stream it belongs to; 0 for the connection.
         opens: It opens the stream: the receiver wants these in order.
         is_paced: `Token` or `Credit`: its size and time tell about an answer's text.
         ends: It is the last one of the stream.
         is_barrier: Must not overtake anything.
     """
 
-    parts: Sequence[Buffer]
-    size_bytes: int
-    stream: int = 0
     opens: bool = False
     is_paced: bool = False
     ends: bool = False
     is_barrier: bool = False
 
 
+PLAIN = Traits()
+
+
+@dataclass(eq=False, slots=True)
 class _Queued:
-    """An item whose bytes are laid out: one plaintext, or one for each piece.
+    """A message in the queue: one plaintext, or the pieces of a long message."""
 
-    Keeps nothing of the caller's arrays, which may change once a message was queued: a request
-    that was cancelled must not take what its app writes into the same array later.
-    """
-
-    __slots__ = ("is_barrier", "is_large", "opens", "plaintexts", "size_bytes", "stream")
-
-    def __init__(self, item: Item, plaintexts: deque[Buffer]) -> None:
-        self.plaintexts = plaintexts
-        self.is_large = len(plaintexts) > 1
-        self.size_bytes = item.size_bytes
-        self.stream = item.stream
-        self.opens = item.opens
-        self.is_barrier = item.is_barrier
+    size_bytes: int
+    stream: int
+    traits: Traits
+    plaintext: bytes = b""
+    pieces: Pieces | None = None
 
 
 class Outbox:
@@ -93,10 +89,12 @@ class Outbox:
         self._batch_tick_s = BALANCED_TICK_S
         self.max_unfinished_bytes = 0
         self._number = 0
-        self._ready: deque[_Queued] = deque()  # in order, before all pieces but first ones
+        # in order, before all pieces but first ones; what nothing can stop is a mere plaintext
+        self._ready: deque[bytes | _Queued] = deque()
         self._large: deque[_Queued] = deque()  # first piece gone; take turns
         self._under_way: list[_Queued] = []  # large, in _ready or _large
         self._held: deque[_Queued] = deque()  # must wait for something before them
+        self._borrowed: list[Pieces] = []
         self._next_tick_s: float | None = None
         # balanced
         self._answering: set[int] = set()  # streams whose first token was sent, or has come
@@ -111,18 +109,61 @@ class Outbox:
 
     # Putting in
 
-    def put(self, item: Item) -> int:
-        """Queue one message; returns the bytes that it will take on the wire."""
-        if self.shaping == "balanced" and self._is_paced(item):
-            self._backlog.append((item.stream, frames.frame(item.parts, item.size_bytes)))
-            if item.ends:
-                self._has_end = True
-                self._answering.discard(item.stream)
-            return HEADER_BYTES + item.size_bytes
-        queued = self._lay_out(item)
-        size_bytes = sum(len(one) + OVERHEAD_BYTES for one in queued.plaintexts)
-        self._enqueue(queued)
-        return size_bytes
+    def put(
+        self,
+        parts: Sequence[Buffer],
+        size_bytes: int,
+        stream: int = 0,
+        traits: Traits = PLAIN,
+        *,
+        borrow: bool = False,
+    ) -> int:
+        """Queue one message; returns the bytes that it will take on the wire.
+
+        Args:
+            parts: Its bytes.
+            size_bytes: Their length together.
+            stream: Stream it belongs to; 0 for the connection.
+            traits: What kind it is.
+            borrow: Do not copy the parts of a long message yet: they must not change until it
+                has left, or until `own` was called.
+        """
+        shaping = self.shaping
+        padded = 0
+        longest_bytes = MAX_WHOLE_BYTES
+        if shaping == "balanced":
+            if self._is_paced(size_bytes, stream, traits):
+                self._backlog.append((stream, frame(parts, size_bytes)))
+                if traits.ends:
+                    self._has_end = True
+                    self._answering.discard(stream)
+                return HEADER_BYTES + size_bytes
+            padded = padded_bytes(HEADER_BYTES + size_bytes)
+        elif shaping == "strict":  # padded when its record is put together
+            longest_bytes = STRICT_RECORD_BYTES - HEADER_BYTES
+        if size_bytes <= longest_bytes:
+            plaintext = frame(parts, size_bytes, padded)
+            if self._under_way or self._held:
+                self._enqueue(_Queued(size_bytes, stream, traits, plaintext=plaintext))
+            else:
+                self._ready.append(plaintext)
+            return len(plaintext) + OVERHEAD_BYTES
+        pieces = self._cut(parts, size_bytes, stream)
+        sealed_bytes = pieces.left_bytes + pieces.count * OVERHEAD_BYTES
+        # Keeps nothing of the caller's arrays for long, which may change once a message was
+        # queued: a request that was cancelled must not take what its app writes there later.
+        if borrow:
+            self._borrowed.append(pieces)
+        else:
+            pieces.own()
+        self._enqueue(_Queued(size_bytes, stream, traits, pieces=pieces))
+        return sealed_bytes
+
+    def own(self) -> None:
+        """Copy what is still borrowed."""
+        for pieces in self._borrowed:
+            pieces.own()
+        self._borrowed.clear()
 
     def answer_began(self, stream: int) -> None:
         """The first token of an answer came: what is said about it leaves on ticks from now on."""
@@ -137,22 +178,18 @@ class Outbox:
             self._answering.discard(stream)
             self._backlog = deque(entry for entry in self._backlog if entry[0] != stream)
 
-    def _is_paced(self, item: Item) -> bool:
-        if item.is_barrier:
+    def _is_paced(self, size_bytes: int, stream: int, traits: Traits) -> bool:
+        if traits.is_barrier:
             self._release_backlog()
-        elif item.stream in self._answering:
-            can_wait = item.is_paced or item.ends
-            if (
-                can_wait
-                and item.size_bytes <= MAX_WHOLE_BYTES
-                and not self._is_blocked(item.stream)
-            ):
+        elif stream in self._answering:
+            can_wait = traits.is_paced or traits.ends
+            if can_wait and size_bytes <= MAX_WHOLE_BYTES and not self._is_blocked(stream):
                 return True
             self._release_backlog()
-            if item.ends:
-                self._answering.discard(item.stream)
-        elif item.is_paced:
-            self._answering.add(item.stream)  # the first leaves at once
+            if traits.ends:
+                self._answering.discard(stream)
+        elif traits.is_paced:
+            self._answering.add(stream)  # the first leaves at once
             self._idle_ticks = 0
         return False
 
@@ -161,48 +198,44 @@ class Outbox:
             stream == other.stream for queue in (self._under_way, self._held) for other in queue
         )
 
-    def _lay_out(self, item: Item) -> _Queued:
-        if self.shaping == "strict":
-            longest_bytes, record_bytes = STRICT_RECORD_BYTES - HEADER_BYTES, STRICT_RECORD_BYTES
-        else:
-            longest_bytes, record_bytes = MAX_WHOLE_BYTES, frames.PIECE_RECORD_BYTES
-        if item.size_bytes <= longest_bytes:
-            is_padded = self.shaping == "balanced"  # strict: when its record is put together
-            padded = padded_bytes(HEADER_BYTES + item.size_bytes) if is_padded else 0
-            return _Queued(item, deque([frames.frame(item.parts, item.size_bytes, padded)]))
+    def _cut(self, parts: Sequence[Buffer], size_bytes: int, stream: int) -> Pieces:
         self._number += 1
-        pieces = frames.cut(
-            item.parts,
-            item.size_bytes,
-            stream=item.stream,
+        return Pieces(
+            parts,
+            size_bytes,
+            stream=stream,
             number=self._number,
-            record_bytes=record_bytes,
+            record_bytes=STRICT_RECORD_BYTES if self.shaping == "strict" else PIECE_RECORD_BYTES,
             pad=_PADS[self.shaping],
         )
-        return _Queued(item, deque(pieces))
 
     def _enqueue(self, queued: _Queued) -> None:
         if self._must_wait(queued):
             self._held.append(queued)
             return
-        if queued.is_large:
+        if queued.pieces is not None:
             self._under_way.append(queued)
         self._ready.append(queued)
 
     def _must_wait(self, queued: _Queued) -> bool:
         if not self._under_way and not self._held:
             return False
-        if queued.is_barrier or self._is_blocked(queued.stream):
+        if queued.traits.is_barrier or self._is_blocked(queued.stream):
             return True
-        if queued.opens and any(held.opens for held in self._held):
+        if queued.traits.opens and any(held.traits.opens for held in self._held):
             return True
-        return queued.is_large and (
+        return queued.pieces is not None and (
             len(self._under_way) >= MAX_UNFINISHED
             or sum(other.size_bytes for other in self._under_way) + queued.size_bytes
             > self.max_unfinished_bytes
         )
 
     # Taking out
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether `next` would give nothing, now and until the next `put`."""
+        return not (self._ready or self._large or self.shaping != "off")
 
     @property
     def has_ready(self) -> bool:
@@ -226,17 +259,37 @@ class Outbox:
         if self.shaping == "strict":
             return self._next_strict(now_s, is_busy=is_busy)
         if self._ready:
-            return self._pop(self._ready)
+            plaintext = self._pop(self._ready)
+            if self._ready and self.shaping == "off":
+                return self._join_ready(plaintext)
+            return plaintext
         if self.shaping == "balanced" and (batch := self._next_batch(now_s)) is not None:
             return batch
         return self._pop(self._large) if bulk and self._large else None
 
-    def _pop(self, queue: deque[_Queued]) -> Buffer:
+    def _join_ready(self, first: bytes) -> bytes:
+        """Short messages share a record: each record costs both ends more than its bytes do."""
+        taken, size_bytes = [first], len(first)
+        while self._ready:
+            found = self._ready[0]
+            if not isinstance(found, bytes) or size_bytes + len(found) > PIECE_RECORD_BYTES:
+                break
+            taken.append(found)
+            size_bytes += len(found)
+            self._ready.popleft()
+        return b"".join(taken)
+
+    def _pop(self, queue: deque[bytes | _Queued] | deque[_Queued]) -> bytes:
         queued = queue.popleft()
-        plaintext = queued.plaintexts.popleft()
-        if queued.plaintexts:
+        if isinstance(queued, bytes):
+            return queued
+        pieces = queued.pieces
+        if pieces is None:
+            return queued.plaintext
+        plaintext = pieces.take()
+        if pieces.count:
             self._large.append(queued)
-        elif queued.is_large:
+        else:
             self._under_way.remove(queued)
             held, self._held = self._held, deque()
             for other in held:
@@ -263,7 +316,7 @@ class Outbox:
             return None
         self._advance_tick(self._next_tick_s, now_s, self._batch_tick_s)
         self._idle_ticks = 0 if self._backlog else self._idle_ticks + 1
-        if self._has_end and sum(len(frame) for _, frame in self._backlog) <= max(
+        if self._has_end and sum(len(framed) for _, framed in self._backlog) <= max(
             END_BYTES, self._batch_bytes
         ):
             self._has_end = False
@@ -301,8 +354,7 @@ class Outbox:
 
     def _release_backlog(self) -> None:
         while self._backlog:
-            item = Item(parts=(), size_bytes=0)
-            self._ready.append(_Queued(item, deque([self._take_batch(MAX_BATCH_BYTES)])))
+            self._ready.append(self._take_batch(MAX_BATCH_BYTES))
 
     # strict: one record per tick, with or without something in it
 
@@ -330,9 +382,13 @@ class Outbox:
         if len(plaintext) == STRICT_RECORD_BYTES:
             return plaintext
         taken, left_bytes = [plaintext], STRICT_RECORD_BYTES - len(plaintext)
-        while self._ready and len(self._ready[0].plaintexts[0]) <= left_bytes:
+        while self._ready:
+            first = self._ready[0]
+            short = first if isinstance(first, bytes) else first.plaintext
+            if not short or len(short) > left_bytes:
+                break
             taken.append(self._pop(self._ready))
-            left_bytes -= len(taken[-1])
+            left_bytes -= len(short)
         return b"".join((*taken, bytes(left_bytes)))
 
 

@@ -29,11 +29,14 @@ _AEADS: dict[int, type[AESGCM] | type[ChaCha20Poly1305]] = {
 }
 
 _HEADER = struct.Struct(">BIQ")  # type, epoch, sequence
+_NONCE_BYTES = 12
 _TAG_BYTES = 16
 #: What a record is longer than its plaintext.
 OVERHEAD_BYTES = _HEADER.size + _TAG_BYTES
 
 _LAST_EPOCH = 2**32 - 1
+#: For shorter records one copy more costs less than the objects that would save it.
+_SHORT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,41 +62,36 @@ DEFAULT_REKEY_LIMITS = RekeyLimits()
 
 
 class _Epoch:
-    """Key and IV of one epoch, and how much they have protected."""
+    """Key and IV of one epoch, and how much they have protected.
 
-    __slots__ = ("_aead", "_iv", "_records", "_secret", "_size_bytes", "_suite", "number")
+    Attributes:
+        aead: The cipher with its key.
+        iv: XORed with the sequence number it gives a record's nonce.
+        records: Records so far.
+        size_bytes: Their plaintext.
+    """
+
+    __slots__ = ("_secret", "_suite", "aead", "iv", "number", "records", "size_bytes")
 
     def __init__(self, secret: bytes, number: int, suite: int) -> None:
         self.number = number
         self._secret = secret
         self._suite = suite
-        self._aead = _AEADS[suite](_expand(secret, b"key", 32))
-        self._iv = int.from_bytes(_expand(secret, b"iv", 12), "big")
-        self._records = 0
-        self._size_bytes = 0
+        self.aead = _AEADS[suite](_expand(secret, b"key", 32))
+        self.iv = int.from_bytes(_expand(secret, b"iv", 12), "big")
+        self.records = 0
+        self.size_bytes = 0
 
     def has_room(self, size_bytes: int, limits: RekeyLimits) -> bool:
-        return self._records == 0 or (
-            self._records < limits.records and self._size_bytes + size_bytes <= limits.size_bytes
+        """For one more record; also where it alone is longer than the limit."""
+        return self.records == 0 or (
+            self.records < limits.records and self.size_bytes + size_bytes <= limits.size_bytes
         )
-
-    def count(self, size_bytes: int) -> None:
-        self._records += 1
-        self._size_bytes += size_bytes
 
     def next(self) -> _Epoch:
         if self.number == _LAST_EPOCH:
             raise channel_failed()
         return _Epoch(_expand(self._secret, b"rekey", 32), self.number + 1, self._suite)
-
-    def _nonce(self, sequence: int) -> bytes:
-        return (self._iv ^ sequence).to_bytes(12, "big")
-
-    def seal(self, sequence: int, plaintext: Buffer, header: bytes, out: memoryview) -> None:
-        self._aead.encrypt_into(self._nonce(sequence), plaintext, header, out)
-
-    def open(self, sequence: int, sealed: memoryview, header: bytes) -> bytes:
-        return self._aead.decrypt(self._nonce(sequence), sealed, header)
 
 
 def _expand(secret: bytes, label: bytes, size_bytes: int) -> bytes:
@@ -129,7 +127,9 @@ class RecordSealer:
         self._sequence = 0
         self._limits = limits
 
-    def seal(self, record_type: int, plaintext: Buffer, *, now_s: float | None = None) -> bytearray:
+    def seal(
+        self, record_type: int, plaintext: Buffer, *, now_s: float | None = None
+    ) -> bytes | bytearray:
         """One record, ready to send; records must be sent in the order they were sealed.
 
         Args:
@@ -137,23 +137,32 @@ class RecordSealer:
             plaintext: Any size; it is copied only by the cipher.
             now_s: Any clock that does not jump, always the same; without it age is not looked at.
         """
-        if self._has_aged(now_s) or not self._epoch.has_room(len(plaintext), self._limits):
-            self._epoch = self._epoch.next()
-            self._epoch_began_s = None
-        if self._epoch_began_s is None:
-            self._epoch_began_s = now_s
-        header = _HEADER.pack(record_type, self._epoch.number, self._sequence)
-        record = bytearray(len(plaintext) + OVERHEAD_BYTES)
-        record[: _HEADER.size] = header
-        with memoryview(record) as view:
-            self._epoch.seal(self._sequence, plaintext, header, view[_HEADER.size :])
-        self._epoch.count(len(plaintext))
-        self._sequence += 1
-        return record
-
-    def _has_aged(self, now_s: float | None) -> bool:
+        size_bytes = len(plaintext)
+        epoch = self._epoch
         began_s = self._epoch_began_s
-        return now_s is not None and began_s is not None and now_s - began_s >= self._limits.age_s
+        has_aged = (
+            now_s is not None and began_s is not None and now_s - began_s >= self._limits.age_s
+        )
+        if has_aged or not epoch.has_room(size_bytes, self._limits):
+            epoch = self._epoch = epoch.next()
+            began_s = None
+        if began_s is None:
+            self._epoch_began_s = now_s
+        sequence = self._sequence
+        header = _HEADER.pack(record_type, epoch.number, sequence)
+        nonce = (epoch.iv ^ sequence).to_bytes(_NONCE_BYTES, "big")
+        record: bytes | bytearray
+        if size_bytes <= _SHORT_BYTES:
+            record = header + epoch.aead.encrypt(nonce, plaintext, header)
+        else:
+            record = bytearray(size_bytes + OVERHEAD_BYTES)
+            record[: _HEADER.size] = header
+            with memoryview(record) as view:
+                epoch.aead.encrypt_into(nonce, plaintext, header, view[_HEADER.size :])
+        epoch.records += 1
+        epoch.size_bytes += size_bytes
+        self._sequence = sequence + 1
+        return record
 
 
 class RecordOpener:
@@ -198,10 +207,12 @@ class RecordOpener:
         ):
             raise channel_failed()
         try:
-            plaintext = epoch.open(sequence, memoryview(record)[_HEADER.size :], header)
+            nonce = (epoch.iv ^ sequence).to_bytes(_NONCE_BYTES, "big")
+            plaintext = epoch.aead.decrypt(nonce, memoryview(record)[_HEADER.size :], header)
         except InvalidTag:
             raise channel_failed() from None
-        epoch.count(size_bytes)
+        epoch.records += 1
+        epoch.size_bytes += size_bytes
         self._epoch = epoch
-        self._sequence += 1
+        self._sequence = sequence + 1
         return record_type, plaintext

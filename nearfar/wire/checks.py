@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from nearfar.wire.messages import (
     PROTOCOL_VERSION,
@@ -35,84 +37,129 @@ TICKET_BYTES = 32
 
 def problem_in(message: Message) -> str | None:
     """What is wrong with a message's fields, naming the field but never its content."""
-    name = type(message).__name__
+    kind = type(message)
     stream = getattr(message, "stream", 1)
     if not 0 <= stream <= MAX_STREAM:
-        return f"{name}.stream is {stream}"
-    # The most frequent first: this runs for every message, at both ends.
-    if isinstance(message, Token):
-        return f"{name}.index is {message.index}" if message.index < 0 else None
-    if isinstance(message, (Infer, Generate)):
-        return _problem_in_request(message, name)
-    if isinstance(message, Result):
-        return _problem_in_times(name, message.queue_ms, message.compute_ms)
-    if isinstance(message, (Auth, Ready)) and message.protocol_version != PROTOCOL_VERSION:
-        return f"{name}.protocol_version is {message.protocol_version}, not {PROTOCOL_VERSION}"
-    if isinstance(message, Auth) and len(message.proof) not in (0, PROOF_BYTES):
-        return f"Auth.proof has {len(message.proof)} bytes, not 0 or {PROOF_BYTES}"
-    if isinstance(message, Ready) and min(message.max_streams, message.max_message_bytes) < 1:
-        return f"{name} allows no stream or no message"
-    if isinstance(message, Ready) and len(message.resume_key) not in (0, TICKET_BYTES):
-        return f"{name}.resume_key has {len(message.resume_key)} bytes, not {TICKET_BYTES}"
-    if isinstance(message, Resume):
-        return _problem_in_resume(message, name)
-    if isinstance(message, Credit):
-        if not 1 <= message.tokens <= MAX_CREDIT:
-            return f"{name}.tokens is {message.tokens}"
-        if message.received < 0:
-            return f"{name}.received is {message.received}"
-    if isinstance(message, Fin):
-        if len(message.digest) != DIGEST_BYTES:
-            return f"{name}.digest has {len(message.digest)} bytes, not {DIGEST_BYTES}"
-        return _problem_in_times(name, message.queue_ms, message.prefill_ms, message.decode_ms)
-    if isinstance(message, (Ping, Pong)) and not 0 <= message.id < 2**64:
-        return f"{name}.id does not fit 64 bits"
-    if isinstance(message, GoAway) and not 0 <= message.last_stream <= MAX_STREAM:
-        return f"{name}.last_stream is {message.last_stream}"
+        return f"{kind.__name__}.stream is {stream}"
+    # By type, not by a row of questions: this runs for every message, at both ends.
+    check = _CHECKS.get(kind)
+    problem = None if check is None else check(message)
+    return None if problem is None else f"{kind.__name__}{problem}"
+
+
+def _in_auth(message: Auth) -> str | None:
+    if message.protocol_version != PROTOCOL_VERSION:
+        return f".protocol_version is {message.protocol_version}, not {PROTOCOL_VERSION}"
+    if len(message.proof) not in (0, PROOF_BYTES):
+        return f".proof has {len(message.proof)} bytes, not 0 or {PROOF_BYTES}"
     return None
 
 
-def _problem_in_request(message: Infer | Generate, name: str) -> str | None:
-    if len(message.request_id) != REQUEST_ID_BYTES:
-        return f"{name}.request_id has {len(message.request_id)} bytes, not {REQUEST_ID_BYTES}"
-    if not 0 <= message.priority <= 9:
-        return f"{name}.priority is {message.priority}, not 0 to 9"
-    if message.deadline_ms is not None and (
-        problem := _problem_in_times(name, message.deadline_ms)
-    ):
-        return problem
-    if message.trace and not _is_trace(message.trace):
-        return f"{name}.trace is not a trace id of 16 bytes and a span id of 8, neither all zeros"
-    if isinstance(message, Generate):
-        if not 0 <= message.credit <= MAX_CREDIT:
-            return f"{name}.credit is {message.credit}"
-    elif message.form != "tensors" and (
+def _in_ready(message: Ready) -> str | None:
+    if message.protocol_version != PROTOCOL_VERSION:
+        return f".protocol_version is {message.protocol_version}, not {PROTOCOL_VERSION}"
+    if min(message.max_streams, message.max_message_bytes) < 1:
+        return " allows no stream or no message"
+    if len(message.resume_key) not in (0, TICKET_BYTES):
+        return f".resume_key has {len(message.resume_key)} bytes, not {TICKET_BYTES}"
+    return None
+
+
+def _in_infer(message: Infer) -> str | None:
+    if message.form != "tensors" and (
         [(tensor.name, tensor.datatype, len(tensor.shape)) for tensor in message.tensors]
         != [("input", "BYTES", 1)]
     ):
-        return f"{name} of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
-    return None
+        return f" of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
+    return _in_request(message)
+
+
+def _in_generate(message: Generate) -> str | None:
+    return _in_credit_of(message) or _in_request(message)
+
+
+def _in_request(message: Infer | Generate) -> str | None:
+    if len(message.request_id) != REQUEST_ID_BYTES:
+        return _of_request_id(message)
+    if not 0 <= message.priority <= 9:
+        return f".priority is {message.priority}, not 0 to 9"
+    if message.trace and not _is_trace(message.trace):
+        return ".trace is not a trace id of 16 bytes and a span id of 8, neither all zeros"
+    deadline_ms = message.deadline_ms
+    return None if deadline_ms is None else _in_times(deadline_ms)
 
 
 def _is_trace(trace: bytes) -> bool:
     return len(trace) == TRACE_BYTES and any(trace[:16]) and any(trace[16:])
 
 
-def _problem_in_resume(message: Resume, name: str) -> str | None:
+def _in_resume(message: Resume) -> str | None:
     if len(message.request_id) != REQUEST_ID_BYTES:
-        return f"{name}.request_id has {len(message.request_id)} bytes, not {REQUEST_ID_BYTES}"
+        return _of_request_id(message)
     if len(message.ticket) != TICKET_BYTES:
-        return f"{name}.ticket has {len(message.ticket)} bytes, not {TICKET_BYTES}"
-    if not 0 <= message.credit <= MAX_CREDIT:
-        return f"{name}.credit is {message.credit}"
+        return f".ticket has {len(message.ticket)} bytes, not {TICKET_BYTES}"
     if message.next_index < 0:
-        return f"{name}.next_index is {message.next_index}"
-    return None
+        return f".next_index is {message.next_index}"
+    return _in_credit_of(message)
 
 
-def _problem_in_times(name: str, *times_ms: float) -> str | None:
+def _of_request_id(message: Infer | Generate | Resume) -> str:
+    return f".request_id has {len(message.request_id)} bytes, not {REQUEST_ID_BYTES}"
+
+
+def _in_credit_of(message: Generate | Resume) -> str | None:
+    return None if 0 <= message.credit <= MAX_CREDIT else f".credit is {message.credit}"
+
+
+def _in_result(message: Result) -> str | None:
+    return _in_times(message.queue_ms, message.compute_ms)
+
+
+def _in_token(message: Token) -> str | None:
+    return f".index is {message.index}" if message.index < 0 else None
+
+
+def _in_credit(message: Credit) -> str | None:
+    if not 1 <= message.tokens <= MAX_CREDIT:
+        return f".tokens is {message.tokens}"
+    return f".received is {message.received}" if message.received < 0 else None
+
+
+def _in_fin(message: Fin) -> str | None:
+    if len(message.digest) != DIGEST_BYTES:
+        return f".digest has {len(message.digest)} bytes, not {DIGEST_BYTES}"
+    return _in_times(message.queue_ms, message.prefill_ms, message.decode_ms)
+
+
+def _in_ping(message: Ping | Pong) -> str | None:
+    return None if 0 <= message.id < 2**64 else ".id does not fit 64 bits"
+
+
+def _in_go_away(message: GoAway) -> str | None:
+    fits = 0 <= message.last_stream <= MAX_STREAM
+    return None if fits else f".last_stream is {message.last_stream}"
+
+
+def _in_times(*times_ms: float) -> str | None:
     # Predictions are fed from these; NaN would poison every average it meets.
     for time_ms in times_ms:
         if not 0 <= time_ms < math.inf:  # also false for NaN
-            return f"{name} holds a duration that is negative or not finite"
+            return " holds a duration that is negative or not finite"
     return None
+
+
+#: Message -> the check of its fields, which says what follows its name; most have one.
+_CHECKS: dict[type[Message], Callable[[Any], str | None]] = {
+    Auth: _in_auth,
+    Ready: _in_ready,
+    Infer: _in_infer,
+    Result: _in_result,
+    Generate: _in_generate,
+    Token: _in_token,
+    Fin: _in_fin,
+    Credit: _in_credit,
+    Ping: _in_ping,
+    Pong: _in_ping,
+    GoAway: _in_go_away,
+    Resume: _in_resume,
+}

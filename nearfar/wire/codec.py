@@ -34,6 +34,8 @@ ALIGNMENT_BYTES = 8
 MAX_DIMENSIONS = 32
 
 _LENGTH = struct.Struct("<I")
+#: A copy of a shorter tensor costs less than a view of it.
+_SHORT_BYTES = 4096
 _PADDINGS = tuple(b"\x00" * size for size in range(ALIGNMENT_BYTES))
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -65,7 +67,8 @@ def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes |
         LocalProtocolError: Header and tensors differ, or a value does not fit msgpack.
         InvalidInput: A tensor's dtype or element cannot be sent.
     """
-    headers = tensor_headers(message)
+    kind = type(message)
+    headers = message.tensors if kind is Infer or kind is Result else ()  # type: ignore[union-attr]
     if len(headers) != len(tensors):
         raise LocalProtocolError(
             f"{type(message).__name__} describes {len(headers)} tensors but has {len(tensors)}",
@@ -80,10 +83,9 @@ def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes |
             f"{type(message).__name__} cannot be encoded ({type(exc).__name__})",
             fix="Text must be valid Unicode without lone surrogates; integers must fit 64 bits",
         ) from None
-    lead = _LENGTH.pack(len(packed)) + packed + _padding(_LENGTH.size + len(packed))
+    size_bytes = _LENGTH.size + len(packed)
+    lead = _LENGTH.pack(len(packed)) + packed + _PADDINGS[-size_bytes % ALIGNMENT_BYTES]
     parts: list[bytes | memoryview] = [lead]
-    if not headers:
-        return parts
     for header, array in zip(headers, tensors, strict=True):
         datatype = datatype_of(array)
         data = _data_of(header.name, datatype, array)
@@ -100,7 +102,7 @@ def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes |
                 fix="Build the headers with nearfar.wire.codec.describe",
             )
         parts.append(data)
-        if padding := _padding(size_bytes):
+        if padding := _PADDINGS[-size_bytes % ALIGNMENT_BYTES]:
             parts.append(padding)
     return parts
 
@@ -134,17 +136,20 @@ def decode(
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise _bad(f"its header does not parse ({type(exc).__name__})") from None
     position = _skip_padding(view, end)
-    headers = tensor_headers(message)
-    if len(headers) > limits.max_tensors:
-        raise _bad(f"it has {len(headers)} tensors and {limits.max_tensors} are allowed")
+    kind = type(message)
     tensors = []
-    for header in headers:
-        count = _check(header, limits)
-        end = position + header.size_bytes
-        if end > total:
-            raise _bad("it ends inside a tensor")
-        tensors.append(_array(header, count, view[position:end]))
-        position = _skip_padding(view, end)
+    if kind is Infer or kind is Result:
+        headers: tuple[TensorHeader, ...] = message.tensors  # type: ignore[union-attr]
+        if len(headers) > limits.max_tensors:
+            raise _bad(f"it has {len(headers)} tensors and {limits.max_tensors} are allowed")
+        for header in headers:
+            dtype = NUMPY_OF.get(header.datatype) or _dtype_of(header.datatype)
+            count = _check(header, dtype, limits)
+            end = position + header.size_bytes
+            if end > total:
+                raise _bad("it ends inside a tensor")
+            tensors.append(_array(header, dtype, count, view[position:end]))
+            position = _skip_padding(view, end)
     if position != total:
         raise _bad("bytes follow its last tensor")
     return message, tuple(tensors)
@@ -165,10 +170,6 @@ def named(headers: Sequence[TensorHeader], tensors: Sequence[np.ndarray]) -> dic
 def tensor_headers(message: Message) -> tuple[TensorHeader, ...]:
     """The tensors a message announces; none for most messages."""
     return message.tensors if isinstance(message, (Infer, Result)) else ()
-
-
-def _padding(size_bytes: int) -> bytes:
-    return _PADDINGS[-size_bytes % ALIGNMENT_BYTES]
 
 
 def _skip_padding(view: memoryview, position: int) -> int:
@@ -221,15 +222,15 @@ def _data_of(name: str, datatype: str, array: np.ndarray) -> bytes | memoryview:
         )
     if datatype in PACKED:
         return pack_4bit(array).data
+    if array.nbytes <= _SHORT_BYTES:
+        return array.tobytes()
     # Copies only what is not C-contiguous (reshape alone would leave `array[::2]` as it lies); the
     # uint8 view makes len() count bytes.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _check(header: TensorHeader, limits: Limits) -> int:
+def _check(header: TensorHeader, dtype: np.dtype[np.generic], limits: Limits) -> int:
     """Number of elements of a tensor whose header is believable."""
-    if header.datatype not in DATATYPES:
-        raise _bad("a tensor's datatype is unknown")
     if len(header.shape) > MAX_DIMENSIONS:
         raise _bad(f"a tensor has {len(header.shape)} dimensions")
     # A size of zero must not excuse absurd other sizes, which numpy could not represent.
@@ -245,29 +246,29 @@ def _check(header: TensorHeader, limits: Limits) -> int:
     elif header.datatype in PACKED:
         fits = header.size_bytes == (count + 1) // 2
     else:
-        fits = header.size_bytes == count * _dtype_of(header.datatype).itemsize
+        fits = header.size_bytes == count * dtype.itemsize
     if not fits:
         raise _bad("a tensor's size does not follow from its shape")
     return count
 
 
 def _dtype_of(datatype: str) -> np.dtype[np.generic]:
-    """As `numpy_of`, but opaque bytes where that fails.
+    """As `numpy_of`, but opaque bytes where ml_dtypes is missing.
 
     One tensor that this end cannot name must not end the connection, so it is whoever takes the
     tensor out that learns of it: see `named`.
     """
-    dtype = NUMPY_OF.get(datatype)
-    if dtype is not None:
-        return dtype
+    if datatype not in DATATYPES:
+        raise _bad("a tensor's datatype is unknown")
     try:
         return numpy_of(datatype)
     except InvalidInput:
         return np.dtype("V1" if datatype in PACKED else "V2")
 
 
-def _array(header: TensorHeader, count: int, data: memoryview) -> np.ndarray:
-    dtype = _dtype_of(header.datatype)
+def _array(
+    header: TensorHeader, dtype: np.dtype[np.generic], count: int, data: memoryview
+) -> np.ndarray:
     array: np.ndarray
     if header.datatype == "BYTES":
         array = np.empty(count, dtype=object)

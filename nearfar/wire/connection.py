@@ -10,8 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 import numpy as np
 
@@ -135,6 +134,9 @@ CROSSINGS: frozenset[tuple[Role, State, type[Message]]] = frozenset(
     }
 )
 
+StreamMessage = Union[
+    ListModels, Models, Infer, Result, Generate, Token, Fin, Cancel, Credit, Error, Resume
+]
 #: Messages of the client that open a stream.
 OPENERS = (ListModels, Infer, Generate, Resume)
 _CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
@@ -186,8 +188,7 @@ class _Stream:
         self.count += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """One checked and encoded message.
 
     Attributes:
@@ -207,6 +208,11 @@ class Connection:
     Args:
         role: Which end this is.
         limits: What to accept.
+
+    Attributes:
+        role: As given.
+        state: What the connection has seen.
+        max_message_bytes: Largest plaintext message that may be sent or received now.
     """
 
     def __init__(self, role: Role, limits: Limits) -> None:
@@ -214,7 +220,7 @@ class Connection:
         self.state = ConnectionState.NEW
         self._peer = Role.SERVER if role is Role.CLIENT else Role.CLIENT
         self._limits = limits
-        self._max_message_bytes = limits.max_unauthenticated_bytes
+        self.max_message_bytes = limits.max_unauthenticated_bytes
         self._max_streams = limits.max_streams
         self._streams: dict[int, _Stream] = {}
         self._highest_stream = 0
@@ -226,14 +232,23 @@ class Connection:
     # What is known
 
     @property
-    def max_message_bytes(self) -> int:
-        """Largest plaintext message that may be sent or received now."""
-        return self._max_message_bytes
-
-    @property
     def open_streams(self) -> tuple[int, ...]:
         """Streams that have not ended, in the order of opening."""
         return tuple(self._streams)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a stream is open."""
+        return bool(self._streams)
+
+    def is_open(self, stream: int) -> bool:
+        """Whether the stream was opened and has not ended."""
+        return stream in self._streams
+
+    @property
+    def has_outgoing(self) -> bool:
+        """Whether `take` has something to give."""
+        return bool(self._outgoing)
 
     @property
     def next_stream(self) -> int:
@@ -293,13 +308,26 @@ class Connection:
             LocalProtocolError: It is illegal now or too large; nothing changed.
             InvalidInput: A tensor cannot be sent.
         """
-        if isinstance(message, Pong):
-            raise LocalProtocolError("Pong is sent by the connection itself", field="Pong")
-        self._send(message, tensors)
-        if isinstance(message, Ping):
-            self._pings_sent.add(message.id)
+        self._outgoing.append(Outgoing(message, *self.prepare(message, tensors)))
 
-    def _send(self, message: Message, tensors: Sequence[np.ndarray] = ()) -> None:
+    def prepare(
+        self, message: Message, tensors: Sequence[np.ndarray] = ()
+    ) -> tuple[list[bytes | memoryview], int]:
+        """As `send`, for a caller that sends the message itself, before anything else.
+
+        Returns:
+            `Outgoing.parts` and `Outgoing.size_bytes`.
+
+        Raises:
+            LocalProtocolError, InvalidInput: As `send`.
+        """
+        if type(message) is Pong:
+            raise LocalProtocolError("Pong is sent by the connection itself", field="Pong")
+        return self._prepare(message, tensors)
+
+    def _prepare(
+        self, message: Message, tensors: Sequence[np.ndarray] = ()
+    ) -> tuple[list[bytes | memoryview], int]:
         try:
             next_state = self._judge(self.role, message)
         except _Violation as violation:
@@ -308,15 +336,17 @@ class Connection:
             ) from None
         parts = encode(message, tensors)
         size_bytes = sum(map(len, parts))
-        if size_bytes > self._max_message_bytes:
+        if size_bytes > self.max_message_bytes:
             raise LocalProtocolError(
                 f"{type(message).__name__} has {size_bytes} bytes, but this connection takes "
-                f"messages of up to {self._max_message_bytes} bytes",
+                f"messages of up to {self.max_message_bytes} bytes",
                 field="tensors",
                 fix="Send smaller inputs, or raise max_message_bytes on both sides",
             )
-        self._outgoing.append(Outgoing(message, parts, size_bytes))
         self._advance(message, next_state)
+        if type(message) is Ping:
+            self._pings_sent.add(message.id)
+        return parts, size_bytes
 
     def close(self, problem: NearfarError | None = None) -> None:
         """Take part no longer: nothing more can be sent, and what comes is ignored.
@@ -328,11 +358,12 @@ class Connection:
             return
         if problem is not None and self.role is Role.SERVER:
             texts = [_sendable(text) for text in (problem.problem, problem.fix)]
-            self._send(Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1]))
+            error = Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1])
+            self._outgoing.append(Outgoing(error, *self._prepare(error)))
         self.state = ConnectionState.CLOSED
 
     def take(self) -> list[Outgoing]:
-        """What was queued, in order; empties the queue."""
+        """What was queued by `send`, and by this end itself, in order; empties the queue."""
         outgoing, self._outgoing = self._outgoing, []
         return outgoing
 
@@ -390,42 +421,40 @@ class Connection:
     def _receive(
         self, data: bytes | memoryview, announced_stream: int | None
     ) -> tuple[Message, tuple[np.ndarray, ...]] | None:
-        if len(data) > self._max_message_bytes:
+        if len(data) > self.max_message_bytes:
             raise _Violation(
-                f"a message of {len(data)} bytes where {self._max_message_bytes} are allowed"
+                f"a message of {len(data)} bytes where {self.max_message_bytes} are allowed"
             )
         message, tensors = decode(data, self._limits)
         if announced_stream is not None and announced_stream != getattr(message, "stream", 0):
             raise _Violation(f"a message announced for stream {announced_stream} is for another")
-        if self._is_crossing(message):
+        # An open stream is not over: the usual case.
+        if getattr(message, "stream", 0) not in self._streams and self._is_crossing(message):
             return None
         next_state = self._judge(self._peer, message)
         self._advance(message, next_state)
-        if isinstance(next_state, StreamState):
-            if isinstance(message, Token) and next_state in _CANCELLED_STATES:
-                return None
-        elif isinstance(message, Ping):
-            self._send(Pong(id=message.id))
+        if type(message) is Token:
+            return None if next_state in _CANCELLED_STATES else (message, tensors)
+        if type(message) is Ping:
+            pong = Pong(id=message.id)
+            self._outgoing.append(Outgoing(pong, *self._prepare(pong)))
             return None
-        elif isinstance(message, Pong):
+        if type(message) is Pong:
             self._pings_sent.remove(message.id)
         return message, tensors
 
     def _is_crossing(self, message: Message) -> bool:
-        stream = getattr(message, "stream", 0)
-        if stream in self._streams or not 0 < stream <= MAX_STREAM:
-            return False  # the usual case: an open stream is not over
+        stream: int = getattr(message, "stream", 0)
+        if not 0 < stream <= MAX_STREAM:
+            return False
         if self.role is Role.SERVER and stream > self._last_stream:
             # The client had not read our GoAway; it learns from there that nothing came of this.
             return isinstance(message, (*OPENERS, Cancel, Credit))
-        return (self._peer, self._stream_state(stream), type(message)) in CROSSINGS
+        return (self._peer, self._state_without_entry(stream), type(message)) in CROSSINGS
 
     # Judging, the same for both directions
 
-    def _stream_state(self, stream: int) -> State:
-        entry = self._streams.get(stream)
-        if entry is not None:
-            return entry.state
+    def _state_without_entry(self, stream: int) -> State:
         is_new = stream > self._highest_stream or stream in self._arriving
         return StreamState.IDLE if is_new else StreamState.ENDED
 
@@ -437,9 +466,15 @@ class Connection:
         """
         if problem := problem_in(message):
             raise _Violation(problem)
-        stream: int = getattr(message, "stream", 0)
         kind = type(message)
-        state = self._stream_state(stream) if stream else self.state
+        stream: int = getattr(message, "stream", 0)
+        entry = self._streams.get(stream)
+        if entry is not None:
+            state = entry.state
+        elif stream:
+            state = self._state_without_entry(stream)
+        else:
+            state = self.state
         next_state = TRANSITIONS.get((sender, state, kind))
         if next_state is None:
             where = f"stream {stream}" if stream else "the connection"
@@ -447,10 +482,14 @@ class Connection:
                 f"{kind.__name__} is not allowed from the {sender.value} "
                 f"while {where} is {state.value}"
             )
-        if stream:
-            self._judge_stream(stream, message)
-        else:
+        if not stream:
             self._judge_connection(sender, message)
+        elif self.state is not ConnectionState.OPEN and self.state is not ConnectionState.DRAINING:
+            raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
+        elif entry is None:
+            self._judge_opener()
+        elif kind is not Result:
+            self._judge_stream(entry, message)  # type: ignore[arg-type]
         return next_state
 
     def _judge_connection(self, sender: Role, message: Message) -> None:
@@ -481,19 +520,17 @@ class Connection:
         if message.id not in self._pings_sent:
             raise _Violation("Pong answers no Ping")
 
-    def _judge_stream(self, stream: int, message: Message) -> None:
-        if self.state not in (ConnectionState.OPEN, ConnectionState.DRAINING):
-            raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
-        if isinstance(message, OPENERS):
-            if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
-                raise _Violation("the server is going away", "Open a new connection")
-            if len(self._streams) >= self._max_streams:
-                raise _Violation(
-                    f"{self._max_streams} streams are open already",
-                    "Wait until one ends (can_open tells)",
-                )
-            return
-        entry = self._streams[stream]
+    def _judge_opener(self) -> None:
+        if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
+            raise _Violation("the server is going away", "Open a new connection")
+        if len(self._streams) >= self._max_streams:
+            raise _Violation(
+                f"{self._max_streams} streams are open already",
+                "Wait until one ends (can_open tells)",
+            )
+
+    def _judge_stream(self, entry: _Stream, message: StreamMessage) -> None:
+        stream = message.stream
         if isinstance(message, Token):
             if message.index != entry.count:
                 raise _Violation(
@@ -519,31 +556,37 @@ class Connection:
     # Following
 
     def _advance(self, message: Message, next_state: State) -> None:
-        if isinstance(next_state, StreamState):
-            self._advance_stream(message.stream, message, next_state)  # type: ignore[union-attr]
-            return
-        self.state = next_state
-        if isinstance(message, Ready):
-            self._max_streams = min(self._limits.max_streams, message.max_streams)
-            self._max_message_bytes = min(self._limits.max_message_bytes, message.max_message_bytes)
-        elif isinstance(message, GoAway):
-            self._last_stream = message.last_stream
-            for stream in [s for s in self._streams if s > message.last_stream]:
-                del self._streams[stream]
-
-    def _advance_stream(self, stream: int, message: Message, next_state: StreamState) -> None:
         if next_state is StreamState.ENDED:
-            del self._streams[stream]
-        elif isinstance(message, OPENERS):
-            credit = message.credit if isinstance(message, (Generate, Resume)) else 0
-            resumed_at = message.next_index if isinstance(message, Resume) else None
-            self._streams[stream] = _Stream(next_state, credit, resumed_at)
-            self._highest_stream = max(self._highest_stream, stream)
-            self._arriving.discard(stream)
+            del self._streams[message.stream]  # type: ignore[union-attr]
+        elif isinstance(next_state, ConnectionState):
+            self._advance_connection(message, next_state)
         else:
-            entry = self._streams[stream]
+            stream: int = message.stream  # type: ignore[union-attr]
+            entry = self._streams.get(stream)
+            if entry is None:
+                self._open(stream, message, next_state)
+                return
             entry.state = next_state
             if isinstance(message, Token):
                 entry.add(message.text)
             elif isinstance(message, Credit):
                 entry.credit += message.tokens
+
+    def _advance_connection(self, message: Message, next_state: ConnectionState) -> None:
+        self.state = next_state
+        if isinstance(message, Ready):
+            self._max_streams = min(self._limits.max_streams, message.max_streams)
+            self.max_message_bytes = min(self._limits.max_message_bytes, message.max_message_bytes)
+        elif isinstance(message, GoAway):
+            self._last_stream = message.last_stream
+            for stream in [s for s in self._streams if s > message.last_stream]:
+                del self._streams[stream]
+
+    def _open(self, stream: int, message: Message, state: StreamState) -> None:
+        credit = getattr(message, "credit", 0)  # `Generate` and `Resume` have it
+        resumed_at = message.next_index if type(message) is Resume else None
+        self._streams[stream] = _Stream(state, credit, resumed_at)
+        if stream > self._highest_stream:
+            self._highest_stream = stream
+        else:
+            self._arriving.discard(stream)

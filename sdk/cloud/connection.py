@@ -1,7 +1,7 @@
-"""One open websocket to the cloud: moves bytes, matches answers to requests, fails as a whole.
+"""One open websocket to the cloud: matches answers to requests, fails as a whole.
 
-All protocol lives in `nearfar.session.ClientSession`; this is its asyncio shell. Everything here
-runs on one event loop. One task reads, one task writes, so a request that is cancelled can never
+All protocol lives in `nearfar.session.ClientSession`, and `nearfar.transport` moves its bytes.
+Everything here runs on one event loop and without a task, so a request that is cancelled can never
 leave half a message behind.
 """
 
@@ -26,18 +26,18 @@ from nearfar.errors import (
     StreamInterrupted,
     from_code,
 )
-from nearfar.fragments import receive_message
+from nearfar.transport import TextReceived, Transport
 from nearfar.units import Deadline
-from nearfar.watchdog import Watchdog
 from nearfar.wire import messages as wire
 from sdk.cloud import egress
 from sdk.cloud.failures import translate
 
 if TYPE_CHECKING:
     import numpy as np
-    from websockets.asyncio.client import ClientConnection
+    from websockets.exceptions import ConnectionClosed
 
     from nearfar.session import ClientSession, Received
+    from nearfar.websocket import DirectConnection
     from sdk.cloud.egress import Permit
     from sdk.config import CloudConfig
 
@@ -49,7 +49,7 @@ _CLOSE_TIMEOUT_S = 2.0
 #: Keepalive, below the 30 to 60 s after which home routers forget a quiet flow; an unanswered one
 #: closes the connection (for networks that swallow packets; a reset is noticed at once).
 _PING_INTERVAL_S, _PING_TIMEOUT_S = 20.0, 15.0
-#: From the first fragment of a message to its last.
+#: From the first fragment, or piece, of a message to its last; see `nearfar.transport`.
 _MESSAGE_TIMEOUT_S = 30.0
 
 
@@ -235,7 +235,7 @@ class Connection:
 
     def __init__(
         self,
-        websocket: ClientConnection,
+        websocket: DirectConnection,
         session: ClientSession,
         url: str,
         on_end: Callable[[Connection], None] | None = None,
@@ -245,7 +245,6 @@ class Connection:
         self._url = url
         self._on_end = on_end
         self._streams: dict[int, Stream] = {}
-        self._wake = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
         self._next_ping = 1
@@ -254,10 +253,9 @@ class Connection:
         self.is_leaving = False
         self._line: deque[asyncio.Future[None]] = deque()
         self.error: NearfarError | None = None
-        self._tasks = (
-            asyncio.ensure_future(self._read()),
-            asyncio.ensure_future(self._write()),
-        )
+        self._goodbye: asyncio.Task[None] | None = None
+        self._transport = Transport(websocket, session, self, message_timeout_s=_MESSAGE_TIMEOUT_S)
+        self._transport.start()
 
     @classmethod
     async def open(
@@ -286,6 +284,7 @@ class Connection:
         from nearfar.session import ClientSession, max_sealed_bytes
         from nearfar.wire.limits import Limits
         from sdk.cloud.credentials import credentials_of
+        from sdk.cloud.websocket import ClientWebsocket
 
         limits = Limits()
         ends_s = time.monotonic() + timeout_s
@@ -305,6 +304,7 @@ class Connection:
         try:
             websocket = await connect(
                 config.url,
+                create_connection=ClientWebsocket,
                 ssl=tls_context(config),
                 compression=None,  # ciphertext does not compress
                 max_size=max_sealed_bytes(limits),
@@ -317,6 +317,7 @@ class Connection:
             raise
         except Exception as exc:
             raise translate(exc, config.url, during="connect") from exc
+        assert isinstance(websocket, ClientWebsocket)
         connection = cls(websocket, session, config.url, on_end)
         try:
             left_s = max(0.01, ends_s - time.monotonic())
@@ -364,9 +365,7 @@ class Connection:
         """
         if self.error is not None:
             raise self.error
-        size = egress.send(self._session, permit, message, tensors)
-        self._wake.set()
-        return size
+        return egress.send(self._transport, permit, message, tensors)
 
     def open_stream(
         self,
@@ -496,41 +495,35 @@ class Connection:
         return self.rtt_ms
 
     async def close(self) -> None:
-        """Say goodbye and end both tasks; idempotent. Open streams fail."""
+        """Say goodbye; idempotent. Open streams fail."""
         self._end(Cancelled("The client was closed before the answer was complete"))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(Exception):  # whatever the goodbye meets, the socket is gone
-            await self._websocket.close()
+        if self._goodbye is not None:
+            await self._goodbye
 
-    async def _read(self) -> None:
-        watchdog = Watchdog(_MESSAGE_TIMEOUT_S, self._cut_off)
-        try:
-            while True:
-                data = await receive_message(self._websocket, watchdog)
-                if data is None:
-                    raise RemoteProtocolError(f"{self._url} sent text instead of bytes")
-                for received in self._session.receive(data, now_s=time.time()):
-                    self._dispatch(received)
-                self._wake.set()
-                self._let_in()
-                if self._session.is_closed:
-                    self._end(CloudUnavailable(f"{self._url} ended the connection"))
-        except asyncio.CancelledError:
-            raise
-        except Exception as exc:  # noqa: BLE001 (the seam: every kind becomes one of ours)
-            self._end(translate(exc, self._url))
-            self._wake.set()
-        finally:
-            watchdog.close()
+    # Called by the transport (`nearfar.transport.Owner`)
 
-    def _cut_off(self) -> None:
+    def on_received(self, received: Received) -> None:
+        """A message came."""
+        self._dispatch(received)
+        if self._line:
+            self._let_in()
+
+    def on_failed(self, error: Exception) -> None:
+        """The cloud broke a rule."""
+        if isinstance(error, TextReceived):
+            error = RemoteProtocolError(f"{self._url} sent text instead of bytes")
+        self._end(translate(error, self._url))
+
+    def on_late(self, _: str) -> None:
         """The cloud began a message and does not end it."""
         self._end(
             CloudUnavailable(f"{self._url} sent a message too slowly", fix="Check the network")
         )
         self._websocket.transport.abort()
+
+    def on_ended(self, problem: ConnectionClosed) -> None:
+        """The websocket has ended."""
+        self._end(translate(problem, self._url))
 
     def _dispatch(self, received: Received) -> None:
         message = received.message
@@ -558,32 +551,6 @@ class Connection:
                     self.forget(stream_id)
                 stream.deliver(received)
 
-    async def _write(self) -> None:
-        try:
-            while True:
-                # One at a time: what is asked for meanwhile overtakes the rest of a long upload.
-                while (data := self._session.next_to_send(time.monotonic())) is not None:
-                    await self._websocket.send(data)
-                if self.error is not None:
-                    # Said everything; the server's half may still come, but nobody waits for it.
-                    await self._websocket.close()
-                    return
-                await self._sleep()
-                self._wake.clear()
-        except asyncio.CancelledError:
-            raise
-        except Exception as exc:  # noqa: BLE001 (as in `_read`)
-            self._end(translate(exc, self._url))
-
-    async def _sleep(self) -> None:
-        """Until there is news, or until shaped traffic is due."""
-        due_s = self._session.next_flush_s()
-        if due_s is None:
-            await self._wake.wait()
-            return
-        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(0.0, due_s - time.monotonic()))
-
     def _end(self, error: NearfarError) -> None:
         """Everything that waits for this connection fails with its first error."""
         if self.error is not None:
@@ -598,10 +565,17 @@ class Connection:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
-        self._wake.set()
         self._let_in()
         if self._on_end is not None:
             self._on_end(self)
+        self._goodbye = asyncio.ensure_future(self._part())
+
+    async def _part(self) -> None:
+        """Close the websocket; the server's half may still come, but nobody waits for it."""
+        self._transport.flush()  # a last Cancel or Credit
+        self._transport.close()
+        with contextlib.suppress(Exception):  # whatever the goodbye meets, the socket is gone
+            await self._websocket.close()
 
 
 def tls_context(config: CloudConfig) -> ssl.SSLContext:

@@ -20,9 +20,9 @@ from nearfar.errors import (
 from nearfar.secure.frames import HEADER_BYTES
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import MAX_LIFETIME_S, KeyRing
-from nearfar.secure.outbox import Item
+from nearfar.secure.outbox import PLAIN
 from nearfar.secure.records import OVERHEAD_BYTES, RecordSealer
-from nearfar.session import ClientSession, ServerSession, item_of, max_sealed_bytes
+from nearfar.session import TRAITS, ClientSession, ServerSession, max_sealed_bytes
 from nearfar.wire import messages as wire
 from nearfar.wire.codec import encode
 from nearfar.wire.connection import Outgoing
@@ -180,8 +180,7 @@ LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
     ids=lambda value: type(value).__name__,
 )
 def test_messages_that_open_a_stream_are_queued_as_such(message: wire.Message, opens: bool) -> None:
-    outgoing = Outgoing(message, [b""], 0)
-    assert item_of(outgoing).opens is opens
+    assert TRAITS.get(type(message), PLAIN).opens is opens
 
 
 def test_ping_and_short_request_overtake_a_long_one() -> None:
@@ -237,7 +236,7 @@ def test_message_for_another_stream_than_announced_is_refused() -> None:
     parts = encode(infer(3, {"x": LARGE}), [LARGE])
     size_bytes = sum(len(part) for part in parts)
     pair.client._outbox.max_unfinished_bytes = size_bytes
-    pair.client._outbox.put(Item(parts=parts, size_bytes=size_bytes, stream=1))
+    pair.client._outbox.put(parts, size_bytes, 1)
     with pytest.raises(RemoteProtocolError, match="announced for stream 1"):
         pair.to_server()
 
@@ -311,13 +310,23 @@ def test_closed_session_ignores_the_peer_and_refuses_to_send() -> None:
 def test_failed_session_stays_failed() -> None:
     pair = Pair.connected()
     pair.client.send(infer(1))
+    (first,) = pair.client.data_to_send()
     pair.client.send(infer(2))
-    first, second = pair.client.data_to_send()
+    (second,) = pair.client.data_to_send()
     for record in (second, first, second):
         with pytest.raises(SecurityError, match="channel failed"):
             pair.server.receive(record, now_s=NOW_S)
     assert pair.server.is_closed
     assert pair.server.data_to_send() == []  # an attacker learns nothing from us
+
+
+def test_short_messages_that_wait_share_a_record() -> None:
+    pair = Pair.connected()
+    sizes = [pair.client.send(infer(number)) for number in (1, 2, 3)]
+    (record,) = pair.client.data_to_send()
+    received = pair.server.receive(record, now_s=NOW_S)
+    assert [one.message.stream for one in received] == [1, 2, 3]
+    assert len(record) < sum(sizes)
 
 
 def test_server_tells_a_client_that_breaks_the_rules() -> None:
@@ -399,9 +408,11 @@ def _record_attack(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[],
 
     def attack() -> None:
         pair = Pair.connected()
+        records = []
         for number in range(3):
             pair.client.send(wire.Ping(id=number))
-        for record in change(pair.client.data_to_send()):
+            records += pair.client.data_to_send()
+        for record in change(records):
             pair.server.receive(record, now_s=NOW_S)
 
     return attack

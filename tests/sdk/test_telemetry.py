@@ -318,9 +318,11 @@ def permit(model: str):
 
 
 def test_no_span_and_no_figure_holds_content(client, state):
-    client.infer("tensor", X, purpose="4711-purpose", tenant="4711-tenant", mode="cloud_only")
-    client.generate("story", "4711 is my number", max_new_tokens=3, mode="edge_only").text()
-    client.device.fail_with = EngineError("4711 is in the text")
+    client.infer(
+        "tensor", X, purpose="patient-4711-purpose", tenant="patient-4711-tenant", mode="cloud_only"
+    )
+    client.generate("story", "patient-4711 is my number", max_new_tokens=3, mode="edge_only").text()
+    client.device.fail_with = EngineError("patient-4711 is in the text")
     with pytest.raises(EngineError):
         client.infer("tensor", X, mode="edge_only")
     exported = "".join(span.to_json() for span in EXPORTER.get_finished_spans())
@@ -328,7 +330,7 @@ def test_no_span_and_no_figure_holds_content(client, state):
     assert "tensor" in exported
     assert "nearfar.client.duration" in figures
     assert "nearfar.client.sent" in figures
-    for word in ("4711", "number", "e0 e1", "purpose", "tenant"):
+    for word in ("patient-4711", "4711.25", "is my number", "e0 e1", "purpose", "tenant"):
         assert word not in exported
         assert word not in figures
 

@@ -13,7 +13,7 @@ from nearfar.secure.frames import (
     MAX_WHOLE_BYTES,
     Arrived,
     Assembler,
-    cut,
+    Pieces,
     frame,
 )
 from nearfar.secure.records import OVERHEAD_BYTES
@@ -33,8 +33,17 @@ def whole(arrived: list[Arrived]) -> list[bytes]:
 def pieces(
     message: bytes, number: int = 1, record_bytes: int = 256, stream: int = 7
 ) -> list[bytes]:
-    laid_out = cut([message], len(message), stream=stream, number=number, record_bytes=record_bytes)
-    return [bytes(plaintext) for plaintext in laid_out]
+    return taken(
+        Pieces([message], len(message), stream=stream, number=number, record_bytes=record_bytes)
+    )
+
+
+def taken(laid_out: Pieces) -> list[bytes]:
+    left_bytes = laid_out.left_bytes
+    plaintexts = [laid_out.take() for _ in range(laid_out.count)]
+    assert laid_out.count == laid_out.left_bytes == 0
+    assert sum(map(len, plaintexts)) == left_bytes
+    return plaintexts
 
 
 # Layout
@@ -69,10 +78,10 @@ def test_padded_messages_come_back(messages: list[bytes], zeros: int) -> None:
 def test_cut_messages_come_back(message: bytes, record_bytes: int, parts: int) -> None:
     step = max(1, len(message) // parts)
     split = [message[start : start + step] for start in range(0, len(message), step)]
-    laid_out = cut(
-        split, len(message), stream=3, number=1, record_bytes=record_bytes, pad=padded_bytes
+    laid_out = taken(
+        Pieces(split, len(message), stream=3, number=1, record_bytes=record_bytes, pad=padded_bytes)
     )
-    assert all(len(plaintext) == record_bytes for plaintext in list(laid_out)[:-1])
+    assert all(len(plaintext) == record_bytes for plaintext in laid_out[:-1])
     assert sum(map(len, laid_out)) == padded_bytes(sum(map(len, laid_out)))
     assembler = Assembler()
     arrived = [one for plaintext in laid_out for one in feed(assembler, plaintext)]

@@ -11,8 +11,8 @@ from nearfar.secure.outbox import (
     STRICT_RECORD_BYTES,
     STRICT_RUN_TICKS,
     STRICT_TICK_S,
-    Item,
     Outbox,
+    Traits,
 )
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import BUCKET_BYTES, Shaping
@@ -21,10 +21,12 @@ LIMIT = 1 << 20
 LARGE = MAX_WHOLE_BYTES * 3
 
 
-def item(name: str, stream: int = 0, size_bytes: int = 0, **flags: bool) -> Item:
+def item(
+    name: str, stream: int = 0, size_bytes: int = 0, **flags: bool
+) -> tuple[list[bytes], int, int, Traits]:
     """A message that begins with its name."""
     data = name.encode().ljust(size_bytes, b".")
-    return Item(parts=[data], size_bytes=len(data), stream=stream, **flags)
+    return [data], len(data), stream, Traits(**flags)
 
 
 def outbox(shaping: Shaping = "off") -> Outbox:
@@ -39,6 +41,7 @@ class Reader:
     def __init__(self) -> None:
         self._assembler = Assembler()
         self.names: list[str] = []
+        self.messages: list[bytes] = []
         self.announced: list[int] = []
         self.announced_before: dict[str, int] = {}
         self.sizes: list[int] = []
@@ -47,6 +50,7 @@ class Reader:
         self.sizes.append(len(plaintext))
         for one in self._assembler.feed(bytes(plaintext), max_message_bytes=LIMIT):
             if one.message is not None:
+                self.messages.append(bytes(one.message))
                 self.names.append(bytes(one.message[:16]).decode().rstrip("."))
                 self.announced_before[self.names[-1]] = len(self.announced)
             elif one.announced_stream is not None:
@@ -63,27 +67,27 @@ class Reader:
 
 def test_short_messages_overtake_a_long_one_between_its_pieces() -> None:
     box, reader = outbox(), Reader()
-    box.put(item("large", 1, LARGE))
+    box.put(*item("large", 1, LARGE))
     for name in ("a", "b", "c"):
         plaintext = box.next(0.0)
         assert plaintext is not None
         reader.read(plaintext)
-        box.put(item(name, 2))
+        box.put(*item(name, 2))
     assert reader.drain(box).names == ["a", "b", "c", "large"]
 
 
 def test_messages_of_one_stream_keep_their_order() -> None:
     box = outbox()
-    box.put(item("large", 1, LARGE, opens=True))
-    box.put(item("cancel", 1))
-    box.put(item("ping"))
+    box.put(*item("large", 1, LARGE, opens=True))
+    box.put(*item("cancel", 1))
+    box.put(*item("ping"))
     assert Reader().drain(box).names == ["ping", "large", "cancel"]
 
 
 def test_request_overtakes_a_long_one_only_after_that_was_announced() -> None:
     box, reader = outbox(), Reader()
-    box.put(item("large", 1, LARGE, opens=True))
-    box.put(item("small", 2, opens=True))
+    box.put(*item("large", 1, LARGE, opens=True))
+    box.put(*item("small", 2, opens=True))
     plaintext = box.next(0.0)
     assert plaintext is not None
     reader.read(plaintext)
@@ -94,9 +98,9 @@ def test_request_overtakes_a_long_one_only_after_that_was_announced() -> None:
 def test_requests_behind_one_that_cannot_begin_wait_for_it() -> None:
     box, reader = outbox(), Reader()
     for stream in range(1, MAX_UNFINISHED + 2):
-        box.put(item(f"large {stream}", stream, LARGE, opens=True))
-    box.put(item("small", MAX_UNFINISHED + 2, opens=True))
-    box.put(item("ping"))
+        box.put(*item(f"large {stream}", stream, LARGE, opens=True))
+    box.put(*item("small", MAX_UNFINISHED + 2, opens=True))
+    box.put(*item("ping"))
     reader.drain(box)
     assert reader.announced == [1, 2, 3, 4, 5]
     assert reader.names[0] == "ping"
@@ -107,31 +111,45 @@ def test_requests_behind_one_that_cannot_begin_wait_for_it() -> None:
 def test_no_more_is_begun_than_the_receiver_holds() -> None:
     box, reader = outbox(), Reader()
     for stream in range(1, 12):
-        box.put(item(f"large {stream}", stream, LIMIT // 2))
+        box.put(*item(f"large {stream}", stream, LIMIT // 2))
     assert len(reader.drain(box).names) == 11  # the reader's assembler would refuse more
 
 
 def test_barrier_overtakes_nothing() -> None:
     box = outbox()
-    box.put(item("large", 1, LARGE))
-    box.put(item("goaway", is_barrier=True))
-    box.put(item("ping"))
+    box.put(*item("large", 1, LARGE))
+    box.put(*item("goaway", is_barrier=True))
+    box.put(*item("ping"))
     assert Reader().drain(box).names == ["ping", "large", "goaway"]
 
 
 def test_pieces_can_be_left_to_another_writer() -> None:
     box, reader = outbox(), Reader()
-    box.put(item("large", 1, LARGE))
-    box.put(item("small", 2))
+    box.put(*item("large", 1, LARGE))
+    box.put(*item("small", 2))
     assert reader.drain(box, bulk=False).names == ["small"]
     assert reader.drain(box).names == ["small", "large"]
 
 
 def test_callers_array_may_change_after_it_was_queued() -> None:
     box, data = outbox(), bytearray(b"before".ljust(LARGE, b"."))
-    box.put(Item(parts=[memoryview(data)], size_bytes=LARGE, stream=1))
+    box.put([memoryview(data)], LARGE, 1)
     data[:6] = b"after!"
     assert Reader().drain(box).names == ["before"]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_borrowed_array_may_change_once_it_is_owned(taken: int) -> None:
+    box, data = outbox(), bytearray(b"before".ljust(LARGE, b"."))
+    box.put([memoryview(data)], LARGE, 1, borrow=True)
+    gone = [box.next(None) for _ in range(taken)]
+    box.own()
+    data[:] = bytes(LARGE)
+    reader = Reader()
+    for plaintext in gone:
+        assert plaintext is not None
+        reader.read(plaintext)
+    assert reader.drain(box).messages == [b"before".ljust(LARGE, b".")]
 
 
 SHAPINGS: list[Shaping] = ["off", "balanced", "strict"]
@@ -156,7 +174,7 @@ def test_everything_arrives_once_and_each_stream_in_order(
     ):
         name = f"{stream}:{number}"
         sent[stream].append(name)
-        box.put(item(name, stream, size_bytes, is_paced=is_token))
+        box.put(*item(name, stream, size_bytes, is_paced=is_token))
         now_s += 0.04 * step
         for _ in range(step):
             if (plaintext := box.next(now_s, is_busy=True)) is not None:
@@ -176,7 +194,7 @@ def test_everything_arrives_once_and_each_stream_in_order(
 )
 def test_sizes_of_whole_messages(shaping: Shaping, size_bytes: int, padded_bytes: int) -> None:
     box = outbox(shaping)
-    counted_bytes = box.put(item("x", 0, size_bytes))
+    counted_bytes = box.put(*item("x", 0, size_bytes))
     assert Reader().drain(box).sizes == [padded_bytes]
     assert counted_bytes == padded_bytes + OVERHEAD_BYTES
 
@@ -184,7 +202,7 @@ def test_sizes_of_whole_messages(shaping: Shaping, size_bytes: int, padded_bytes
 @pytest.mark.parametrize("shaping", SHAPINGS)
 def test_long_messages_count_what_their_records_take(shaping: Shaping) -> None:
     box = outbox(shaping)
-    counted_bytes = box.put(item("x", 1, 200_000))
+    counted_bytes = box.put(*item("x", 1, 200_000))
     sizes = Reader().drain(box, None).sizes
     assert counted_bytes == sum(sizes) + OVERHEAD_BYTES * len(sizes)
     if shaping == "strict":
@@ -197,7 +215,7 @@ def test_long_messages_count_what_their_records_take(shaping: Shaping) -> None:
 
 def answer(box: Outbox, texts: list[str], stream: int = 1) -> None:
     for text in texts:
-        box.put(item(text, stream, is_paced=True))
+        box.put(*item(text, stream, is_paced=True))
 
 
 def test_first_token_leaves_at_once_and_the_others_in_one_record_per_tick() -> None:
@@ -239,7 +257,7 @@ def test_end_of_an_answer_takes_the_last_tokens_along_and_then_it_is_quiet() -> 
     answer(box, ["one"])
     reader.drain(box, 0.0)
     answer(box, ["two"])
-    box.put(item("fin", 1, 200, ends=True))
+    box.put(*item("fin", 1, 200, ends=True))
     assert reader.drain(box, 0.05).names == ["one"]
     assert reader.drain(box, 0.1).names == ["one", "two", "fin"]
     assert reader.sizes == [BUCKET_BYTES, END_BYTES]
@@ -274,8 +292,8 @@ def test_other_messages_do_not_wait_for_a_tick() -> None:
     answer(box, ["one"])
     reader.drain(box, 0.0)
     answer(box, ["two"])
-    box.put(item("pong"))
-    box.put(item("result", 2))
+    box.put(*item("pong"))
+    box.put(*item("result", 2))
     assert reader.drain(box, 0.01).names == ["one", "pong", "result"]
 
 
@@ -294,13 +312,13 @@ def test_credit_leaves_on_its_own_ticks_and_cancel_does_not_wait_for_them() -> N
     box, reader = outbox("balanced"), Reader()
     box.answer_began(1)
     reader.drain(box, 0.0)
-    box.put(item("credit", 1, is_paced=True))
+    box.put(*item("credit", 1, is_paced=True))
     assert reader.drain(box, 0.4).names == []
     assert reader.drain(box, 0.5).names == ["credit"]
     reader.drain(box, 1.0)  # none to grant: looks the same
     assert reader.sizes == [BUCKET_BYTES] * 2
-    box.put(item("more credit", 1, is_paced=True))
-    box.put(item("cancel", 1))
+    box.put(*item("more credit", 1, is_paced=True))
+    box.put(*item("cancel", 1))
     assert reader.drain(box, 1.1).names == ["credit", "more credit", "cancel"]
 
 
@@ -308,7 +326,7 @@ def test_credit_for_an_answer_that_ended_is_not_sent() -> None:
     box, reader = outbox("balanced"), Reader()
     box.answer_began(1)
     reader.drain(box, 0.0)
-    box.put(item("credit", 1, is_paced=True))
+    box.put(*item("credit", 1, is_paced=True))
     box.answer_ended(1)
     assert reader.drain(box, 0.5).sizes == []
     assert box.next_flush_s() is None
@@ -330,7 +348,7 @@ def run(box: Outbox, reader: Reader, start: int, stop: int, *, is_busy: bool) ->
 
 def test_one_constant_record_per_tick_whether_there_is_something_or_not() -> None:
     box, reader = outbox("strict"), Reader()
-    box.put(item("request", 1, 9000, opens=True))
+    box.put(*item("request", 1, 9000, opens=True))
     assert run(box, reader, 0, 10, is_busy=True) == [1] * 10
     answer(box, [f"t{number}" for number in range(50)])
     assert run(box, reader, 10, 20, is_busy=True) == [1] * 10
@@ -340,7 +358,7 @@ def test_one_constant_record_per_tick_whether_there_is_something_or_not() -> Non
 
 def test_records_go_on_to_the_end_of_a_run_after_the_last_stream_ended() -> None:
     box, reader = outbox("strict"), Reader()
-    box.put(item("request", 1, opens=True))
+    box.put(*item("request", 1, opens=True))
     counts = run(box, reader, 0, 3, is_busy=True)
     counts += run(box, reader, 3, 3 * STRICT_RUN_TICKS, is_busy=False)
     assert counts == [1] * STRICT_RUN_TICKS + [0] * (2 * STRICT_RUN_TICKS)
@@ -349,7 +367,7 @@ def test_records_go_on_to_the_end_of_a_run_after_the_last_stream_ended() -> None
 
 def test_message_without_a_stream_leaves_at_once_but_constant() -> None:
     box, reader = outbox("strict"), Reader()
-    box.put(item("ping"))
+    box.put(*item("ping"))
     assert reader.drain(box, 0.0).names == ["ping"]
     assert reader.sizes == [STRICT_RECORD_BYTES]
     assert box.next_flush_s() is None
@@ -357,7 +375,7 @@ def test_message_without_a_stream_leaves_at_once_but_constant() -> None:
 
 def test_neither_tokens_nor_a_long_result_starve() -> None:
     box, reader = outbox("strict"), Reader()
-    box.put(item("large", 1, 40_000))
+    box.put(*item("large", 1, 40_000))
     for tick in range(60):
         answer(box, [f"t{tick}"], 2)
         run(box, reader, tick, tick + 1, is_busy=True)

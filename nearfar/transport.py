@@ -1,0 +1,234 @@
+"""Between one session and one websocket: the part of an asyncio shell that both ends share.
+
+It moves bytes and keeps time: writes what the session has as fast as the other end reads, comes
+back when shaped traffic is due, and gives up on a peer that begins what it does not end. What
+messages mean is its owner's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from nearfar.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    import numpy as np
+    from websockets.exceptions import ConnectionClosed
+
+    from nearfar.session import ClientSession, Received, ServerSession
+    from nearfar.websocket import DirectConnection
+    from nearfar.wire.messages import Message
+
+#: Sealed at once and given to the socket together.
+_BATCH_BYTES = 256 * 1024
+#: Batches written without letting the event loop do something else: some 2 ms.
+_TURN_BATCHES = 4
+#: A message in pieces may take that much longer than the limit: half of what a 2G modem does.
+_SLOWEST_BYTES_PER_S = 8 * 1024
+
+
+class Owner(Protocol):
+    """Whose connection it is."""
+
+    def on_received(self, received: Received) -> None:
+        """A message came. What is sent now leaves together with the answers to others."""
+        ...
+
+    def on_failed(self, error: Exception) -> None:
+        """The session refused what came, or `on_received` raised. Nothing more is received."""
+        ...
+
+    def on_late(self, reason: str) -> None:
+        """The peer takes too long over something; the connection should be cut."""
+        ...
+
+    def on_ended(self, problem: ConnectionClosed) -> None:
+        """The websocket has ended."""
+        ...
+
+
+class TextReceived(Exception):
+    """The peer sent a text message; given to `Owner.on_failed`."""
+
+
+class Transport:
+    """One session on one websocket. Used from one event loop.
+
+    Args:
+        websocket: Open.
+        session: Of either end.
+        owner: Told what comes.
+        message_timeout_s: From the first fragment, or piece, of a message to its last.
+        write_timeout_s: For how long the peer may not read; `None` for a client, whose requests
+            have deadlines.
+        waits_for_reader: Read no more while the peer does not read what it asked for. For servers
+            only: if both ends did so, each would wait for the other.
+    """
+
+    def __init__(
+        self,
+        websocket: DirectConnection,
+        session: ClientSession | ServerSession,
+        owner: Owner,
+        *,
+        message_timeout_s: float,
+        write_timeout_s: float | None = None,
+        waits_for_reader: bool = False,
+    ) -> None:
+        self._websocket = websocket
+        self._session = session
+        self._owner = owner
+        self._waits_for_reader = waits_for_reader
+        self._loop = asyncio.get_running_loop()
+        self._has_failed = False
+        self._is_closed = False
+        self._in_batch = False
+        self._due_s: float | None = None
+        self._timer: asyncio.Handle | None = None
+        self._oldest: tuple[int, int] | None = None
+        self._fragments = Watchdog(message_timeout_s, self._say_late)
+        self._pieces = Watchdog(message_timeout_s, self._say_late)
+        self._writing: Watchdog | None = None
+        if write_timeout_s is not None:
+            self._writing = Watchdog(
+                write_timeout_s, lambda: owner.on_late("the other end reads too slowly")
+            )
+
+    def start(self) -> None:
+        """Send what the session has to say first, and listen."""
+        self.flush()
+        self._websocket.listen(self)
+
+    def close(self) -> None:
+        """Listen, write and watch no more; the websocket stays as it is. Idempotent."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for watchdog in (self._fragments, self._pieces, self._writing):
+            if watchdog is not None:
+                watchdog.close()
+
+    # Sending
+
+    def send(
+        self, message: Message, tensors: Sequence[np.ndarray] = (), *, flush: bool = True
+    ) -> int:
+        """As `send` of the session; what may leave now is written before it returns.
+
+        Args:
+            message: As there.
+            tensors: As there.
+            flush: `False` if `flush`, or another message, follows at once.
+        """
+        is_written = flush and not self._in_batch
+        size_bytes = self._session.send(message, tensors, borrow=is_written)
+        if is_written:
+            self.flush()
+        return size_bytes
+
+    def flush(self) -> None:
+        """Write what the session has for now, and come back when it says so."""
+        if self._is_closed or (self._due_s is None and self._session.is_quiet):
+            return
+        has_more = self._write(time.monotonic())
+        self._session.own_borrowed()
+        due_s = 0.0 if has_more else self._session.next_flush_s()
+        if due_s != self._due_s:
+            self._due_s = due_s
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if due_s is not None:
+                wait_s = max(0.0, due_s - time.monotonic())
+                self._timer = self._loop.call_later(wait_s, self._flush_when_due)
+
+    def _flush_when_due(self) -> None:
+        self._due_s = self._timer = None
+        self.flush()
+
+    async def flush_all(self) -> None:
+        """Write everything, also what waits for a tick, as fast as the other end reads."""
+        websocket = self._websocket
+        while not self._is_closed:
+            has_more = self._write(None)
+            if websocket.is_writable and not has_more:
+                return
+            await asyncio.sleep(0)
+            await websocket.until_writable()
+
+    def _write(self, now_s: float | None) -> bool:
+        """Write while the other end reads; whether it was stopped to let others have a turn."""
+        session, websocket = self._session, self._websocket
+        turns = 0
+        while websocket.is_writable:
+            records = session.records_to_send(now_s, _BATCH_BYTES)
+            if records:
+                websocket.write(records)
+            if session.is_quiet or not records:
+                break
+            turns += 1
+            if turns == _TURN_BATCHES:
+                return True
+        return False
+
+    # Called by the websocket (`nearfar.websocket.Listener`)
+
+    def message_received(self, data: bytes | bytearray) -> None:
+        if self._has_failed or self._is_closed:
+            return
+        self._in_batch = True
+        try:
+            for received in self._session.receive(data, now_s=time.time()):
+                self._owner.on_received(received)
+        except Exception as error:  # noqa: BLE001 (the owner decides what each kind means)
+            self._fail(error)
+
+    def text_received(self) -> None:
+        if not self._has_failed:
+            self._fail(TextReceived())
+
+    def _fail(self, error: Exception) -> None:
+        self._has_failed = True
+        self._owner.on_failed(error)
+
+    def message_began(self) -> None:
+        self._fragments.begin()
+
+    def message_ended(self) -> None:
+        self._fragments.end()
+
+    def batch_ended(self) -> None:
+        if not self._in_batch:
+            return  # no message has ended
+        self._in_batch = False
+        oldest = self._session.oldest_unfinished
+        if oldest != self._oldest:
+            self._oldest = oldest
+            if oldest is None:
+                self._pieces.end()
+            else:
+                self._pieces.begin(oldest[1] / _SLOWEST_BYTES_PER_S)
+        self.flush()
+
+    def _say_late(self) -> None:
+        self._owner.on_late("message took too long")
+
+    def writing_paused(self) -> None:
+        if self._writing is not None:
+            self._writing.begin()
+        if self._waits_for_reader:
+            self._websocket.transport.pause_reading()
+
+    def writing_resumed(self) -> None:
+        if self._writing is not None:
+            self._writing.end()
+        if self._waits_for_reader:
+            self._websocket.transport.resume_reading()
+        self.flush()
+
+    def connection_ended(self, problem: ConnectionClosed) -> None:
+        self.close()
+        self._owner.on_ended(problem)

@@ -1,0 +1,244 @@
+"""A websocket without tasks between it and its session: messages go straight through, both ways.
+
+`websockets` hands messages over through a queue and a task: two turns of the event loop, and some
+sixty Python calls, for each message. A session answers at once and never waits, so both asyncio
+shells take the frames where asyncio reads them, and write records where they are sealed.
+
+Of the websocket protocol only its simplest case is handled here, and nearly all messages are it: a
+whole binary message in one frame (RFC 6455, section 5.2) that came in one piece, which the library
+builds and reads with another fifty calls. Everything else stays the library's: its handshake,
+fragments, frames in parts, masks and opcodes that are wrong, keepalive, closing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import struct
+from collections.abc import Generator
+from typing import Any, Protocol, Union
+
+from websockets.asyncio.connection import Connection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import DATA_OPCODES, Frame, Opcode
+from websockets.protocol import Side, State
+from websockets.streams import StreamReader
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # the library was built without its C module
+    from websockets.utils import apply_mask
+
+#: First byte of the frame that is a whole binary message.
+_WHOLE_BINARY = 0x82
+#: In the second byte: whether a client masked it, and its length; two lengths say that the real one
+#: follows in 16 or in 64 bits.
+_MASKED, _LENGTH = 0x80, 0x7F
+_LENGTH_16, _LENGTH_64 = 126, 127
+_MASK_BYTES = 4
+_HEAD_16, _HEAD_64 = struct.Struct("!BBH"), struct.Struct("!BBQ")
+#: The longest head of a frame.
+_HEAD_BYTES = _HEAD_64.size + _MASK_BYTES
+
+
+class Listener(Protocol):
+    """Whoever takes what comes on a websocket. None of its methods may raise."""
+
+    def message_received(self, data: bytes | bytearray) -> None:
+        """A binary message came, whole."""
+        ...
+
+    def text_received(self) -> None:
+        """A text message began: the other end does not speak our protocol."""
+        ...
+
+    def message_began(self) -> None:
+        """The first fragment of a message came, and not the last."""
+        ...
+
+    def message_ended(self) -> None:
+        """The last fragment of that message came; `message_received` follows."""
+        ...
+
+    def batch_ended(self) -> None:
+        """All messages that the system had for us were handed over: answer them now."""
+        ...
+
+    def writing_paused(self) -> None:
+        """The other end reads more slowly than we write: write no more for now."""
+        ...
+
+    def writing_resumed(self) -> None:
+        """It has read most of it."""
+        ...
+
+    def connection_ended(self, problem: ConnectionClosed) -> None:
+        """The connection has ended; nothing more comes."""
+        ...
+
+
+class DirectConnection(Connection):
+    """Mixed in before `ClientConnection` or `ServerConnection` of `websockets`.
+
+    Messages wait until `listen` is called.
+    """
+
+    _listener: Listener | None = None
+    _is_writable = True
+    _fragments: bytearray | None = None
+
+    def listen(self, listener: Listener) -> None:
+        """Hand all messages to a listener from now on, first those that wait.
+
+        Args:
+            listener: Called on the event loop.
+        """
+        self._listener = listener
+        while self._early:
+            self._take(listener, self._early.pop(0))
+        listener.batch_ended()
+        if self.protocol.state is State.CLOSED:
+            listener.connection_ended(self.close_exc)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether `write` may be called: open, and the other end keeps up."""
+        return self._is_writable and self.protocol.state is State.OPEN
+
+    def write(self, records: list[bytes | bytearray]) -> None:
+        """Write binary messages at once, together; only while `is_writable`.
+
+        Args:
+            records: Each becomes one message, in their order.
+        """
+        parts: list[bytes | bytearray] = []
+        masks = self._masks
+        bit = _MASKED if masks else 0
+        for record in records:
+            length = len(record)
+            if length < _LENGTH_16:
+                parts.append(bytes((_WHOLE_BINARY, bit | length)))
+            elif length < 1 << 16:
+                parts.append(_HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length))
+            else:
+                parts.append(_HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length))
+            if masks:
+                mask = secrets.token_bytes(_MASK_BYTES)
+                parts += (mask, apply_mask(record, mask))
+            else:
+                parts.append(record)
+        self.transport.write(b"".join(parts))
+
+    async def until_writable(self) -> None:
+        """Wait until the other end has read most of what was written, or the connection ended."""
+        if not self._is_writable:
+            with contextlib.suppress(ConnectionError):
+                await self.drain()
+
+    # Called by asyncio and websockets
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._early: list[Frame] = []  # what came before `listen`
+        self._masks = self.protocol.side is Side.CLIENT
+        self.protocol.reader.__class__ = _Reader  # its parser holds the object already
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        listener = self._listener
+        if listener is None:
+            super().data_received(data)
+            return
+        if self._is_between_frames:
+            data = self._take_whole(listener, data)
+        if data:
+            super().data_received(data)
+        listener.batch_ended()
+
+    @property
+    def _is_between_frames(self) -> bool:
+        """Whether the next byte begins a frame that belongs to no message begun before."""
+        reader: _Reader = self.protocol.reader  # type: ignore[assignment]
+        is_open = self.protocol.state is State.OPEN
+        return reader.waits_for_frame and self._fragments is None and is_open
+
+    def _take_whole(self, listener: Listener, data: bytes) -> bytes:
+        """Take the whole binary messages at the beginning; returns what the library must read."""
+        position, total = 0, len(data)
+        is_masked = not self._masks
+        while position + _HEAD_BYTES <= total and data[position] == _WHOLE_BINARY:
+            second = data[position + 1]
+            start = position + 2
+            length = second & _LENGTH
+            if length == _LENGTH_16:
+                length = int.from_bytes(data[start : start + 2], "big")
+                start += 2
+            elif length == _LENGTH_64:
+                length = int.from_bytes(data[start : start + 8], "big")
+                start += 8
+            if is_masked:
+                start += _MASK_BYTES
+            end = start + length
+            if end > total or (second >= _MASKED) is not is_masked:
+                break
+            message = data[start:end]
+            if is_masked:
+                message = apply_mask(message, data[start - _MASK_BYTES : start])
+            position = end
+            listener.message_received(message)
+        return data[position:]
+
+    def process_event(self, event: Any) -> None:
+        if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+        elif self._listener is None:
+            self._early.append(event)
+        else:
+            self._take(self._listener, event)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._is_writable = False
+        if self._listener is not None:
+            self._listener.writing_paused()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._is_writable = True
+        if self._listener is not None:
+            self._listener.writing_resumed()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.connection_ended(self.close_exc)
+
+    def _take(self, listener: Listener, frame: Frame) -> None:
+        data: Union[bytes, bytearray, memoryview] = frame.data
+        if frame.fin and frame.opcode is Opcode.BINARY:
+            listener.message_received(data)  # type: ignore[arg-type]
+        elif frame.opcode is Opcode.TEXT:
+            listener.text_received()
+        elif frame.opcode is Opcode.BINARY:
+            # One buffer: a list would spend 40 bytes on each fragment of a single byte.
+            self._fragments = bytearray(data)
+            listener.message_began()
+        elif self._fragments is not None:  # otherwise the rest of a text
+            self._fragments += data
+            if frame.fin:
+                whole, self._fragments = self._fragments, None
+                listener.message_ended()
+                listener.message_received(whole)
+
+
+class _Reader(StreamReader):
+    """The library's buffer, and whether its parser is between two frames."""
+
+    waits_for_frame = False
+
+    def at_eof(self) -> Generator[None, None, bool]:
+        self.waits_for_frame = True
+        is_at_eof = yield from super().at_eof()
+        self.waits_for_frame = False
+        return is_at_eof
