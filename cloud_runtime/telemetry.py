@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import SpanKind
 
-from cloud_runtime.connection import Connection, Services, _Stream
+from cloud_runtime.connection import Connection, ServerWebsocket, Services, _Stream
 from nearfar.errors import NearfarError
 from nearfar.telemetry import context_of, mark_failed, meter, tracer
 from nearfar.wire.messages import Generate, Infer, Resume
 
 if TYPE_CHECKING:
     import numpy as np
-    from websockets.asyncio.server import ServerConnection
 
 _SCOPE = "nearfar.cloud_runtime"
 _tracer = tracer(_SCOPE)
@@ -36,7 +35,7 @@ class TracedConnection(Connection):
 
     def __init__(
         self,
-        websocket: ServerConnection,
+        websocket: ServerWebsocket,
         services: Services,
         *,
         address: str = "",
