@@ -197,6 +197,10 @@ def serve(
             help="Event loop; auto takes uvloop where it is installed.",
         ),
     ] = "auto",
+    telemetry: Annotated[
+        bool,
+        typer.Option("--telemetry", help="Spans and figures for OpenTelemetry, as it is set up."),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No access log; warnings and errors only.")
     ] = False,
@@ -255,6 +259,7 @@ def serve(
                 region=region,
                 retention=RetentionLimits(keep_s=resume_s),
                 min_shaping=check_shaping(min_shaping),
+                telemetry=telemetry,
             ),
         )
     )

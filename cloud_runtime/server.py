@@ -101,6 +101,7 @@ class CloudServer:
             settings=settings,
         )
         self._tls = tls
+        self._serves_with = _connection_class(settings)
         self._settings = settings
         self.connections: set[Connection] = set()
         self._server: Server | None = None
@@ -216,7 +217,7 @@ class CloudServer:
         def lift() -> None:
             websocket.allowance_bytes = None
 
-        connection = Connection(
+        connection = self._serves_with(
             websocket, self._services, address=_address_of(websocket), on_ready=lift
         )
         self.connections.add(connection)
@@ -255,6 +256,22 @@ class CloudServer:
             if withdrawn:
                 logger.info("%d connections end: their API keys were withdrawn", len(withdrawn))
                 await asyncio.wait(withdrawn, timeout=self._settings.close_timeout_s)
+
+
+def _connection_class(settings: ServerSettings) -> type[Connection]:
+    """What serves the connections.
+
+    Raises:
+        ConfigError: Telemetry is asked for, and OpenTelemetry is not installed.
+    """
+    if not settings.telemetry:
+        return Connection
+    from nearfar.telemetry import require
+
+    require()
+    from cloud_runtime.telemetry import TracedConnection
+
+    return TracedConnection
 
 
 def _address_of(websocket: ServerConnection) -> str:

@@ -31,6 +31,7 @@ class ServerSettings:
         close_timeout_s: How long a closing client may take.
         drain_s: How long open streams may go on after SIGTERM.
         key_check_s: How often the API key file is looked at.
+        telemetry: Whether requests are told to OpenTelemetry.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -47,3 +48,4 @@ class ServerSettings:
     close_timeout_s: float = 5.0
     drain_s: float = 30.0
     key_check_s: float = 1.0
+    telemetry: bool = False

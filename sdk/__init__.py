@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdk.aio import AsyncClient
     from sdk.client import Client
     from sdk.config import CloudConfig, Config, load_config
+    from sdk.jobs import AsyncJob, GenerateResult, Job, JobsConfig
     from sdk.policy import Policy, load_policy, parse_policy
     from sdk.results import (
         Chunk,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Timings,
     )
     from sdk.routing import RouteDecision, replay
+    from sdk.sharing import CacheConfig
     from sdk.streams import AsyncGenerationStream, GenerationStream
 
 _MODULE_OF = {
@@ -62,6 +64,7 @@ _MODULE_OF = {
     "AsyncClient": "sdk.aio",
     "Client": "sdk.client",
     **dict.fromkeys(("CloudConfig", "Config", "load_config"), "sdk.config"),
+    **dict.fromkeys(("AsyncJob", "GenerateResult", "Job", "JobsConfig"), "sdk.jobs"),
     **dict.fromkeys(("Policy", "load_policy", "parse_policy"), "sdk.policy"),
     **dict.fromkeys(
         (
@@ -71,13 +74,16 @@ _MODULE_OF = {
         "sdk.results",
     ),
     **dict.fromkeys(("RouteDecision", "replay"), "sdk.routing"),
+    "CacheConfig": "sdk.sharing",
     **dict.fromkeys(("AsyncGenerationStream", "GenerationStream"), "sdk.streams"),
 }  # fmt: skip
 
 __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
+    "AsyncJob",
     "BundleError",
+    "CacheConfig",
     "Cancelled",
     "ChatMessage",
     "Chunk",
@@ -90,9 +96,12 @@ __all__ = [
     "DeadlineExceeded",
     "EmbedResult",
     "EngineError",
+    "GenerateResult",
     "GenerationStream",
     "InferResult",
     "InvalidInput",
+    "Job",
+    "JobsConfig",
     "ModelInfo",
     "ModelNotFound",
     "NearfarError",

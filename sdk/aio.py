@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from sdk.jobs.desk import Desk
+    from sdk.jobs.handles import AsyncJob
+    from sdk.jobs.runner import AsyncRunner
     from sdk.requests import Request
     from sdk.routing import RouteDecision
 
@@ -59,6 +62,8 @@ class AsyncClient(Calls):
 
     _workers: ThreadPoolExecutor | None = None
     _owner: asyncio.AbstractEventLoop | None = None
+    _opening: asyncio.Task[Desk] | None = None
+    _runner: AsyncRunner | None = None
 
     @classmethod
     def from_config(cls, path: str | Path, **arguments: Any) -> AsyncClient:
@@ -130,6 +135,69 @@ class AsyncClient(Calls):
         await self._prepare()
         return self._core.explain(request)
 
+    async def submit(
+        self,
+        model: str,
+        *,
+        deferrable: bool = False,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str] | ChatMessage] | None = None,
+        texts: Sequence[str] | None = None,
+        data: bytes | str | Path | None = None,
+        feeds: Mapping[str, np.ndarray] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncJob:
+        """As `Client.submit`."""
+        from sdk.jobs.handles import AsyncJob
+
+        inputs = {
+            "prompt": prompt, "messages": messages, "texts": texts, "data": data, "feeds": feeds,
+        }  # fmt: skip
+        request, deadline_ms = self._job_request(model, options, inputs)
+        await self._prepare()
+        runner = await self._jobs()
+        job_id = await asyncio.to_thread(
+            runner.desk.submit, request, deferrable=deferrable, deadline_ms=deadline_ms
+        )
+        runner.start()
+        return AsyncJob(runner.desk, job_id)
+
+    async def jobs(self) -> tuple[AsyncJob, ...]:
+        """As `Client.jobs`."""
+        from sdk.jobs.handles import AsyncJob
+
+        runner = await self._jobs()
+        runner.start()
+        infos = await asyncio.to_thread(runner.desk.store.infos)
+        return tuple(AsyncJob(runner.desk, info.id) for info in infos)
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """As `Client.job`."""
+        from sdk.jobs.desk import no_such_job
+        from sdk.jobs.handles import AsyncJob
+
+        runner = await self._jobs()
+        runner.start()
+        if await asyncio.to_thread(runner.desk.store.status, job_id) is None:
+            raise no_such_job(job_id)
+        return AsyncJob(runner.desk, job_id)
+
+    async def _jobs(self) -> AsyncRunner:
+        from sdk.jobs.runner import AsyncRunner
+
+        self._own_loop()
+        if self._opening is None:
+            # One task for all who come meanwhile: a queue that is opened twice is run once only.
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._desk))
+        try:
+            desk = await asyncio.shield(self._opening)
+        except NearfarError:
+            self._opening = None
+            raise
+        if self._runner is None:
+            self._runner = AsyncRunner(self, desk)
+        return self._runner
+
     async def models(self, *, refresh: bool = False) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         await self._prepare()
@@ -156,6 +224,11 @@ class AsyncClient(Calls):
         if not self._is_closed:
             self._known.save()
         self._is_closed = True
+        if self._sharing is not None:
+            self._sharing.clear()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.close()
         if self._link is not None:
             await self._link.close()
         workers, self._workers = self._workers, None
@@ -166,6 +239,8 @@ class AsyncClient(Calls):
             workers.shutdown()
         if self._edge is not None:
             self._edge.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -181,7 +256,12 @@ class AsyncClient(Calls):
     # -- performing steps ------------------------------------------------------------------------
 
     async def _run(self, request: Request) -> Any:
-        return await self._drive(self._core.run(request))
+        sharing = self._sharing
+        key = None if sharing is None else sharing.key(request)
+        if sharing is not None and key is not None:
+            self._own_loop()
+            return await sharing.run_async(key, request, lambda: self._drive(self._life(request)))
+        return await self._drive(self._life(request))
 
     async def _drive(self, life: Generator[Step, Any, T]) -> T:
         await self._prepare()
@@ -219,6 +299,7 @@ class AsyncClient(Calls):
                 variant=step.variant,
                 priority=request.priority,
                 request_id=step.request_id,
+                trace=step.trace,
             )
             return answer_of(reply, started_s)
         if isinstance(step, Connect):
@@ -230,8 +311,12 @@ class AsyncClient(Calls):
         return None
 
     async def _stream(self, request: Request) -> AsyncGenerationStream:
-        decision = await self._drive(self._core.route(request))
-        state = AnswerState(self._core, request, decision)
+        life = self._core.route(request)
+        if self._telemetry is None:
+            state = AnswerState(self._core, request, await self._drive(life))
+        else:
+            traced = self._telemetry.answer(request)
+            state = traced.state(self._core, await self._drive(traced.route(life)))
         return await AsyncGenerationStream(state, self._open).begin()
 
     async def _open(self, state: AnswerState) -> AsyncSource:
@@ -266,6 +351,7 @@ class AsyncClient(Calls):
                 version=request.version,
                 priority=request.priority,
                 request_id=state.request_id(),
+                trace=state.trace,
             )
         return AsyncCloudSource(stream, request.deadline)
 

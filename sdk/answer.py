@@ -16,7 +16,7 @@ import msgspec
 from nearfar.errors import Cancelled, DeadlineExceeded, NearfarError, StreamInterrupted
 from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
 from sdk.core import Core, route_of
-from sdk.requests import Request
+from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
 from sdk.routing import Attempt, Observation, Outcome, RouteDecision, attempts
 
@@ -46,6 +46,9 @@ class AnswerState:
         variant: Variant that answers; ``""`` until it is known.
         execution_provider: What it runs on; ``""`` until it is known.
     """
+
+    #: For the wire, when the answer is traced (`Generate.trace`).
+    trace = b""
 
     def __init__(self, core: Core, request: Request, decision: RouteDecision) -> None:
         self._core = core
@@ -99,8 +102,10 @@ class AnswerState:
 
     def request_id(self) -> bytes:
         """16 bytes; the same for every attempt that asks for the same, that is, until text came."""
-        if self._request_id is None or self._parts:
+        if self._parts:
             self._request_id = os.urandom(16)
+        elif self._request_id is None:
+            self._request_id = request_id_of(self._request)
         return self._request_id
 
     def opening(self, permit: Permit | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from nearfar.engines.base import SessionOptions
     from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
+    from sdk.jobs.config import JobsConfig
+    from sdk.jobs.desk import Desk
+    from sdk.records.ring import Recorder
     from sdk.routing.types import Mode, Objective
+    from sdk.sharing.config import CacheConfig
+    from sdk.sharing.sharing import Sharing
+    from sdk.steps import Step
+    from sdk.telemetry import Telemetry
 
 
 class RequestOptions(TypedDict, total=False):
@@ -88,6 +95,9 @@ class Calls:
     Args:
         config: What a `nearfar.toml` says, or the path of one.
         models: Directory of bundles; overrides the configuration.
+        jobs: Where jobs wait (see `submit`); overrides the configuration.
+        cache: Models whose equal requests share their computation; overrides the configuration.
+        telemetry: Tell OpenTelemetry about requests; overrides the configuration.
         cloud: The cloud runtime; overrides the configuration.
         policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
             any, everything stays on the device.
@@ -105,6 +115,7 @@ class Calls:
     """
 
     _is_closed = False
+    _recorder: Recorder | None = None
 
     def __init__(
         self,
@@ -119,6 +130,9 @@ class Calls:
         deadline_ms: float | None = None,
         edge: bool = True,
         edge_options: SessionOptions | None = None,
+        jobs: JobsConfig | None = None,
+        cache: Mapping[str, CacheConfig] | None = None,
+        telemetry: bool | None = None,
     ) -> None:
         if config is None:
             config = Config()
@@ -154,6 +168,7 @@ class Calls:
         if self._link is not None:
             self._link.on_round_trip = known.observe_round_trip
         self._known = known
+        self._jobs_config = jobs or config.jobs
         self._plans = Plans(known)
         self._usual = self._settings(deadline_ms=math.inf)
         self._core = Core(
@@ -162,6 +177,12 @@ class Calls:
             known=known,
             confidence=config.routing.confidence,
         )
+        caches = config.caches if cache is None else cache
+        self._sharing = _sharing_of(caches, self._core) if caches else None
+        is_traced = config.telemetry if telemetry is None else telemetry
+        self._telemetry = _telemetry_of() if is_traced else None
+        if config.routing.record is not None:
+            self._recorder = _recorder_of(config.routing.record, known, self._core)
 
     @property
     def policy(self) -> Policy:
@@ -278,11 +299,12 @@ class Calls:
         data: bytes | str | Path | None,
         feeds: Mapping[str, np.ndarray] | None,
         options: GenerateOptions,
+        top_k: int = 1,
     ) -> Request:
         given = [x for x in (prompt, messages, texts, data, feeds) if x is not None]
         if len(given) != 1:
             raise InvalidInput(
-                f"explain() got {len(given)} inputs",
+                f"There are {len(given)} inputs",
                 field="prompt",
                 fix="Give exactly one of prompt, messages, texts, data, feeds",
             )
@@ -295,9 +317,42 @@ class Calls:
         if texts is not None:
             return self._embed_request(model, texts, common)
         if data is not None:
-            return self._classify_request(model, data, 1, common)
+            return self._classify_request(model, data, top_k, common)
         assert feeds is not None
         return self._infer_request(model, feeds, common)
+
+    def _life(self, request: Request) -> Generator[Step, Any, Completed]:
+        """The life of one batch, as it is performed here."""
+        life = self._core.run(request)
+        return life if self._telemetry is None else self._telemetry.run(request, life)
+
+    def _desk(self) -> Desk:
+        """The way to the queue of jobs, opened."""
+        self._refuse_if_closed()
+        if self._jobs_config is None:
+            raise ConfigError(
+                "This client has no queue of jobs",
+                field="jobs",
+                fix='Add a [jobs] section with file = "…", or give jobs=JobsConfig(file=…)',
+            )
+        from sdk.jobs.desk import Desk
+
+        return Desk(self._jobs_config, self._core)
+
+    def _job_request(
+        self, model: str, options: Any, inputs: Mapping[str, Any]
+    ) -> tuple[Request, float | None]:
+        """A request to be kept, and its time for each attempt: the configured default is not meant
+        for what may wait."""
+        options = dict(options)
+        deadline_ms = options.pop("deadline_ms", None)
+        if not Deadline.after_ms(deadline_ms).is_set:
+            deadline_ms = None
+        options["deadline_ms"] = math.inf
+        # Of a classification it is the number of labels, of a text how tokens are drawn.
+        top_k = 1 if inputs["data"] is None else options.pop("top_k", 1)
+        request = self._explain_request(model, options=options, top_k=top_k, **inputs)
+        return request, deadline_ms
 
     # -- outputs to results ----------------------------------------------------------------------
 
@@ -325,6 +380,12 @@ class Calls:
         top = top_labels(scores[0], done.manifest.labels, done.request.top_k)
         label, score = top[0]
         return ClassifyResult(label=label, score=score, top=tuple(top), **_facts(done))
+
+    def _result(self, done: Completed) -> InferResult | EmbedResult | ClassifyResult:
+        method = done.request.method
+        if method == "infer":
+            return self._infer_result(done)
+        return self._embed_result(done) if method == "embed" else self._classify_result(done)
 
     def _models(self) -> tuple[ModelInfo, ...]:
         return self._known.models()
@@ -366,6 +427,29 @@ def _edge_of(store: Path, options: SessionOptions | None, trusted_keys: Sequence
     from sdk.edge import EdgeRoute
 
     return EdgeRoute(store, options=options, trusted_keys=trusted_keys)
+
+
+def _recorder_of(path: Path, known: Knowledge, core: Core) -> Recorder:
+    from sdk.records.ring import Recorder
+
+    recorder = Recorder(path, known)
+    core.record, known.record = recorder.decided, recorder.finished
+    return recorder
+
+
+def _sharing_of(caches: Mapping[str, CacheConfig], core: Core) -> Sharing:
+    from sdk.sharing.sharing import Sharing
+
+    return Sharing(caches, core)
+
+
+def _telemetry_of() -> Telemetry:
+    from nearfar.telemetry import require
+
+    require()
+    from sdk.telemetry import Telemetry
+
+    return Telemetry()
 
 
 def _link_of(cloud: CloudConfig) -> CloudLink:

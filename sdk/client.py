@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sdk.answer import AnswerState
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
+    from sdk.jobs.handles import Job
+    from sdk.jobs.runner import Runner
     from sdk.requests import Request
     from sdk.routing import RouteDecision
     from sdk.streams import GenerationStream, Source
@@ -55,6 +57,7 @@ class Client(Calls):
     """
 
     _loop: BackgroundLoop | None = None
+    _runner: Runner | None = None
 
     @classmethod
     def from_config(cls, path: str | Path, **arguments: Any) -> Client:
@@ -85,8 +88,7 @@ class Client(Calls):
         """
         result = self._plans.infer(model, feeds, options)
         if result is None:
-            done = self._drive(self._core.run(self._infer_request(model, feeds, options)))
-            self._plans.keep(done, options)
+            done = self._decided(self._infer_request(model, feeds, options), options)
             result = self._infer_result(done)
         return result
 
@@ -199,6 +201,89 @@ class Client(Calls):
             )
         )
 
+    def submit(
+        self,
+        model: str,
+        *,
+        deferrable: bool = False,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str] | ChatMessage] | None = None,
+        texts: Sequence[str] | None = None,
+        data: bytes | str | Path | None = None,
+        feeds: Mapping[str, np.ndarray] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Job:
+        """Put a request into the durable queue, to be run when policy and link allow.
+
+        It is on disk, encrypted, when this returns; its answer is kept there too. What holds for
+        jobs: docs/reference/jobs.md.
+
+        Args:
+            model: Name of the model.
+            deferrable: Wait while there is no route; otherwise the job fails with the first
+                failure of its routes, as a call would.
+            prompt: As for `generate`. Give exactly one of the five inputs.
+            messages: As for `chat`.
+            texts: As for `embed`.
+            data: As for `classify`.
+            feeds: As for `infer`.
+            options: See `GenerateOptions`; `top_k` is that of the method, `deadline_ms` the time
+                for each attempt, without a default here.
+
+        Raises:
+            InvalidInput: The request does not fit the model.
+            PolicyDenied, ModelNotFound: Nothing allows it now; nothing was kept.
+            CloudUnavailable: There is no route now, and the job is not deferrable.
+            Overloaded: The queue is full.
+            ConfigError: No queue is configured, or it cannot be opened.
+        """
+        from sdk.jobs.handles import Job
+
+        inputs = {
+            "prompt": prompt, "messages": messages, "texts": texts, "data": data, "feeds": feeds,
+        }  # fmt: skip
+        request, deadline_ms = self._job_request(model, options, inputs)
+        runner = self._jobs()
+        job_id = runner.desk.submit(request, deferrable=deferrable, deadline_ms=deadline_ms)
+        runner.start()
+        return Job(runner.desk, job_id)
+
+    def jobs(self) -> tuple[Job, ...]:
+        """The jobs of the queue, oldest first, also those of before a restart.
+
+        Raises:
+            ConfigError, SecurityError: No queue is configured, or it cannot be opened.
+        """
+        from sdk.jobs.handles import Job
+
+        runner = self._jobs()
+        runner.start()
+        return tuple(Job(runner.desk, info.id) for info in runner.desk.store.infos())
+
+    def job(self, job_id: str) -> Job:
+        """The handle of one job.
+
+        Raises:
+            InvalidInput: The queue does not hold it.
+            ConfigError, SecurityError: No queue is configured, or it cannot be opened.
+        """
+        from sdk.jobs.desk import no_such_job
+        from sdk.jobs.handles import Job
+
+        runner = self._jobs()
+        runner.start()
+        if runner.desk.store.status(job_id) is None:
+            raise no_such_job(job_id)
+        return Job(runner.desk, job_id)
+
+    def _jobs(self) -> Runner:
+        from sdk.jobs.runner import Runner
+
+        with _JOBS_LOCK:
+            if self._runner is None:
+                self._runner = Runner(self, self._desk())
+            return self._runner
+
     def models(self, *, refresh: bool = False) -> tuple[ModelInfo, ...]:
         """Models this client can use, by name.
 
@@ -240,14 +325,23 @@ class Client(Calls):
             self._known.save()
         self._is_closed = True
         self._plans.clear()
+        if self._sharing is not None:
+            self._sharing.clear()
         with _LOOP_LOCK:
             loop, self._loop = self._loop, None
+            runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.stop()
         if loop is not None:
             if self._link is not None:
                 loop.call(self._link.close())
             loop.close()
+        if runner is not None:
+            runner.close()
         if self._edge is not None:
             self._edge.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def __enter__(self) -> Client:
         return self
@@ -264,9 +358,19 @@ class Client(Calls):
 
     def _run(self, request: Request) -> Completed:
         done = self._plans.follow(request)
-        if done is None:
-            done = self._drive(self._core.run(request))
-            self._plans.keep(done)
+        return self._decided(request) if done is None else done
+
+    def _decided(self, request: Request, options: RequestOptions | None = None) -> Completed:
+        """Answer a request that no plan fits. What is shared or traced makes no plans, which know
+        no cache and no spans."""
+        sharing = self._sharing
+        key = None if sharing is None else sharing.key(request)
+        if sharing is not None and key is not None:
+            self._refuse_if_closed()
+            return sharing.run(key, request, lambda: self._drive(self._life(request)))
+        done = self._drive(self._life(request))
+        if self._telemetry is None:
+            self._plans.keep(done, options)
         return done
 
     def _drive(self, life: Generator[Step, Any, T]) -> T:
@@ -305,6 +409,7 @@ class Client(Calls):
                     variant=step.variant,
                     priority=request.priority,
                     request_id=step.request_id,
+                    trace=step.trace,
                 )
             )
             return answer_of(reply, started_s)
@@ -321,8 +426,12 @@ class Client(Calls):
         from sdk.answer import AnswerState
         from sdk.streams import GenerationStream
 
-        decision = self._drive(self._core.route(request))
-        state = AnswerState(self._core, request, decision)
+        life = self._core.route(request)
+        if self._telemetry is None:
+            state = AnswerState(self._core, request, self._drive(life))
+        else:
+            traced = self._telemetry.answer(request)
+            state = traced.state(self._core, self._drive(traced.route(life)))
         return GenerationStream(state, self._open).begin()
 
     def _open(self, state: AnswerState) -> Source:
@@ -355,6 +464,7 @@ class Client(Calls):
                     version=request.version,
                     priority=request.priority,
                     request_id=state.request_id(),
+                    trace=state.trace,
                 )
             )
         return CloudSource(stream, request.deadline, self._call, self._post)
@@ -387,5 +497,8 @@ class Client(Calls):
 
 #: Guards the making of background loops; taken once in a client's life.
 _LOOP_LOCK = threading.Lock()
+
+#: Guards the opening of queues of jobs, which may wait for a disk.
+_JOBS_LOCK = threading.Lock()
 
 __all__ = ["Client"]

@@ -25,14 +25,16 @@ from sdk.toml_table import Table, parse_toml, read_text, suggestion
 if TYPE_CHECKING:
     from nearfar.secure.attestation import Verifier
     from nearfar.secure.identity import Pin
+    from sdk.jobs.config import JobsConfig
+    from sdk.sharing.config import CacheConfig
 
 logger = logging.getLogger(__name__)
 
 # RFC 7518 tokens and API keys are far shorter; a larger file is not a key.
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
-_TOP_KEYS = ("models", "cloud", "routing", "policy")
-_ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state")
+_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs", "cache", "telemetry")
+_ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state", "record")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
     "shaping",
@@ -252,6 +254,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
         confidence: Probability with which a route must be expected within the deadline to count as
             being in time; above 0 and below 1.
         state: File in which the client keeps what routes took, across restarts; `None` for none.
+        record: File in which the client writes down its last decisions; `None` for none.
 
     Raises:
         ConfigError: A field does not fit; `ConfigError.field` names it.
@@ -262,6 +265,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ms: float | None = None
     confidence: float = CONFIDENCE
     state: Path | None = None
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -293,6 +297,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         policy_file: Policy; `None` keeps everything on the device.
         default_sensitivity: Class of requests that state none; `None` takes the policy's strictest.
         source: File it came from, for messages.
+        jobs: Where jobs wait; `None` for no queue.
+        telemetry: Whether requests are told to OpenTelemetry.
+        caches: Models whose equal requests share their computation.
     """
 
     models_store: Path | None = None
@@ -302,6 +309,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     policy_file: Path | None = None
     default_sensitivity: str | None = None
     source: str = "configuration"
+    jobs: JobsConfig | None = None
+    telemetry: bool = False
+    caches: dict[str, CacheConfig] = {}
 
     @property
     def cloud(self) -> CloudConfig | None:
@@ -346,7 +356,29 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
             "default_sensitivity", max_length=24, fix="Name one of the policy's classes"
         ),
         source=source,
+        jobs=_jobs(top, base),
+        telemetry=top.table("telemetry", known=("enabled",)).boolean("enabled", default=False),
+        caches=_caches(top),
     )
+
+
+def _caches(top: Table) -> dict[str, CacheConfig]:
+    if not top.has("cache"):
+        return {}
+    from sdk.sharing.config import parse_caches
+
+    value = top.raw("cache")
+    models = tuple(value) if isinstance(value, dict) else ()
+    return parse_caches(top.table("cache", known=models), models)
+
+
+def _jobs(top: Table, base: Path) -> JobsConfig | None:
+    if not top.has("jobs"):
+        return None
+    from sdk.jobs.config import KEYS, parse_jobs
+
+    table = top.table("jobs", known=KEYS)
+    return parse_jobs(table, lambda key: _path(table, key, base, must_exist=False))
 
 
 def _clouds(top: Table, base: Path) -> dict[str, CloudConfig]:
@@ -414,6 +446,7 @@ def _routing(table: Table, base: Path) -> RoutingConfig:
             deadline_ms=None if deadline_ms is None else float(deadline_ms),
             confidence=CONFIDENCE if confidence is None else float(confidence),
             state=_path(table, "state", base, must_exist=False),
+            record=_path(table, "record", base, must_exist=False),
         )
     except OverflowError:
         raise table.error(

@@ -7,7 +7,6 @@ and repair alike, and all of it can be tested without a socket.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
 from sdk.knowledge import Knowledge
 from sdk.policy import Policy, RequestFacts, Verdict, evaluate
-from sdk.requests import Request, check
+from sdk.requests import Request, check, request_id_of
 from sdk.results import Route, RouteName
 from sdk.routing import Attempt, DecisionInputs, Outcome, RouteDecision, attempts, decide
 from sdk.routing.types import CONFIDENCE
@@ -79,6 +78,8 @@ class Core:
         self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
         self.known = known
+        #: Told every decision that a request is bound by; `None` when nobody asked for it.
+        self.record: Callable[[RouteDecision], None] | None = None
         self._verdicts: dict[tuple[str | None, ...], Verdict] = {}
 
     # -- one batch -------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class Core:
         permits.append(permit)
         # Asked for again under the same id, it is computed once; another variant is another.
         variant = self.known.variant_wanted(request)
-        request_id = ids.setdefault(variant, os.urandom(16))
+        request_id = ids.setdefault(variant, request_id_of(request, variant))
         with self.known.under_way(request, attempt) as ticket, self.known.guarded():
             answer = yield RunThere(request, permit, offer, variant, request_id)
         self.known.learn(request, "cloud", answer, ticket)
@@ -161,6 +162,8 @@ class Core:
         ):
             check(request, offer.manifest)
         decision = self.decide(request)
+        if self.record is not None:
+            self.record(decision)
         error = decision.error()
         if error is not None:
             raise self._explained(error, request)
@@ -193,7 +196,10 @@ class Core:
         """For the repair generator: policy is asked again before any other route is taken."""
 
         def again(failed: tuple[RouteName, ...], now_s: float) -> RouteDecision:
-            return self.decide(request, failed)
+            decision = self.decide(request, failed)
+            if self.record is not None:
+                self.record(decision)
+            return decision
 
         return again
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,8 @@ class Knowledge:
         self._seeded: set[tuple[str, str, str]] = set()
         self._row_bytes: dict[tuple[str, str], int] = {}
         self._state_file = state_file
+        #: Told every answer that is learned from; `None` when nobody asked for it.
+        self.record: Callable[[RouteName, str, Observation], None] | None = None
         if state_file is not None:
             _recall(self.predictor, state_file)
 
@@ -96,6 +99,8 @@ class Knowledge:
         self.predictor.observe(
             route, request.model, size, observation, now_s=time.monotonic(), ticket=ticket
         )
+        if self.record is not None:
+            self.record(route, request.model, observation)
 
     def observe_round_trip(self, rtt_ms: float) -> None:
         """Learn the link's round trip."""

@@ -6,6 +6,8 @@ anything leaves the device.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -58,6 +60,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         options: For generation.
         top_k: Labels wanted, for classification.
         size: What predictions are a function of.
+        request_id: For a request that may be sent again after a restart: 16 bytes that stay the
+            same; `None` draws some for each call.
     """
 
     method: Method
@@ -77,6 +81,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     options: GenerationOptions = GenerationOptions()
     top_k: int = 1
     size: RequestSize = RequestSize()
+    request_id: bytes | None = None
 
     @property
     def rows(self) -> int:
@@ -87,6 +92,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             for array in self.feeds.values():
                 return len(array) if array.ndim else 1
         return 1
+
+
+def request_id_of(request: Request, variant: str | None = None) -> bytes:
+    """Id under which the cloud is asked, 16 bytes; another variant is another request."""
+    given = request.request_id
+    if given is None:
+        return os.urandom(16)
+    if variant is None:
+        return given
+    return hashlib.blake2b(variant.encode(), key=given, digest_size=16).digest()
 
 
 def check_settings(mode: str, objective: str, priority: int) -> None:

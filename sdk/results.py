@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sdk.routing import RouteDecision
 
 
+Source = Literal["run", "in_flight", "cache"]
+_SHOWN: dict[Source, str] = {"run": "", "in_flight": " (shared)", "cache": " (cached)"}
+
+
 class Route(msgspec.Struct, frozen=True):
     """Where an answer came from, and why there.
 
@@ -23,11 +27,14 @@ class Route(msgspec.Struct, frozen=True):
         reason: Why, for people.
         before: Routes that gave up before this one took over, in order; empty when the first
             choice held.
+        source: ``run``: it was computed for this request; ``in_flight``: for an equal one that was
+            under way; ``cache``: for an equal one before.
     """
 
     name: RouteName
     reason: str
     before: tuple[RouteName, ...] = ()
+    source: Source = "run"
 
     @property
     def path(self) -> str:
@@ -35,7 +42,7 @@ class Route(msgspec.Struct, frozen=True):
         return " → ".join((*self.before, self.name))
 
     def __str__(self) -> str:
-        return f'{self.path} · "{self.reason}"'
+        return f'{self.path}{_SHOWN[self.source]} · "{self.reason}"'
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):

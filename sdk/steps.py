@@ -50,6 +50,7 @@ class RunThere(msgspec.Struct, frozen=True):
         offer: What the cloud serves.
         variant: Variant to ask for; `None` for the cloud's choice.
         request_id: The same when the same is asked again, so that it is computed only once.
+        trace: For the wire, when the request is traced (`Infer.trace`).
     """
 
     request: Request
@@ -57,6 +58,7 @@ class RunThere(msgspec.Struct, frozen=True):
     offer: ModelOffer
     variant: str | None
     request_id: bytes
+    trace: bytes = b""
 
 
 class Wait(msgspec.Struct, frozen=True):

@@ -29,6 +29,8 @@ MAX_CREDIT = 2**31 - 1
 REQUEST_ID_BYTES = 16
 DIGEST_BYTES = 32
 PROOF_BYTES = 64  # Ed25519
+#: Trace id and span id; neither may be all zeros (W3C Trace Context, section 3.2.2).
+TRACE_BYTES = 16 + 8
 #: Length of `Ready.resume_key`, and of the tickets made with it.
 TICKET_BYTES = 32
 
@@ -81,8 +83,14 @@ def _in_request(message: Infer | Generate) -> str | None:
         return _of_request_id(message)
     if not 0 <= message.priority <= 9:
         return f".priority is {message.priority}, not 0 to 9"
+    if message.trace and not _is_trace(message.trace):
+        return ".trace is not a trace id of 16 bytes and a span id of 8, neither all zeros"
     deadline_ms = message.deadline_ms
     return None if deadline_ms is None else _in_times(deadline_ms)
+
+
+def _is_trace(trace: bytes) -> bool:
+    return len(trace) == TRACE_BYTES and any(trace[:16]) and any(trace[16:])
 
 
 def _in_resume(message: Resume) -> str | None:

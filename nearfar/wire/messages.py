@@ -116,6 +116,8 @@ class Infer(_Message, frozen=True, tag=5):
             tensor named ``input`` of shape (batch,), which the server preprocesses.
         deadline_ms: Time left when the message was written; `None` for no deadline.
         priority: 0 (background) to 9 (urgent).
+        trace: Trace id and span id of the client's span (W3C Trace Context, sections 3.2.2.3 and
+            3.2.2.4), 16 + 8 bytes; empty when the request is not traced.
     """
 
     stream: int
@@ -127,6 +129,7 @@ class Infer(_Message, frozen=True, tag=5):
     variant: str | None = None
     deadline_ms: float | None = None
     priority: int = 5
+    trace: bytes = b""
 
 
 class Result(_Message, frozen=True, tag=6):
@@ -145,6 +148,7 @@ class Generate(_Message, frozen=True, tag=7):
 
     Attributes:
         credit: Tokens the server may send before it must wait for `Credit`.
+        trace: As `Infer.trace`.
     """
 
     stream: int
@@ -157,6 +161,7 @@ class Generate(_Message, frozen=True, tag=7):
     variant: str | None = None
     deadline_ms: float | None = None
     priority: int = 5
+    trace: bytes = b""
 
 
 class Token(_Message, frozen=True, tag=8):

@@ -128,12 +128,14 @@ class CloudLink:
         variant: str | None = None,
         priority: int = 5,
         request_id: bytes | None = None,
+        trace: bytes = b"",
     ) -> TensorReply:
         """Run one batch on the cloud.
 
         Args:
             request_id: 16 bytes; the same for a repetition, which the cloud then computes only
                 once. `None` draws one.
+            trace: `Infer.trace`.
 
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded, InvalidInput: Typed; see `Stream`.
@@ -151,6 +153,7 @@ class CloudLink:
                 "version": version,
                 "variant": variant,
                 "priority": priority,
+                "trace": trace,
             },
             arrays,
             permit=permit,
@@ -184,11 +187,13 @@ class CloudLink:
         variant: str | None = None,
         priority: int = 5,
         request_id: bytes | None = None,
+        trace: bytes = b"",
     ) -> ResumableStream:
         """Begin an answer on the cloud; its tokens come through the returned stream.
 
         Args:
             request_id: As for `infer`.
+            trace: As for `infer`.
 
         Raises:
             DeadlineExceeded, CloudUnavailable, Overloaded: It could not be begun.
@@ -203,6 +208,7 @@ class CloudLink:
             "version": version,
             "variant": variant,
             "priority": priority,
+            "trace": trace,
         }
 
         def again(connection: Connection) -> Stream:

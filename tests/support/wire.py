@@ -140,6 +140,7 @@ _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 _stream = st.integers(1, 2**32 - 1)
 _ms = st.floats(0, 1e9)
 _request_id = st.binary(min_size=16, max_size=16)
+_trace = st.just(b"") | st.binary(min_size=24, max_size=24).map(lambda b: b"\1" + b[1:-1] + b"\1")
 _optional_text = st.none() | _text
 _usage = st.builds(
     Usage, prompt_tokens=st.integers(0, 2**40), completion_tokens=st.integers(0, 2**40)
@@ -248,6 +249,7 @@ plain_messages = st.one_of(
         variant=_optional_text,
         deadline_ms=st.none() | _ms,
         priority=st.integers(0, 9),
+        trace=_trace,
     ),
     st.builds(wire.Token, stream=_stream, index=st.integers(0, 2**63), text=_text),
     st.builds(
@@ -296,6 +298,7 @@ def _with_tensors(named: dict[str, np.ndarray]) -> st.SearchStrategy[wire.Messag
         version=_optional_text,
         deadline_ms=st.none() | _ms,
         priority=st.integers(0, 9),
+        trace=_trace,
     ) | st.builds(
         wire.Result,
         stream=_stream,

@@ -22,6 +22,8 @@ Sample = tuple[str, wire.Message, tuple[np.ndarray, ...]]
 
 #: Lengths that byte fields of fixed size have in this protocol; the first legal one is taken.
 _BYTE_SIZES = (16, 32, 8, 64)
+#: Lengths of optional byte fields beside others; `None` for the same as those.
+_OPTIONAL_BYTE_SIZES = (None, 24, 0)
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (3,), (2, 3), (1, 0, 2))
 _TEXTS = ("text", "Grüße, 世界 🙂", "")
 
@@ -41,14 +43,15 @@ def messages() -> Iterator[Sample]:
 
 def _legal(kind: type, style: str) -> Any:
     message = None
-    for size in _BYTE_SIZES:
-        message = _struct(inspect.type_info(kind), style, size)
-        if problem_in(message) is None:
-            break
+    for optional_size in _OPTIONAL_BYTE_SIZES:
+        for size in _BYTE_SIZES:
+            message = _struct(inspect.type_info(kind), style, size, optional_size)
+            if problem_in(message) is None:
+                return message
     return message
 
 
-def _struct(info: inspect.Type, style: str, size: int) -> Any:
+def _struct(info: inspect.Type, style: str, size: int, optional_size: int | None = None) -> Any:
     assert isinstance(info, inspect.StructType)
     fields = {}
     for field in info.fields:
@@ -58,7 +61,8 @@ def _struct(info: inspect.Type, style: str, size: int) -> Any:
             # The first version is the only one there is; flags and choices keep their defaults.
             has_choice = isinstance(field.type, inspect.LiteralType) and not field.required
             if field.name != "protocol_version" and not has_choice:
-                fields[field.name] = _value(field.type, style, size)
+                own = size if field.required or optional_size is None else optional_size
+                fields[field.name] = _value(field.type, style, own)
             elif field.required:
                 fields[field.name] = wire.PROTOCOL_VERSION
     return info.cls(**fields)

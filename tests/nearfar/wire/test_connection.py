@@ -637,6 +637,11 @@ FIELD_PROBLEMS = [
     (resume(1, credit=-1), "credit is -1"),
     (msgspec.structs.replace(resume(1), ticket=bytes(31)), "ticket has 31 bytes, not 32"),
     (msgspec.structs.replace(resume(1), request_id=b""), "request_id has 0 bytes"),
+    *(
+        (msgspec.structs.replace(message, trace=trace), "trace is not")
+        for message in (infer(1), generate(1))
+        for trace in (b"t" * 23, b"t" * 25, bytes(16) + b"t" * 8, b"t" * 16 + bytes(8))
+    ),
 ]
 
 
