@@ -20,7 +20,7 @@ GROUP = "nearfar.commands"
 
 #: The order of a first day with nearfar; commands of other packages follow alphabetically.
 _ORDER = (
-    "quickstart", "doctor", "infer", "chat", "explain", "policy",
+    "quickstart", "doctor", "infer", "chat", "explain", "calibrate", "policy",
     "trust", "client-key", "convert", "bundle", "edge", "cloud", "bench",
 )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -21,8 +21,8 @@ class Route(msgspec.Struct, frozen=True):
     Attributes:
         name: ``edge`` (this device) or ``cloud``.
         reason: Why, for people.
-        before: Routes that gave up before this one took over, in order; empty when the first
-            choice held.
+        before: Routes that gave up before this one took over, in order, or, where an agreement is
+            stated, were not sure enough; empty when the first choice held.
     """
 
     name: RouteName
@@ -70,6 +70,30 @@ class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes: int
 
 
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a stated agreement with the cloud model.
+
+    Attributes:
+        target: The stated agreement, such as 0.98.
+        outcome: ``kept``: the edge model was sure enough; ``escalated``: it was not, and the cloud
+            answered; ``audited``: it was, and the cloud was asked all the same, to watch the
+            agreement; ``cloud``: the cloud answered at once; ``unmet``: the edge model was not
+            sure enough, and the cloud could not be asked.
+        confidence: Score of the edge's answer (of a batch, its lowest); `None` without one.
+        threshold: What it had to be above; infinite when the device may keep nothing.
+    """
+
+    target: float
+    outcome: Literal["kept", "escalated", "audited", "cloud", "unmet"]
+    confidence: float | None = None
+    threshold: float | None = None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the statement covers this answer."""
+        return self.outcome != "unmet"
+
+
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """Common part of all results.
 
@@ -81,6 +105,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
         variant: Which variant of the bundle answered.
         execution_provider: What it ran on, as the engine reports it.
         bytes_sent: Sealed bytes that left the device for this request; 0 on the edge.
+        agreement: What became of ``min_agreement``; `None` when none was stated.
     """
 
     route: Route
@@ -90,6 +115,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     variant: str
     execution_provider: str
     bytes_sent: int = 0
+    agreement: Agreement | None = None
 
     @property
     def reason(self) -> str:
@@ -168,6 +194,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 __all__ = [
-    "Answered", "BatchUsage", "Chunk", "ClassifyResult", "EmbedResult", "InferResult", "ModelInfo",
-    "Route", "RouteName", "Timings",
+    "Agreement", "Answered", "BatchUsage", "Chunk", "ClassifyResult", "EmbedResult", "InferResult",
+    "ModelInfo", "Route", "RouteName", "Timings",
 ]  # fmt: skip

@@ -102,9 +102,7 @@ def allowed_disagreements(
         return largest
     return _largest(
         largest,
-        lambda k: (
-            hypergeometric_at_most(k, samples + horizon, samples, k + tolerated + 1) <= error
-        ),
+        lambda k: hypergeometric_at_most(k, samples + horizon, samples, k + tolerated + 1) <= error,
     )
 
 

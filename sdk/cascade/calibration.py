@@ -19,6 +19,7 @@ import numpy as np
 from nearfar.bundle.manifest import Manifest
 from nearfar.errors import CalibrationError
 from nearfar.files import write_atomically
+from sdk.cascade.audit import AuditState, is_sound
 from sdk.cascade.bounds import allowed_disagreements, rate_at_most, samples_needed
 from sdk.cascade.scores import CascadeTask, ScoreName
 
@@ -132,6 +133,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         min_cosine: For embeddings: vectors agree when their cosine is at least this.
         centre: For embeddings: what `typicality` is measured from.
         created: ISO date and time, UTC.
+        audits: What live audits found since, by the agreement that they watch.
     """
 
     model: str
@@ -145,6 +147,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     min_cosine: float = 0.0
     centre: tuple[float, ...] = ()
     created: str = ""
+    audits: dict[str, AuditState] = {}
     format_version: int = FORMAT_VERSION
 
     def threshold(self, target: float) -> Threshold:
@@ -227,7 +230,9 @@ def digest_of(manifest: Manifest, variant_id: str) -> VariantKey:
         )
     content = {
         "entry": variant.entry,
-        "files": sorted((e.path, e.size_bytes, e.sha256) for e in (*variant.files, *manifest.files)),
+        "files": sorted(
+            (e.path, e.size_bytes, e.sha256) for e in (*variant.files, *manifest.files)
+        ),
         "inputs": manifest.inputs,
         "labels": manifest.labels,
         "outputs": (manifest.label_output, manifest.embedding_output, manifest.outputs),
@@ -319,7 +324,9 @@ def make(
 def _problem(calibration: Calibration) -> str:
     """What is wrong with values that have the right types; ``""`` when nothing is."""
     if calibration.format_version != FORMAT_VERSION:
-        return f"it has format {calibration.format_version}, and this version reads {FORMAT_VERSION}"
+        return (
+            f"it has format {calibration.format_version}, and this version reads {FORMAT_VERSION}"
+        )
     if not calibration.scores:
         return "it has no scores"
     for name, sample in calibration.scores.items():
@@ -333,6 +340,8 @@ def _problem(calibration: Calibration) -> str:
             return f"{name} holds something that is not a number"
     if (calibration.task == "embedding") != bool(calibration.centre):
         return "its centre does not fit its task"
+    if not all(map(is_sound, calibration.audits.values())):
+        return "what it says of an audit cannot be"
     return ""
 
 

@@ -44,12 +44,7 @@ def task_of(manifest: Manifest) -> CascadeTask:
             )
         return "embedding"
     if manifest.task == "text-generation":
-        raise InvalidInput(
-            f"{manifest.name!r} generates text, and its engine gives no token log-probabilities, "
-            "so there is no confidence to go by",
-            field="min_agreement",
-            fix="Leave min_agreement out; objective='quality' prefers the better variant",
-        )
+        raise no_log_probabilities(manifest.name)
     if manifest.label_output is None and manifest.task != "classification":
         raise InvalidInput(
             f"The manifest of {manifest.name!r} does not say which output holds class scores",
@@ -57,6 +52,16 @@ def task_of(manifest: Manifest) -> CascadeTask:
             fix="Convert it as a classification model, or set `label_output`",
         )
     return "classification"
+
+
+def no_log_probabilities(model: str) -> InvalidInput:
+    """Why text generation has no cascade."""
+    return InvalidInput(
+        f"{model!r} generates text, and its engine gives no token log-probabilities, so there is "
+        "no confidence to go by",
+        field="min_agreement",
+        fix="Leave min_agreement out; objective='quality' prefers the better variant",
+    )
 
 
 def class_scores(outputs: Mapping[str, np.ndarray], manifest: Manifest) -> np.ndarray:
@@ -115,7 +120,9 @@ def confidence(name: ScoreName, scores: np.ndarray) -> np.ndarray:
         values = share.max(axis=-1)
     elif name == "margin":
         best = np.sort(share, axis=-1)[:, -2:]
-        values = np.log(np.maximum(best[:, 1], _SMALLEST)) - np.log(np.maximum(best[:, 0], _SMALLEST))
+        values = np.log(np.maximum(best[:, 1], _SMALLEST)) - np.log(
+            np.maximum(best[:, 0], _SMALLEST)
+        )
     elif name == "entropy":
         logarithms = np.log(np.maximum(share, _SMALLEST))
         values = 1.0 + (share * logarithms).sum(axis=-1) / np.log(classes)
@@ -160,9 +167,7 @@ def same_class(edge: np.ndarray, cloud: np.ndarray) -> np.ndarray:
     return np.asarray((edge.argmax(axis=-1) == cloud.argmax(axis=-1)) & finite)
 
 
-def _output(
-    outputs: Mapping[str, np.ndarray], name: str | None, manifest: Manifest
-) -> np.ndarray:
+def _output(outputs: Mapping[str, np.ndarray], name: str | None, manifest: Manifest) -> np.ndarray:
     found = next(iter(outputs.values())) if name is None else outputs.get(name)
     if found is None or found.ndim != 2:
         shape = "is missing" if found is None else f"has shape {list(found.shape)}"

@@ -130,7 +130,7 @@ def test_the_ends_of_shares_keep_all_or_nothing():
 
 
 def test_an_agreement_that_is_no_probability_cannot_be_aimed_at():
-    with pytest.raises(ValueError, match="1.0"):
+    with pytest.raises(ValueError, match=r"of 1\.0"):
         calibration(*traffic(np.random.default_rng(1), 500)).threshold(1.0)
 
 

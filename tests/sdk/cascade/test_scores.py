@@ -85,9 +85,9 @@ def test_models_that_cannot_cascade_say_why():
 
 def test_outputs_are_found_by_the_manifest_or_refused():
     labelled = manifest("c", "classification", label_output="y")
-    assert class_scores({"x": np.ones(2), "y": np.ones((1, 2), np.float32)}, labelled).dtype == float
+    outputs = {"x": np.ones(2), "y": np.ones((1, 2), np.float32)}
+    assert class_scores(outputs, labelled).dtype == np.float64
     with pytest.raises(BundleError, match="is missing"):
         class_scores({"x": np.ones((1, 2))}, labelled)
     with pytest.raises(BundleError, match=r"has shape \[2\]"):
-        vectors({"x": np.ones(2)}, EMBEDDING.__class__(**{
-            "name": "e", "version": "1", "task": "embedding", "variants": ()}))  # fmt: skip
+        vectors({"x": np.ones(2)}, manifest("e", "embedding"))
