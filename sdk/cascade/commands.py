@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name of the model; device and cloud have it.")],
     data: Annotated[
-        list[Path],
+        Optional[list[Path]],  # noqa: UP045
         typer.Option(
             "--data",
-            help="Unlabelled inputs like those of the app: files or folders of them to classify, "
-            "a .txt file with one text in each line, or one .npz file of input tensors whose first "
-            "axis counts the inputs. Repeat it for more.",
+            help="Unlabelled inputs like those of the app: files to classify, folders of them, or "
+            "one .npz file of input tensors whose first axis counts the inputs.",
         ),
-    ],
+    ] = None,
+    texts: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--texts", help="File with one text in each line, for models of text."),
+    ] = None,
     min_agreement: Annotated[
         float, typer.Option(help="Agreement to report; the file serves every other one, too.")
     ] = 0.98,
@@ -110,22 +113,26 @@ def calibrate(
                 "[cascade] section",
             )
         output = file_of(folder, model)
-    inputs = read_data(data, limit=limit, seed=seed)
+    inputs = read_data(data or [], texts or [], limit=limit, seed=seed)
     options: dict[str, Any] = {
         name: value
         for name, value in (("sensitivity", sensitivity), ("purpose", purpose), ("tenant", tenant))
         if value is not None
     }
     with Client(told) as client, _Progress(len(inputs)) as progress:
-        found = measure(
-            client, model, inputs, settings, on_input=progress.advance, deadline_ms=None, **options
-        )
+        found = measure(client, model, inputs, settings, on_input=progress.advance, **options)
     calibrations.save(found, output)
     _report(found, min_agreement, output)
 
 
-def read_data(paths: list[Path], *, limit: int = 0, seed: int = 0) -> Data:
+def read_data(paths: list[Path], texts: list[Path], *, limit: int = 0, seed: int = 0) -> Data:
     """What the command's paths hold, in random order.
+
+    Args:
+        paths: Files, folders, or one .npz file.
+        texts: Files of one text in each line.
+        limit: How many inputs to take; 0 takes all.
+        seed: Draws and orders them.
 
     Raises:
         InvalidInput: A path holds nothing, or kinds are mixed.
@@ -135,27 +142,24 @@ def read_data(paths: list[Path], *, limit: int = 0, seed: int = 0) -> Data:
     from nearfar.errors import InvalidInput
     from sdk.cascade.measure import Data
 
-    kinds = {path.suffix if path.suffix in (".npz", ".txt") else "" for path in paths}
-    if len(kinds) > 1 or (kinds == {".npz"} and len(paths) > 1):
+    has_tensors = any(path.suffix == ".npz" for path in paths)
+    if (has_tensors and len(paths) > 1) or (paths and texts):
         raise InvalidInput(
-            "--data mixes kinds of data",
+            "The data is of several kinds",
             field="data",
-            fix="Give files, or .txt files, or one .npz file",
+            fix="Give files and folders, or one .npz file, or --texts",
         )
-    if kinds == {".npz"}:
+    if has_tensors:
         return _tensors(paths[0], limit, seed)
-    items: list[str | Path] = []
+    items: list[str | Path] = [line for path in texts for line in _lines(path)]
     for path in paths:
-        if path.is_dir():
-            items += sorted(p for p in path.rglob("*") if p.is_file())
-        elif kinds == {".txt"}:
-            items += _lines(path)
-        else:
-            items.append(path)
+        items += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not items:
-        raise InvalidInput("--data holds no input", field="data", fix="Check the paths")
+        raise InvalidInput(
+            "There is no data", field="data", fix="Name files with --data or --texts"
+        )
     # Whatever is sorted by kind or time must not be a sample of one kind.
-    random.Random(seed).shuffle(items)
+    random.Random(seed).shuffle(items)  # noqa: S311 - an order, no secret
     return Data(items=items[: limit or None])
 
 
@@ -233,6 +237,8 @@ def _report(found: Calibration, target: float, path: Path) -> None:
     threshold = found.threshold(target)
     best = max(len(sample.disagreements) for sample in found.scores.values())
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_row("samples", f"{found.samples:,}")
     table.add_row("edge and cloud disagree on", f"{best / found.samples:.1%} of them")
     table.add_row("stated agreement", f"{target:g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,9 @@ def calibrate(
     edge_rows: list[np.ndarray] = []
     cloud_rows: list[np.ndarray] = []
     keys: set[tuple[calibrations.VariantKey, calibrations.VariantKey]] = set()
+    here = next((i for i in client.models() if i.name == model and i.edge_variant), None)
+    if here is not None:  # what cannot cascade is said before anything leaves
+        scores.task_of(here.manifest)
     task: scores.CascadeTask | None = None
     for request in _requests(client, model, data, options):
         # The cloud first: if policy says no, it says so before the device has worked.
@@ -209,12 +213,13 @@ def calibration_of(
 
 
 def _requests(client: Client, model: str, data: Data, options: dict[str, Any]) -> Iterator[Request]:
-    """The data as requests: tensors and texts to embed in batches, what is classified one by one."""
-    options = {**options, "min_agreement": 0.0}
+    """The data as requests; tensors and texts to embed in batches."""
+    options = {**options, "min_agreement": 0.0, "deadline_ms": math.inf}
     feeds = data.feeds
     if feeds is not None:
-        for start in range(0, len(data), _batch_of(client, model)):
-            stop = min(start + _batch_of(client, model), len(data))
+        size = _batch_of(client, model)
+        for start in range(0, len(data), size):
+            stop = min(start + size, len(data))
             batch = {name: array[start:stop] for name, array in feeds.items()}
             yield client._infer_request(model, batch, options)  # type: ignore[arg-type]
         return
