@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nearfar.errors import (
+        AgreementNotMet,
         BundleError,
+        CalibrationError,
         Cancelled,
         CloudUnavailable,
         ConfigError,
@@ -52,9 +54,10 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     **dict.fromkeys(
         (
-            "BundleError", "Cancelled", "CloudUnavailable", "ConfigError", "DeadlineExceeded",
-            "EngineError", "InvalidInput", "ModelNotFound", "NearfarError", "Overloaded",
-            "PolicyDenied", "RemoteProtocolError", "SecurityError", "StreamInterrupted",
+            "AgreementNotMet", "BundleError", "CalibrationError", "Cancelled", "CloudUnavailable",
+            "ConfigError", "DeadlineExceeded", "EngineError", "InvalidInput", "ModelNotFound",
+            "NearfarError", "Overloaded", "PolicyDenied", "RemoteProtocolError", "SecurityError",
+            "StreamInterrupted",
         ),
         "nearfar.errors",
     ),
@@ -75,9 +78,11 @@ _MODULE_OF = {
 }  # fmt: skip
 
 __all__ = [
+    "AgreementNotMet",
     "AsyncClient",
     "AsyncGenerationStream",
     "BundleError",
+    "CalibrationError",
     "Cancelled",
     "ChatMessage",
     "Chunk",
