@@ -295,9 +295,14 @@ def save(calibration: Calibration, path: Path) -> None:
     """Write a calibration file whole or not at all.
 
     Raises:
-        CalibrationError: It cannot be written.
+        CalibrationError: It cannot be written, or could not be read again.
     """
     data = msgspec.json.encode(calibration, order="deterministic") + b"\n"
+    if len(data) > MAX_BYTES:
+        raise CalibrationError(
+            f"The calibration would be larger than {MAX_BYTES} bytes",
+            fix="Use fewer inputs: --limit",
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data, mode=0o600)

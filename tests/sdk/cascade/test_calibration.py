@@ -216,3 +216,10 @@ def test_missing_and_huge_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_BYTES", 99)
     with pytest.raises(CalibrationError, match="larger than"):
         load(tmp_path / "digits.json")
+    mine = calibration(*traffic(np.random.default_rng(1), 500))
+    with pytest.raises(CalibrationError, match="fewer inputs"):
+        save(mine, tmp_path / "other.json")
+    (tmp_path / "folder").write_text("")
+    monkeypatch.undo()
+    with pytest.raises(CalibrationError, match="cannot be written"):
+        save(mine, tmp_path / "folder" / "other.json")
