@@ -303,10 +303,12 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
 def _summary(result: Answered) -> str:
     from nearfar.units import format_bytes, format_ms
 
-    return (
+    text = (
         f"{result.route} · {result.variant} · {format_ms(result.timings.total_ms)} · "
         f"{format_bytes(result.bytes_sent)} sent"
     )
+    agreement = result.agreement
+    return f"{text} · agreement {agreement.target:g}: {agreement.outcome}" if agreement else text
 
 
 def _stream_summary(stream: GenerationStream) -> str:
