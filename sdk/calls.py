@@ -210,11 +210,7 @@ class Calls:
         mode = mode or self._mode
         objective = objective or self._objective
         requests.check_settings(mode, objective, priority)
-        if min_agreement is not None:
-            from sdk.cascade.settings import check_agreement
-
-            check_agreement(min_agreement)
-        return {
+        settings: dict[str, Any] = {
             "deadline": Deadline.after_ms(
                 deadline_ms if deadline_ms is not None else self._deadline_ms
             ),
@@ -225,9 +221,12 @@ class Calls:
             "tenant": tenant,
             "priority": priority,
             "version": version,
-            "min_agreement": min_agreement,
-            "require_agreement": require_agreement,
         }
+        if min_agreement is not None or require_agreement is not None:
+            from sdk.cascade.settings import checked
+
+            settings |= checked(min_agreement, require_agreement)
+        return settings
 
     def _infer_request(
         self, model: str, feeds: Mapping[str, np.ndarray], options: RequestOptions
@@ -278,7 +277,8 @@ class Calls:
         sampling = _sampling(
             **{name: common.pop(name) for name in _SAMPLING if name in common}  # type: ignore[arg-type]
         )
-        if model in self._core.cascaded or common.get("min_agreement"):
+        stated = common.get("min_agreement")
+        if stated or (stated is None and model in self._core.cascaded):
             from sdk.cascade.scores import no_log_probabilities
 
             raise no_log_probabilities(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -58,16 +58,17 @@ class CascadeConfig(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelCascade] = {}
 
 
-def check_agreement(min_agreement: float) -> None:
-    """Refuse an agreement that cannot be stated; 0 turns the cascade off for a request.
+def checked(min_agreement: float | None, require_agreement: bool | None) -> dict[str, Any]:
+    """What a call states, as fields of a `Request`; an agreement of 0 turns the cascade off.
 
     Raises:
-        InvalidInput: It is not a number from 0 to below 1.
+        InvalidInput: The agreement is not a number from 0 to below 1.
     """
-    if not (0.0 <= min_agreement < 1.0) or math.isnan(min_agreement):
+    if min_agreement is not None and not 0.0 <= min_agreement < 1.0:  # also catches NaN
         raise InvalidInput(
             f"min_agreement is {min_agreement!r}",
             field="min_agreement",
             fix="Give a number below 1 such as 0.98; 0 turns the cascade off. Only the cloud "
             "itself agrees always: mode='cloud_only'",
         )
+    return {"min_agreement": min_agreement, "require_agreement": require_agreement}

@@ -300,7 +300,8 @@ def test_text_generation_says_that_it_has_no_cascade(make):
         make().generate("story", "once", min_agreement=0.98)
     with pytest.raises(InvalidInput, match="log-probabilities"):
         make(models={"story": ModelCascade(min_agreement=0.9)}).generate("story", "once")
-    text = make().generate("story", "once", min_agreement=0, max_new_tokens=2, mode="edge_only")
+    client = make(models={"story": ModelCascade(min_agreement=0.9)})
+    text = client.generate("story", "once", min_agreement=0, max_new_tokens=2, mode="edge_only")
     assert text.text() == "e0 e1 "
 
 
