@@ -26,6 +26,8 @@ OTHER_TARGETS = (0.95, 0.99)
 MIN_HELD = 95.0  # of 100 splits
 MIN_AVOIDED = 50.0  # percent of the cloud's calls, on digits
 DIGITS = "digits CNN"
+#: Both models say the same about every digit, so that a bar would say nothing.
+_WITHOUT_BAR = ("digits, one CNN",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,19 +168,22 @@ def judge(pair: Pair, settings: Settings, begin: Begin) -> tuple[list[Bar], list
     avoided = Figure.of_rounds(
         f"{name}: cloud calls avoided at {TARGET:g}", "%", [100.0 * split.kept for split in ours]
     )
-    bars = [
-        Bar(
-            name=f"{name}: splits that held {TARGET:g}",
-            value=held,
-            limit=MIN_HELD,
-            direction="at_least",
-            unit="%",
+    bars = []
+    if name not in _WITHOUT_BAR:
+        bars.append(
+            Bar(
+                name=f"{name}: splits that held {TARGET:g}",
+                value=held,
+                limit=MIN_HELD,
+                direction="at_least",
+                unit="%",
+            )
         )
-    ]
     if name == DIGITS:
         bars.append(avoided.bar(MIN_AVOIDED, "at_least"))
     edge, cloud = pair.accuracies
     figures = [
+        Figure.of_rounds(f"{name}: splits that held {TARGET:g}", "%", [held]),
         avoided,
         Figure.of_rounds(
             f"{name}: held-out agreement at {TARGET:g}",

@@ -15,7 +15,7 @@ from benchmarks.cascade.pairs import Pair, load, outputs_of
 
 TRAINING_IMAGES = 600
 #: (channels of both convolutions, width of the hidden layer, epochs)
-SMALL, LARGE = ((4, 8), 16, 12), ((32, 64), 128, 30)
+SMALL, LARGE = ((8, 16), 32, 30), ((32, 64), 128, 30)
 _INPUT, _OUTPUT = "image", "probability"
 
 
@@ -71,9 +71,13 @@ def _train(
     seed: int,
 ) -> None:
     """Train a CNN in seconds and export it to ONNX."""
+    from converters.libraries import quiet
+
     torch = load("torch")
     (first, second), hidden, epochs = size
     torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # batches this small take longer on several threads
     model = _network(torch, first, second, hidden)
     inputs, targets = torch.from_numpy(images), torch.from_numpy(labels)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -83,9 +87,10 @@ def _train(
             loss = torch.nn.functional.cross_entropy(model.scores(inputs[batch]), targets[batch])
             loss.backward()
             optimiser.step()
+    torch.set_num_threads(threads)
     model.eval()
     axes = {0: torch.export.Dim("batch")}
-    with torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
             (inputs[:2],),
@@ -100,7 +105,7 @@ def _train(
 
 
 def _network(torch: Any, first: int, second: int, hidden: int) -> Any:
-    nn = torch.nn
+    nn: Any = torch.nn
 
     class Network(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -41,9 +41,9 @@ def docstrings(seed: int) -> tuple[list[str], np.ndarray, list[str]]:
     seen: set[str] = set()  # what two modules say is nobody's
     for name in MODULES:
         files = sorted((root / name).rglob("*.py")) or [root / f"{name}.py"]
-        own = {text for path in files if path.is_file() for text in _docstrings_in(path)}
-        found[name] = own - seen
-        seen |= own
+        theirs = {text for path in files if path.is_file() for text in _docstrings_in(path)}
+        found[name] = theirs - seen
+        seen |= theirs
     names = [name for name in MODULES if found[name]]
     random = np.random.default_rng(seed)
     texts: list[str] = []

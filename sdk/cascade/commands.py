@@ -99,7 +99,7 @@ def calibrate(
     settings = Settings(
         confidence=confidence,
         horizon_requests=horizon or None,
-        score=score,  # type: ignore[arg-type]
+        score=score,
         min_cosine=min_cosine,
     )
     told = load_config(config)
