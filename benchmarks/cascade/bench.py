@@ -26,7 +26,7 @@ OTHER_TARGETS = (0.95, 0.99)
 MIN_HELD = 95.0  # of 100 splits
 MIN_AVOIDED = 50.0  # percent of the cloud's calls, on digits
 DIGITS = "digits CNN"
-#: Both models say the same about every digit, so that a bar would say nothing.
+#: Both models say the same about nearly every digit, so that a bar would say nothing.
 _WITHOUT_BAR = ("digits, one CNN",)
 
 
