@@ -150,4 +150,32 @@ def routing(
     harness.conclude(report, json_path=json_file, check=check)
 
 
+@app.command()
+def cascade(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles with minilm, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    splits: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Random splits of each pool of inputs.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Of models, texts and splits.")] = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """Whether the cascade holds the agreement that it states, on inputs it was not calibrated with.
+
+    Trains two small networks on handwritten digits and heads on MiniLM's vectors, converts them,
+    and splits real inputs at random: one half calibrates, the other is answered.
+    """
+    from benchmarks import harness
+    from benchmarks.cascade.bench import Settings, measure
+
+    harness.check_json_path(json_file)
+    settings = Settings(models=models, splits=splits, seed=seed)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
 __all__ = ["app"]

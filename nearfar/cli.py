@@ -20,7 +20,8 @@ GROUP = "nearfar.commands"
 
 #: The order of a first day with nearfar; commands of other packages follow alphabetically.
 _ORDER = (
-    "quickstart", "doctor", "infer", "chat", "explain", "replay", "top", "jobs", "policy",
+    "quickstart", "doctor", "infer", "chat", "explain", "calibrate", "replay", "top", "jobs",
+    "policy",
     "trust", "client-key", "convert", "bundle", "edge", "cloud", "bench",
 )  # fmt: skip
 

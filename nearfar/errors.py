@@ -3,11 +3,13 @@
     NearfarError
     ├── InvalidInput            the caller's request is wrong: name, dtype, shape, length, option
     │   ├── ConfigError         a configuration, policy or argument does not parse or fit
+    │   │   └── CalibrationError a calibration is missing, damaged, or made for other variants
     │   └── LocalProtocolError  our own side asked the wire for something illegal
     ├── ModelNotFound           no such model, version or variant here
     ├── BundleError             a bundle is missing, corrupt, or not what its manifest says
     ├── PolicyDenied            policy forbids every route; never retried
     ├── SecurityError           wrong pin, expired certificate, failed login; never retried
+    ├── AgreementNotMet         an answer that may differ from the cloud's, and the app wants none
     ├── DeadlineExceeded        the absolute deadline passed first
     ├── CloudUnavailable        no cloud could be reached, or it went away
     │   ├── StreamInterrupted   an answer was cut before its FIN
@@ -75,6 +77,15 @@ class ConfigError(InvalidInput):
     code = "config"
 
 
+class CalibrationError(ConfigError):
+    """A calibration of the cascade is missing, damaged, or was made for other variants."""
+
+    code = "calibration"
+
+    def __init__(self, problem: str, *, field: str = "min_agreement", fix: str = "") -> None:
+        super().__init__(problem, field=field, fix=fix)
+
+
 class LocalProtocolError(InvalidInput):
     """Our own side asked for a message that is illegal in the connection's state."""
 
@@ -111,6 +122,22 @@ class SecurityError(NearfarError):
     """Authentication, pinning or decryption failed. Never retried, never downgraded."""
 
     code = "security"
+
+
+class AgreementNotMet(NearfarError):
+    """The edge model was not sure enough, and the cloud could not be asked.
+
+    Raised only for requests that demand the agreement; others get the edge's answer, marked.
+
+    Attributes:
+        target: The stated agreement; 0 when it is not known.
+    """
+
+    code = "agreement_not_met"
+
+    def __init__(self, problem: str, *, target: float = 0.0, fix: str = "") -> None:
+        super().__init__(problem, fix=fix)
+        self.target = target
 
 
 class DeadlineExceeded(NearfarError):

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nearfar.errors import (
+        AgreementNotMet,
         BundleError,
+        CalibrationError,
         Cancelled,
         CloudUnavailable,
         ConfigError,
@@ -54,9 +56,10 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     **dict.fromkeys(
         (
-            "BundleError", "Cancelled", "CloudUnavailable", "ConfigError", "DeadlineExceeded",
-            "EngineError", "InvalidInput", "ModelNotFound", "NearfarError", "Overloaded",
-            "PolicyDenied", "RemoteProtocolError", "SecurityError", "StreamInterrupted",
+            "AgreementNotMet", "BundleError", "CalibrationError", "Cancelled", "CloudUnavailable",
+            "ConfigError", "DeadlineExceeded", "EngineError", "InvalidInput", "ModelNotFound",
+            "NearfarError", "Overloaded", "PolicyDenied", "RemoteProtocolError", "SecurityError",
+            "StreamInterrupted",
         ),
         "nearfar.errors",
     ),
@@ -79,11 +82,13 @@ _MODULE_OF = {
 }  # fmt: skip
 
 __all__ = [
+    "AgreementNotMet",
     "AsyncClient",
     "AsyncGenerationStream",
     "AsyncJob",
     "BundleError",
     "CacheConfig",
+    "CalibrationError",
     "Cancelled",
     "ChatMessage",
     "Chunk",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nearfar.engines.base import SessionOptions
+    from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
     from sdk.jobs.config import JobsConfig
@@ -57,6 +58,11 @@ class RequestOptions(TypedDict, total=False):
         tenant: On whose behalf the app asks; policy may have rules about it.
         priority: 0 (background) to 9 (urgent), for the cloud's queue.
         version: Exact version of the model; the newest by default.
+        min_agreement: How often answers must agree with the cloud model's, such as 0.98: the device
+            answers where its calibrated confidence allows it, else the cloud. 0 turns off what
+            the configuration says. Not for text generation.
+        require_agreement: Raise `AgreementNotMet` instead of returning an answer that is marked as
+            not covered.
     """
 
     sensitivity: str | None
@@ -67,6 +73,8 @@ class RequestOptions(TypedDict, total=False):
     tenant: str | None
     priority: int
     version: str | None
+    min_agreement: float | None
+    require_agreement: bool | None
 
 
 class GenerateOptions(RequestOptions, total=False):
@@ -108,6 +116,7 @@ class Calls:
         deadline_ms: Default of every request.
         edge: ``False`` runs nothing on this device, and needs no local models.
         edge_options: Engine settings of the device.
+        calibrations: Folder of what `nearfar calibrate` wrote; overrides the configuration.
 
     Raises:
         ConfigError: A file or an argument does not parse or fit.
@@ -133,6 +142,7 @@ class Calls:
         jobs: JobsConfig | None = None,
         cache: Mapping[str, CacheConfig] | None = None,
         telemetry: bool | None = None,
+        calibrations: str | Path | None = None,
     ) -> None:
         if config is None:
             config = Config()
@@ -176,6 +186,7 @@ class Calls:
             default_sensitivity=default,
             known=known,
             confidence=config.routing.confidence,
+            cascade=_cascade_of(config, calibrations),
         )
         caches = config.caches if cache is None else cache
         self._sharing = _sharing_of(caches, self._core) if caches else None
@@ -214,11 +225,13 @@ class Calls:
         tenant: str | None = None,
         priority: int = 5,
         version: str | None = None,
+        min_agreement: float | None = None,
+        require_agreement: bool | None = None,
     ) -> dict[str, Any]:
         mode = mode or self._mode
         objective = objective or self._objective
         requests.check_settings(mode, objective, priority)
-        return {
+        settings: dict[str, Any] = {
             "deadline": Deadline.after_ms(
                 deadline_ms if deadline_ms is not None else self._deadline_ms
             ),
@@ -230,6 +243,11 @@ class Calls:
             "priority": priority,
             "version": version,
         }
+        if min_agreement is not None or require_agreement is not None:
+            from sdk.cascade.settings import checked
+
+            settings |= checked(min_agreement, require_agreement)
+        return settings
 
     def _infer_request(
         self, model: str, feeds: Mapping[str, np.ndarray], options: RequestOptions
@@ -280,6 +298,11 @@ class Calls:
         sampling = _sampling(
             **{name: common.pop(name) for name in _SAMPLING if name in common}  # type: ignore[arg-type]
         )
+        stated = common.get("min_agreement")
+        if stated or (stated is None and model in self._core.cascaded):
+            from sdk.cascade.scores import no_log_probabilities
+
+            raise no_log_probabilities(model)
         return Request(
             method="generate",
             model=model,
@@ -458,6 +481,17 @@ def _link_of(cloud: CloudConfig) -> CloudLink:
     return CloudLink(cloud)
 
 
+def _cascade_of(config: Config, calibrations: str | Path | None) -> CascadeConfig | None:
+    if calibrations is None:
+        return config.cascade
+    from msgspec.structs import replace
+
+    from sdk.cascade.settings import CascadeConfig
+
+    folder = Path(calibrations).expanduser()
+    return replace(config.cascade or CascadeConfig(), calibrations=folder)
+
+
 def _output(done: Completed, name: str | None) -> np.ndarray:
     outputs = done.answer.outputs
     if name is None:
@@ -492,4 +526,5 @@ def _facts(done: Completed) -> dict[str, Any]:
         "variant": answer.variant,
         "execution_provider": answer.execution_provider,
         "bytes_sent": done.bytes_sent,
+        "agreement": done.agreement,
     }

@@ -69,6 +69,10 @@ def infer(
     objective: _Objective = None,
     purpose: _Purpose = None,
     tenant: _Tenant = None,
+    min_agreement: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="How often answers must agree with the cloud's (see calibrate)."),
+    ] = None,
 ) -> None:
     """Classify files, embed texts, or run tensors through a model.
 
@@ -79,6 +83,8 @@ def infer(
     from sdk.client import Client
 
     options = _options(sensitivity, deadline_ms, mode, objective, purpose, tenant)
+    if min_agreement is not None:
+        options["min_agreement"] = min_agreement
     if bool(inputs) == bool(text):
         raise InvalidInput(
             "Give either files or --text", field="inputs", fix="See nearfar infer --help"
@@ -211,7 +217,7 @@ def explain(
         elif text:
             given = {"texts": text}
         elif file is not None and file.suffix == ".npz":
-            given = {"feeds": _load(file)}
+            given = {"feeds": load_tensors(file)}
         else:
             given = {"data": file if file is not None else b" "}
         decision = client.explain(model, **given, **options)
@@ -258,7 +264,7 @@ def _tensors(
 ) -> None:
     import numpy as np
 
-    result = client.infer(model, _load(path), **options)
+    result = client.infer(model, load_tensors(path), **options)
     for name, array in result.outputs.items():
         _print(f"{name} {array.dtype}{list(array.shape)}")
         if output is None:
@@ -270,7 +276,12 @@ def _tensors(
     _say(_summary(result))
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file.
+
+    Raises:
+        InvalidInput: It cannot be read as one.
+    """
     import zipfile
 
     import numpy as np
@@ -292,10 +303,12 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 def _summary(result: Answered) -> str:
     from nearfar.units import format_bytes, format_ms
 
-    return (
+    text = (
         f"{result.route} · {result.variant} · {format_ms(result.timings.total_ms)} · "
         f"{format_bytes(result.bytes_sent)} sent"
     )
+    agreement = result.agreement
+    return f"{text} · agreement {agreement.target:g}: {agreement.outcome}" if agreement else text
 
 
 def _stream_summary(stream: GenerationStream) -> str:

@@ -25,6 +25,7 @@ from sdk.toml_table import Table, parse_toml, read_text, suggestion
 if TYPE_CHECKING:
     from nearfar.secure.attestation import Verifier
     from nearfar.secure.identity import Pin
+    from sdk.cascade.settings import CascadeConfig
     from sdk.jobs.config import JobsConfig
     from sdk.sharing.config import CacheConfig
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 # RFC 7518 tokens and API keys are far shorter; a larger file is not a key.
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
-_TOP_KEYS = ("models", "cloud", "routing", "policy", "jobs", "cache", "telemetry")
+_TOP_KEYS = ("models", "cloud", "routing", "policy", "cascade", "jobs", "cache", "telemetry")
 _ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state", "record")
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
@@ -296,6 +297,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         routing: Defaults for every request.
         policy_file: Policy; `None` keeps everything on the device.
         default_sensitivity: Class of requests that state none; `None` takes the policy's strictest.
+        cascade: Agreements with the cloud model; `None` when there is no such section.
         source: File it came from, for messages.
         jobs: Where jobs wait; `None` for no queue.
         telemetry: Whether requests are told to OpenTelemetry.
@@ -308,6 +310,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     routing: RoutingConfig = RoutingConfig()
     policy_file: Path | None = None
     default_sensitivity: str | None = None
+    cascade: CascadeConfig | None = None
     source: str = "configuration"
     jobs: JobsConfig | None = None
     telemetry: bool = False
@@ -355,6 +358,7 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
         default_sensitivity=policy.name(
             "default_sensitivity", max_length=24, fix="Name one of the policy's classes"
         ),
+        cascade=_cascade(top, base) if top.has("cascade") else None,
         source=source,
         jobs=_jobs(top, base),
         telemetry=top.table("telemetry", known=("enabled",)).boolean("enabled", default=False),
@@ -454,6 +458,40 @@ def _routing(table: Table, base: Path) -> RoutingConfig:
         ) from None
     except ConfigError as exc:
         raise _in_table(exc, table) from exc
+
+
+def _cascade(top: Table, base: Path) -> CascadeConfig:
+    from sdk.cascade.settings import AUDIT_SHARE, CascadeConfig, ModelCascade
+
+    table = top.table("cascade", known=("calibrations", "audit", "model"))
+    folder = table.text("calibrations", fix='Write a path in quotes: calibrations = "calibrations"')
+    audit = _number(table, "audit", "must be a number from 0 to 1")
+    share = AUDIT_SHARE if audit is None else float(audit)
+    value = table.raw("model") or {}
+    section = table.table("model", known=tuple(value) if isinstance(value, dict) else ())
+    models = {}
+    for name in value if isinstance(value, dict) else ():
+        own = section.table(name, known=("min_agreement", "audit", "require"))
+        own.required("min_agreement", fix="Add min_agreement = 0.98")
+        target = _number(own, "min_agreement", "must be a number between 0 and 1")
+        audit = _number(own, "audit", "must be a number from 0 to 1")
+        try:
+            models[name] = ModelCascade(
+                min_agreement=float(target or 0.0),
+                audit=share if audit is None else float(audit),
+                require=own.boolean("require", default=False),
+            )
+        except ConfigError as exc:
+            raise _in_table(exc, own) from exc
+    try:
+        ModelCascade(min_agreement=0.5, audit=share)  # its own check of `audit`
+    except ConfigError as exc:
+        raise _in_table(exc, table) from exc
+    return CascadeConfig(
+        calibrations=None if folder is None else _resolve(folder, base),
+        audit=share,
+        models=models,
+    )
 
 
 def _number(table: Table, key: str, problem: str) -> int | float | None:

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from edge_runtime import EdgeGeneration
     from nearfar.engines.base import CancelToken
     from nearfar.wire.messages import ModelOffer
+    from sdk.cascade.run import Cascades
+    from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.egress import Permit
+    from sdk.results import Agreement
 
 #: Part of the time left that connecting may take while the device could answer instead.
 _CONNECT_SHARE = 0.5
@@ -54,6 +57,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     manifest: Manifest
     total_ms: float
     bytes_sent: int
+    agreement: Agreement | None = None
 
 
 class Core:
@@ -64,6 +68,7 @@ class Core:
         default_sensitivity: Class of requests that state none; `None` takes the strictest.
         known: What is known about both routes.
         confidence: Probability with which a route must be in time to count as being so.
+        cascade: Agreements with the cloud model that the configuration states.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Core:
         default_sensitivity: str | None,
         known: Knowledge,
         confidence: float = CONFIDENCE,
+        cascade: CascadeConfig | None = None,
     ) -> None:
         self.policy = policy
         self.confidence = confidence
@@ -81,21 +87,40 @@ class Core:
         #: Told every decision that a request is bound by; `None` when nobody asked for it.
         self.record: Callable[[RouteDecision], None] | None = None
         self._verdicts: dict[tuple[str | None, ...], Verdict] = {}
+        self.cascade = cascade
+        self.cascaded = cascade.models if cascade is not None else {}
+        self.cascades: Cascades | None = None
+
+    def states_agreement(self, request: Request) -> bool:
+        """Whether the answer must agree with the cloud model's as often as somebody stated."""
+        if request.min_agreement is None:
+            return request.model in self.cascaded
+        return request.min_agreement > 0
 
     # -- one batch -------------------------------------------------------------------------------
 
-    def run(self, request: Request) -> Generator[Step, Any, Completed]:
+    def run(
+        self, request: Request, permits: list[Permit] | None = None
+    ) -> Generator[Step, Any, Completed]:
         """The life of one `infer`, `embed` or `classify` call.
+
+        Args:
+            request: What to answer.
+            permits: Permits of this answer so far; what was sent under them counts.
 
         Raises:
             NearfarError: Every kind; see `Client.infer`.
         """
+        if self.states_agreement(request):
+            from sdk.cascade.run import run
+
+            return (yield from run(self, request))
         started_s = time.perf_counter()
         decision = yield from self.route(request)
         plan = attempts(decision, self.decide_again(request), at_s=request.deadline.at_s)
         attempt = next(plan)
         before: list[RouteName] = []
-        permits: list[Permit] = []
+        permits = [] if permits is None else permits
         ids: dict[str | None, bytes] = {}
         while True:
             try:
@@ -242,6 +267,10 @@ class Core:
         manifest = model.manifest if model is not None else offer.manifest if offer else None
         if manifest is not None:
             check(request, manifest)
+        if self.states_agreement(request):
+            from sdk.cascade.run import first_step
+
+            request = first_step(self, request)
         return self.decide(request)
 
     # -- the device ------------------------------------------------------------------------------

@@ -229,6 +229,7 @@ class Plans:
             done.route.path != "edge"
             or known.edge is None
             or request.deadline.is_set
+            or done.agreement is not None
             or exclusion("cloud", inputs) not in _FOR_GOOD
             # The record must not tell of a queue or of loading that later calls do not meet.
             or inputs.edge.ahead
@@ -288,6 +289,7 @@ def _kind(request: Request) -> Hashable:
         request.tenant,
         request.mode,
         request.objective,
+        request.min_agreement,
         request.form,
         request.rows,
         # Byte strings have none: there the number of rows says it all.

@@ -59,6 +59,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         prompt: For generation.
         options: For generation.
         top_k: Labels wanted, for classification.
+        min_agreement: How often answers must agree with the cloud model's; 0 for no cascade,
+            `None` for what the configuration says.
+        require_agreement: Whether an answer that may not agree is an error; `None` as before.
         size: What predictions are a function of.
         request_id: For a request that may be sent again after a restart: 16 bytes that stay the
             same; `None` draws some for each call.
@@ -80,6 +83,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     prompt: Prompt | None = None
     options: GenerationOptions = GenerationOptions()
     top_k: int = 1
+    min_agreement: float | None = None
+    require_agreement: bool | None = None
     size: RequestSize = RequestSize()
     request_id: bytes | None = None
 

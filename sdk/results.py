@@ -25,8 +25,8 @@ class Route(msgspec.Struct, frozen=True):
     Attributes:
         name: ``edge`` (this device) or ``cloud``.
         reason: Why, for people.
-        before: Routes that gave up before this one took over, in order; empty when the first
-            choice held.
+        before: Routes that gave up before this one took over, in order, or, where an agreement is
+            stated, were not sure enough; empty when the first choice held.
         source: ``run``: it was computed for this request; ``in_flight``: for an equal one that was
             under way; ``cache``: for an equal one before.
     """
@@ -77,6 +77,30 @@ class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes: int
 
 
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a stated agreement with the cloud model.
+
+    Attributes:
+        target: The stated agreement, such as 0.98.
+        outcome: ``kept``: the edge model was sure enough; ``escalated``: it was not, and the cloud
+            answered; ``audited``: it was, and the cloud was asked all the same, to watch the
+            agreement; ``cloud``: the cloud answered at once; ``unmet``: the edge model was not
+            sure enough, and the cloud could not be asked.
+        confidence: Score of the edge's answer (of a batch, its lowest); `None` without one.
+        threshold: What it had to be above; infinite when the device may keep nothing.
+    """
+
+    target: float
+    outcome: Literal["kept", "escalated", "audited", "cloud", "unmet"]
+    confidence: float | None = None
+    threshold: float | None = None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the statement covers this answer."""
+        return self.outcome != "unmet"
+
+
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """Common part of all results.
 
@@ -88,6 +112,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
         variant: Which variant of the bundle answered.
         execution_provider: What it ran on, as the engine reports it.
         bytes_sent: Sealed bytes that left the device for this request; 0 on the edge.
+        agreement: What became of ``min_agreement``; `None` when none was stated.
     """
 
     route: Route
@@ -97,6 +122,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     variant: str
     execution_provider: str
     bytes_sent: int = 0
+    agreement: Agreement | None = None
 
     @property
     def reason(self) -> str:
@@ -175,6 +201,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 __all__ = [
-    "Answered", "BatchUsage", "Chunk", "ClassifyResult", "EmbedResult", "InferResult", "ModelInfo",
-    "Route", "RouteName", "Timings",
+    "Agreement", "Answered", "BatchUsage", "Chunk", "ClassifyResult", "EmbedResult", "InferResult",
+    "ModelInfo", "Route", "RouteName", "Timings",
 ]  # fmt: skip

@@ -91,6 +91,8 @@ class StoredRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     options: GenerationOptions
     top_k: int
     size: RequestSize
+    min_agreement: float | None = None
+    require_agreement: bool | None = None
 
     def request(self, request_id: bytes) -> Request:
         """The request, its deadline beginning now.
@@ -119,6 +121,8 @@ class StoredRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             options=self.options,
             top_k=self.top_k,
             size=self.size,
+            min_agreement=self.min_agreement,
+            require_agreement=self.require_agreement,
             request_id=request_id,
         )
 
@@ -193,6 +197,8 @@ def pack_request(request: Request, sensitivity: str, deadline_ms: float | None) 
         options=request.options,
         top_k=request.top_k,
         size=request.size,
+        min_agreement=request.min_agreement,
+        require_agreement=request.require_agreement,
     )
     try:
         return msgspec.msgpack.encode(stored)

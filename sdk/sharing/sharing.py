@@ -133,6 +133,8 @@ class Sharing:
         """Under what the request is shared; `None` when it is not."""
         if request.model not in self._caches or request.method == "generate":
             return None
+        if self._core.states_agreement(request):
+            return None  # which route answers is then drawn anew for each request
         sensitivity = request.sensitivity or self._core.default_sensitivity
         if not may_share(self._core.policy, sensitivity):
             return None

@@ -292,3 +292,49 @@ def test_a_confidence_that_is_no_probability_is_refused(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(f"[routing]\nconfidence = {value}\n")
     assert caught.value.field.endswith("confidence")
+
+
+# -- the cascade ---------------------------------------------------------------------------------
+
+
+def test_agreements_are_stated_for_models_and_share_the_audit(tmp_path):
+    text = """
+[cascade]
+calibrations = "calibrations"
+audit = 0.05
+[cascade.model.file-type]
+min_agreement = 0.98
+[cascade.model.digits]
+min_agreement = 0.9
+audit = 0
+require = true
+"""
+    cascade = parse_config(text, base=tmp_path).cascade
+    assert cascade is not None
+    assert cascade.calibrations == tmp_path / "calibrations"
+    assert cascade.audit == 0.05
+    first, second = cascade.models["file-type"], cascade.models["digits"]
+    assert (first.min_agreement, first.audit, first.require) == (0.98, 0.05, False)
+    assert (second.min_agreement, second.audit, second.require) == (0.9, 0.0, True)
+    assert parse_config("").cascade is None
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("[cascade]\naudit = 2", "cascade.audit"),
+        ('[cascade]\naudit = "1"', "cascade.audit"),
+        ("[cascade]\nmodel = 1", "cascade.model"),
+        ("[cascade]\nmodels = 1", "cascade.models"),
+        ('[cascade]\ncalibrations = ""', "cascade.calibrations"),
+        ("[cascade.model.a]", "cascade.model.a.min_agreement"),
+        ("[cascade.model.a]\nmin_agreement = 1", "cascade.model.a.min_agreement"),
+        ("[cascade.model.a]\nmin_agreement = 0", "cascade.model.a.min_agreement"),
+        ("[cascade.model.a]\nmin_agreement = 0.9\naudit = -1", "cascade.model.a.audit"),
+        ("[cascade.model.a]\nmin_agreement = 0.9\nrequire = 1", "cascade.model.a.require"),
+    ],
+)
+def test_mistakes_in_the_cascade_are_named(text, field):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    assert caught.value.field == field

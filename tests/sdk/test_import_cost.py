@@ -35,6 +35,19 @@ def test_a_client_without_a_cloud_needs_neither_transport_nor_cryptography(tmp_p
     assert done.stdout.strip() == "[]"
 
 
+def test_a_call_without_a_stated_agreement_imports_nothing_of_the_cascade(tmp_path):
+    code = (
+        "import sys, sdk; client = sdk.Client(models=sys.argv[1])\n"
+        "try: client.infer('none', {})\n"
+        "except sdk.ModelNotFound: pass\n"
+        "print([m for m in sys.modules if m.startswith('sdk.cascade')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_every_public_name_is_there_and_an_unknown_one_is_not():
     import sdk
 

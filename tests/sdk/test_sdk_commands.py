@@ -163,3 +163,13 @@ def test_command_modules_import_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("[]", "['asyncio']")
+
+
+def test_infer_says_what_became_of_a_stated_agreement(config, tmp_path, capsys):
+    np.savez(tmp_path / "in.npz", x=np.ones((1, 4), np.float32))
+    status = run(
+        commands.infer, "tensor", tmp_path / "in.npz", "-c", config, "--sensitivity", "public",
+        "--min-agreement", 0.98,
+    )  # fmt: skip
+    assert status == 0
+    assert "agreement 0.98: cloud" in capsys.readouterr().err

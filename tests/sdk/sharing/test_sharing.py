@@ -372,3 +372,13 @@ def test_what_is_wrong_is_named(text, field):
     with pytest.raises(ConfigError) as caught:
         parse_config(text)
     assert caught.value.field == field
+
+
+def test_a_request_that_states_an_agreement_is_not_shared(cloud):
+    with far(cloud) as client:
+        plain, stated = (
+            client._infer_request("tensor", X, {"min_agreement": agreement})
+            for agreement in (None, 0.98)
+        )
+        assert client._sharing.key(plain) is not None
+        assert client._sharing.key(stated) is None
