@@ -164,7 +164,9 @@ class Level:
             return 1.0
         return float(value ** (0.5 ** (age_s / self._half_life_s)))
 
-    def observe(self, ratio: float, *, now_s: float, cause: float | None = None) -> None:
+    def observe(
+        self, ratio: float, *, now_s: float, cause: float | None = None, is_cut: bool = False
+    ) -> None:
         """Learn how far a forecast missed.
 
         Args:
@@ -172,6 +174,8 @@ class Level:
             now_s: Monotonic time.
             cause: How much of that is due to the level, where it had only a part in the forecast:
                 the level it would have taken, divided by `at`.
+            is_cut: Nothing came: `ratio` is when it was given up. That moves the level, but is no
+                error of the kind that the next answer will have.
         """
         level = self.at(now_s)
         cause = ratio if cause is None else cause
@@ -181,7 +185,8 @@ class Level:
             # forecasts missed before it. A run must not hide itself.
             low, _, high, _, _ = self.errors.quantiles
             self._before = level, min(low, 1.0 / NEAR), max(high, NEAR)
-        self.errors.add(ratio)
+        if not is_cut:
+            self.errors.add(ratio)
         before, low, high = self._before
         since = ratio * level / before
         side = (since > high) - (since < low)

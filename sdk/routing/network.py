@@ -110,7 +110,7 @@ class LinkLatency:
         """
         transfer_ms = transferred_bytes * self._now(now_s)
         part = transfer_ms / (transfer_ms + self.delay_ms)
-        self.level.observe(ratio, now_s=now_s, cause=1.0 + part * (ratio - 1.0))
+        self.level.observe(ratio, now_s=now_s, cause=1.0 + part * (ratio - 1.0), is_cut=True)
         # What bandwidth does not explain: whoever does not answer small requests is not slow.
         self._silence = min(ratio, MAX_RATIO) ** (1.0 - part)
         self._silent_s = now_s

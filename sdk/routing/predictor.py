@@ -218,7 +218,7 @@ class Predictor:
         else:
             latency = self.models.get((ticket.route, ticket.model))
             if latency is not None and latency.compute.is_measured:
-                latency.compute.level.observe(ratio, now_s=now_s)
+                latency.compute.level.observe(ratio, now_s=now_s, is_cut=True)
 
     def observe_round_trip(self, rtt_ms: float, *, now_s: float) -> None:
         """Learn the cloud link's round trip from a ping."""
@@ -269,7 +269,7 @@ class Predictor:
                 parts.append(latency.queue_errors.quantiles)
         factor = self._overdue(route, now_s)
         here = factor if route == "edge" else 1.0
-        first_ms: float | None = None
+        prefill: Quantiles | None = None
         per_token_ms: float | None = None
         if size.max_new_tokens > 0:
             prefill = latency.prefill.quantiles(size.input_tokens, now_s=now_s, factor=here)
@@ -277,7 +277,7 @@ class Predictor:
             if prefill is None or per_token is None:
                 return UNKNOWN
             tokens = self._expected_tokens(model, size.max_new_tokens)
-            first_ms, per_token_ms = prefill[1], per_token[1]
+            per_token_ms = per_token[1]
             compute: Quantiles | None = (
                 prefill[0] + per_token[0] * (tokens[0] - 1.0),
                 prefill[1] + per_token[1] * (tokens[1] - 1.0),
@@ -291,6 +291,7 @@ class Predictor:
             measured = latency.compute.is_measured
         if compute is None:
             return UNKNOWN
+        at = len(parts)
         parts.append(compute)
         load_ms = network_ms = 0.0
         if not loaded:
@@ -306,12 +307,18 @@ class Predictor:
             measured = measured and self.link.is_measured
         before_ms = queue_ms + load_ms + network_ms
         p20, p50, p80, p95, p99 = _sum(parts, queue_ms)
+        first_ms = first_p95_ms = None
+        if prefill is not None:
+            first_ms = before_ms + prefill[1]
+            parts[at] = prefill
+            first_p95_ms = _sum(parts, queue_ms)[3]
         basis: Basis = "measured" if measured else "seeded"
         return Prediction(
             basis=basis,
             p50_ms=p50,
             p95_ms=p95,
-            ttft_ms=None if first_ms is None else before_ms + first_ms,
+            ttft_ms=first_ms,
+            ttft_p95_ms=first_p95_ms,
             ms_per_token=per_token_ms,
             queue_ms=queue_ms,
             network_ms=network_ms,

@@ -74,6 +74,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         p20_ms: Time that 1 of 5 answers stays below.
         p80_ms: Time within which 8 of 10 answers are complete.
         p99_ms: Time within which 99 of 100 answers are complete.
+        ttft_p95_ms: Time within which 19 of 20 answers have their first token (text generation).
     """
 
     basis: Basis = "unknown"
@@ -87,6 +88,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     p20_ms: float | None = None
     p80_ms: float | None = None
     p99_ms: float | None = None
+    ttft_p95_ms: float | None = None
 
     @property
     def service_ms(self) -> float | None:
@@ -105,9 +107,14 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             return None
         p20, p80, p99 = self.p20_ms, self.p80_ms, self.p99_ms
         if p20 is None or p80 is None or p99 is None:
-            spread = p95 - p50
-            return max(0.0, p50 - 0.51 * spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
+            return _normal(p50, p95)
         return p20, p50, p80, p95, p99
+
+    def first_answer(self) -> Quantiles | None:
+        """As `quantiles`, of the first sign of an answer: the first token, or all of a batch."""
+        if self.ttft_ms is None or self.ttft_p95_ms is None:
+            return self.quantiles()
+        return _normal(self.ttft_ms, self.ttft_p95_ms)
 
     def probability_in_time(self, remaining_ms: float | None) -> float:
         """Probability of an answer within that time; 1 without a deadline or without knowledge."""
@@ -115,6 +122,11 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             return 1.0
         quantiles = self.quantiles()
         return 1.0 if quantiles is None else share_in_time(quantiles, remaining_ms)
+
+
+def _normal(p50: float, p95: float) -> Quantiles:
+    spread = p95 - p50
+    return max(0.0, p50 - 0.51 * spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
 
 
 UNKNOWN = Prediction()
@@ -158,6 +170,8 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         failed: Routes that were already tried for this request and failed; taken again only when
             nothing else is left.
         confidence: Probability with which a route must be in time to count as being so.
+        hedge_tokens: Hedges that the budget has left, see `hedging.Hedging`; below 1 the other
+            route is not started before the first has failed.
     """
 
     model: str
@@ -171,6 +185,7 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     size: RequestSize = RequestSize()
     failed: tuple[Route, ...] = ()
     confidence: float = CONFIDENCE
+    hedge_tokens: float = 0.0
 
     def state(self, route: Route) -> RouteState:
         """State of one route."""
