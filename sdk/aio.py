@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +24,8 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
-    answer_of,
     run_here,
-    wire_tensors,
+    run_there,
 )
 from sdk.streams import (
     AsyncCloudSource,
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from sdk.racing import Race
     from sdk.requests import Request
     from sdk.routing import RouteDecision
 
@@ -206,28 +205,35 @@ class AsyncClient(Calls):
             assert edge is not None
             return await self._work(lambda: run_here(edge, here))
         if isinstance(step, RunThere):
-            request, link = step.request, self._link
-            assert link is not None
-            started_s = time.perf_counter()
-            reply = await link.infer(
-                step.permit,
-                model=request.model,
-                form=request.form,
-                tensors=wire_tensors(request, step.offer.manifest),
-                deadline=request.deadline,
-                version=request.version,
-                variant=step.variant,
-                priority=request.priority,
-                request_id=step.request_id,
-            )
-            return answer_of(reply, started_s)
+            assert self._link is not None
+            return await run_there(self._link, step)
         if isinstance(step, Connect):
             assert self._link is not None
             await self._link.connect(step.deadline)
             return None
-        assert isinstance(step, Wait)
-        await asyncio.sleep(step.delay_s)
-        return None
+        if isinstance(step, Wait):
+            await asyncio.sleep(step.delay_s)
+            return None
+        return await self._race(step)
+
+    async def _race(self, race: Race) -> Answer:
+        from nearfar.engines.base import CancelToken
+        from sdk.racing import look_after, race_in_tasks
+
+        link, edge = self._link, self._edge
+        assert link is not None
+        assert edge is not None
+
+        def here(step: RunHere, cancel: CancelToken) -> Awaitable[Answer]:
+            return self._work(lambda: run_here(edge, step, cancel))
+
+        try:
+            return await race_in_tasks(race, here, lambda step: run_there(link, step))
+        finally:
+            if race.is_silent and not self._is_closed:
+                check = asyncio.ensure_future(look_after(link, self._known.breaker))
+                self._checks.add(check)
+                check.add_done_callback(self._checks.discard)
 
     async def _stream(self, request: Request) -> AsyncGenerationStream:
         decision = await self._drive(self._core.route(request))
@@ -291,6 +297,7 @@ class AsyncClient(Calls):
         loop = asyncio.get_running_loop()
         if self._owner is None:
             self._owner = loop
+            self._checks: set[asyncio.Future[None]] = set()
         elif self._owner is not loop:
             raise InvalidInput(
                 "This AsyncClient is used on two event loops",

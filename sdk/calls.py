@@ -161,6 +161,7 @@ class Calls:
             default_sensitivity=default,
             known=known,
             confidence=config.routing.confidence,
+            hedge_budget=config.routing.hedge_budget,
         )
 
     @property

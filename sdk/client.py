@@ -22,9 +22,8 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
-    answer_of,
     run_here,
-    wire_tensors,
+    run_there,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from sdk.answer import AnswerState
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
+    from sdk.racing import Race
     from sdk.requests import Request
     from sdk.routing import RouteDecision
     from sdk.streams import GenerationStream, Source
@@ -291,30 +291,31 @@ class Client(Calls):
             assert self._edge is not None
             return run_here(self._edge, step)
         if isinstance(step, RunThere):
-            request, link = step.request, self._link
-            assert link is not None
-            started_s = time.perf_counter()
-            reply = self._call(
-                link.infer(
-                    step.permit,
-                    model=request.model,
-                    form=request.form,
-                    tensors=wire_tensors(request, step.offer.manifest),
-                    deadline=request.deadline,
-                    version=request.version,
-                    variant=step.variant,
-                    priority=request.priority,
-                    request_id=step.request_id,
-                )
-            )
-            return answer_of(reply, started_s)
+            assert self._link is not None
+            answer: Answer = self._call(run_there(self._link, step))
+            return answer
         if isinstance(step, Connect):
             assert self._link is not None
             self._call(self._link.connect(step.deadline))
             return None
-        assert isinstance(step, Wait)
-        time.sleep(step.delay_s)
-        return None
+        if isinstance(step, Wait):
+            time.sleep(step.delay_s)
+            return None
+        return self._race(step)
+
+    def _race(self, race: Race) -> Answer:
+        from sdk.racing import look_after, race_in_thread
+
+        link, edge, loop = self._link, self._edge, self._background()
+        assert link is not None
+        assert edge is not None
+        try:
+            return race_in_thread(
+                race, edge, loop, there=lambda step: loop.submit(run_there(link, step))
+            )
+        finally:
+            if race.is_silent:
+                loop.submit(look_after(link, self._known.breaker))
 
     def _stream(self, request: Request) -> GenerationStream:
         # Here and below: not every client generates text, and importing should be quick.

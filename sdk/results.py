@@ -23,11 +23,14 @@ class Route(msgspec.Struct, frozen=True):
         reason: Why, for people.
         before: Routes that gave up before this one took over, in order; empty when the first
             choice held.
+        hedge: What was started beside the first choice because that was late, why, and which of the
+            two answered first; ``""`` when nothing was.
     """
 
     name: RouteName
     reason: str
     before: tuple[RouteName, ...] = ()
+    hedge: str = ""
 
     @property
     def path(self) -> str:
@@ -35,7 +38,8 @@ class Route(msgspec.Struct, frozen=True):
         return " → ".join((*self.before, self.name))
 
     def __str__(self) -> str:
-        return f'{self.path} · "{self.reason}"'
+        hedge = f" ({self.hedge})" if self.hedge else ""
+        return f'{self.path} · "{self.reason}"{hedge}'
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):

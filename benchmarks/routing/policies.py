@@ -31,8 +31,9 @@ from sdk.routing import (
     attempts,
     decide,
 )
-from sdk.routing.hedging import HEDGE_BUDGET, HedgePlan, Hedging, stalls_after_ms
+from sdk.routing.hedging import HedgePlan, Hedging, stalls_after_ms
 from sdk.routing.hedging import plan as plan_hedge
+from sdk.routing.types import HEDGE_BUDGET
 
 MODEL = "lab"
 OURS, OURS_UNHEDGED = "nearfar", "nearfar, no hedging"

@@ -17,6 +17,7 @@ import msgspec
 from nearfar.units import format_ms
 from sdk.routing.estimates import share_in_time
 from sdk.routing.types import (
+    HEDGE_BUDGET,
     DecisionInputs,
     Prediction,
     Route,
@@ -24,8 +25,6 @@ from sdk.routing.types import (
     exclusion,
 )
 
-#: Extra requests that hedging may cause, as a part of all requests.
-HEDGE_BUDGET = 0.05
 #: A quiet hour does not save up for a storm: at most so many hedges at once.
 BURST = 10.0
 # Tokens left below which a hedge waits for the 99th percentile instead of the 95th.

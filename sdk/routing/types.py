@@ -29,6 +29,9 @@ Obstacle = Literal["", "no_model", "not_configured", "unreachable"]
 #: Part of the answers that must be expected in time before a route counts as being in time.
 CONFIDENCE = 0.95
 
+#: Extra requests that hedging may cause, as a part of all requests.
+HEDGE_BUDGET = 0.05
+
 ROUTES: tuple[Route, ...] = get_args(Route)
 MODES: tuple[Mode, ...] = get_args(Mode)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
