@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from nearfar.engines.base import CancelToken
     from sdk.racing import Race
     from sdk.requests import Request
     from sdk.routing import RouteDecision
@@ -217,8 +218,7 @@ class AsyncClient(Calls):
         return await self._race(step)
 
     async def _race(self, race: Race) -> Answer:
-        from nearfar.engines.base import CancelToken
-        from sdk.racing import look_after, race_in_tasks
+        from sdk.racing import race_in_tasks
 
         link, edge = self._link, self._edge
         assert link is not None
@@ -230,15 +230,36 @@ class AsyncClient(Calls):
         try:
             return await race_in_tasks(race, here, lambda step: run_there(link, step))
         finally:
-            if race.is_silent and not self._is_closed:
-                check = asyncio.ensure_future(look_after(link, self._known.breaker))
-                self._checks.add(check)
-                check.add_done_callback(self._checks.discard)
+            if race.is_silent:
+                self._check_cloud()
+
+    def _check_cloud(self) -> None:
+        """Ask a cloud that was silent whether it lives."""
+        from sdk.racing import look_after
+
+        if self._link is not None and not self._is_closed:
+            check = asyncio.ensure_future(look_after(self._link, self._known.breaker))
+            self._checks.add(check)
+            check.add_done_callback(self._checks.discard)
 
     async def _stream(self, request: Request) -> AsyncGenerationStream:
         decision = await self._drive(self._core.route(request))
         state = AnswerState(self._core, request, decision)
-        return await AsyncGenerationStream(state, self._open).begin()
+        stream = AsyncGenerationStream(state, self._open, self._open_edge, self._check_cloud)
+        return await stream.begin()
+
+    async def _open_edge(
+        self, state: AnswerState, decision: RouteDecision, cancel: CancelToken
+    ) -> AsyncSource:
+        prompt, options = state.prompt(), state.options()
+        try:
+            generation = await self._work(
+                lambda: self._core.generate_here(state.request, decision, prompt, options, cancel)
+            )
+        except asyncio.CancelledError:
+            cancel.cancel()  # the worker leaves the queue, or gives its slot back
+            raise
+        return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
 
     async def _open(self, state: AnswerState) -> AsyncSource:
         request, attempt = state.request, state.attempt
@@ -248,16 +269,7 @@ class AsyncClient(Calls):
             from nearfar.engines.base import CancelToken
 
             state.opening()
-            cancel = CancelToken()
-            prompt, options = state.prompt(), state.options()
-            try:
-                generation = await self._work(
-                    lambda: self._core.generate_here(request, attempt, prompt, options, cancel)
-                )
-            except asyncio.CancelledError:
-                cancel.cancel()  # the worker leaves the queue, or gives its slot back
-                raise
-            return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
+            return await self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = await self._drive(self._core.board(request, attempt))
         state.opening(permit)
         link = self._link

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from nearfar.engines.base import CancelToken
     from sdk.answer import AnswerState
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
@@ -304,7 +305,7 @@ class Client(Calls):
         return self._race(step)
 
     def _race(self, race: Race) -> Answer:
-        from sdk.racing import look_after, race_in_thread
+        from sdk.racing import race_in_thread
 
         link, edge, loop = self._link, self._edge, self._background()
         assert link is not None
@@ -315,7 +316,14 @@ class Client(Calls):
             )
         finally:
             if race.is_silent:
-                loop.submit(look_after(link, self._known.breaker))
+                self._check_cloud()
+
+    def _check_cloud(self) -> None:
+        """Ask a cloud that was silent whether it lives."""
+        from sdk.racing import look_after
+
+        if self._link is not None:
+            self._background().submit(look_after(self._link, self._known.breaker))
 
     def _stream(self, request: Request) -> GenerationStream:
         # Here and below: not every client generates text, and importing should be quick.
@@ -324,10 +332,20 @@ class Client(Calls):
 
         decision = self._drive(self._core.route(request))
         state = AnswerState(self._core, request, decision)
-        return GenerationStream(state, self._open).begin()
+        return GenerationStream(state, self._open, self._open_edge, self._check_cloud).begin()
+
+    def _open_edge(
+        self, state: AnswerState, decision: RouteDecision, cancel: CancelToken
+    ) -> Source:
+        from sdk.streams import EdgeSource
+
+        generation = self._core.generate_here(
+            state.request, decision, state.prompt(), state.options(), cancel
+        )
+        return EdgeSource(generation, cancel)
 
     def _open(self, state: AnswerState) -> Source:
-        from sdk.streams import CloudSource, EdgeSource
+        from sdk.streams import CloudSource
 
         request, attempt = state.request, state.attempt
         if attempt.delay_s:
@@ -336,11 +354,7 @@ class Client(Calls):
             from nearfar.engines.base import CancelToken
 
             state.opening()
-            cancel = CancelToken()
-            generation = self._core.generate_here(
-                request, attempt, state.prompt(), state.options(), cancel
-            )
-            return EdgeSource(generation, cancel)
+            return self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = self._drive(self._core.board(request, attempt))
         state.opening(permit)
         link = self._link
@@ -358,7 +372,9 @@ class Client(Calls):
                     request_id=state.request_id(),
                 )
             )
-        return CloudSource(stream, request.deadline, self._call, self._post)
+        return CloudSource(
+            stream, request.deadline, self._call, self._post, self._background().submit
+        )
 
     def _call(self, coroutine: Any) -> Any:
         try:

@@ -330,7 +330,7 @@ class Core:
     def generate_here(
         self,
         request: Request,
-        attempt: Attempt,
+        decision: RouteDecision,
         prompt: Prompt,
         options: GenerationOptions,
         cancel: CancelToken,
@@ -349,7 +349,7 @@ class Core:
             version=request.version,
             deadline=request.deadline,
             cancel=cancel,
-            expected_s=_expected_s(attempt.decision),
+            expected_s=_expected_s(decision),
         )
 
     def warm_up_edge(self, model: str) -> bool:

@@ -278,6 +278,24 @@ class Knowledge:
             ticket,
         )
 
+    def observe_silence(self, request: Request, attempt: Attempt, *, since_s: float) -> None:
+        """Learn that a streamed answer had not begun when another route's had."""
+        expected = attempt.decision.inputs.state(attempt.route).prediction
+        usual = expected.first_answer()
+        if usual is None:
+            return
+        now_s = time.monotonic()
+        size = self.size(request)
+        ticket = self.predictor.start(
+            attempt.route,
+            request.model,
+            size,
+            Prediction(p50_ms=usual[1], p95_ms=usual[3]),
+            now_s=since_s,
+        )
+        self.predictor.stop(ticket, now_s=now_s)
+        self.predictor.observe_late(ticket, now_s=now_s)
+
     def under_way(self, request: Request, attempt: Attempt) -> _UnderWay:
         """Tell the predictor that an attempt runs, and whether it was given up as late."""
         return _UnderWay(self.predictor, request.model, self.size(request), attempt)

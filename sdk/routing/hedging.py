@@ -30,7 +30,7 @@ BURST = 10.0
 # Tokens left below which a hedge waits for the 99th percentile instead of the 95th.
 PLENTY = 3.0
 # Where all answers take about the same, a hair later than usual is no sign of anything.
-MARGIN, MARGIN_MS = 1.25, 2.0
+MARGIN, MARGIN_MS = 1.25, 5.0
 # Nothing is known to expect: a person notices a second, and so may the router.
 COLD_PATIENCE_MS = 1000.0
 # A route that has been silent for t will on average be silent for as long again (heavy tails), so

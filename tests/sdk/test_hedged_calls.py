@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from nearfar.errors import DeadlineExceeded, EngineError
+from nearfar.errors import DeadlineExceeded, EngineError, StreamInterrupted
 from nearfar.wire import messages as wire
 from sdk import AsyncClient, Client, CloudConfig, Config, parse_policy
 from sdk.config import RoutingConfig
@@ -17,7 +17,7 @@ from sdk.quickstart.cloud_process import CloudProcess
 from sdk.routing import BreakerState
 from sdk.routing.hedging import HedgePlan, plan
 from tests.support import tiny
-from tests.support.scripted_cloud import TENSOR, ScriptedCloud, answer_infer
+from tests.support.scripted_cloud import STORY, TENSOR, ScriptedCloud, answer_infer, tell
 from tests.support.scripted_edge import ScriptedEdge, put_into
 
 POLICY = parse_policy(
@@ -52,7 +52,7 @@ def both(cloud, tmp_path):
     with Client(
         cloud=cloud.config(), models=tmp_path / "store", policy=POLICY, sensitivity="public"
     ) as client:
-        client.device = put_into(client, ScriptedEdge((TENSOR,)))
+        client.device = put_into(client, ScriptedEdge((TENSOR, STORY)))
         yield client
 
 
@@ -66,9 +66,9 @@ def learn(client, calls: int = 12) -> None:
 def test_a_silent_cloud_is_outrun_by_the_device_and_told_to_stop(both, cloud):
     learn(both)
     cloud.behaviour = hang
-    started_s = time.monotonic()
-    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=5000)
-    assert time.monotonic() - started_s < 2.0
+    both.device.pause_s = 0.2  # the cloud has certainly heard of it by then
+    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=20_000)
+    assert result.timings.total_ms < 10_000
     assert result.route.name == "edge"
     assert result.route.before == ()
     assert "the edge was started as well: the cloud had not answered after" in result.route.hedge
@@ -257,6 +257,120 @@ def test_the_async_client_hedges_alike(cloud, tmp_path):
             answered = await client.infer("tensor", X, mode="prefer_cloud", deadline_ms=60_000)
             assert answered.route.name == "cloud"
             device.pause_s = 0.0
+
+    asyncio.run(run())
+
+
+# -- streamed answers ------------------------------------------------------------------------------
+
+
+def learn_story(client) -> None:
+    for mode in ("cloud_only", "edge_only") * 8:
+        client.generate("story", "once", max_new_tokens=3, mode=mode).text()
+
+
+def test_the_device_begins_an_answer_that_a_silent_cloud_does_not(both, cloud):
+    learn_story(both)
+    cloud.behaviour = hang
+    stream = both.generate(
+        "story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=20_000
+    )
+    chunks = list(stream)
+    assert "".join(chunk.text for chunk in chunks) == "e0 e1 e2 e3 "
+    assert not any(chunk.handover for chunk in chunks)
+    assert {chunk.route for chunk in chunks} == {"edge"}
+    assert stream.route.name == "edge"
+    assert "the edge began first" in stream.route.hedge
+    assert stream.finish_reason == "length"
+    assert stream.timings.ttft_ms < 5000
+    cloud.wait_for(wire.Cancel)
+
+
+def test_a_cloud_that_begins_meanwhile_is_kept_and_the_device_is_stopped(both, cloud):
+    learn_story(both)
+    before = len(both.device.calls)
+
+    def late(session, message, tensors):
+        while len(both.device.calls) == before:
+            yield 0.002
+        yield from tell(session, message, 4)
+
+    both.device.pause_s = 0.5
+    cloud.behaviour = late
+    stream = both.generate(
+        "story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=20_000
+    )
+    assert {chunk.route for chunk in stream} == {"cloud"}
+    assert "the cloud began first" in stream.route.hedge
+    assert stream.finish_reason == "length"
+
+
+def test_an_answer_that_has_begun_is_not_hedged(both, cloud):
+    learn_story(both)
+    before = len(both.device.calls)
+
+    def slow(session, message, tensors):
+        session.send(wire.Token(stream=message.stream, index=0, text="c0 "))
+        yield 30
+
+    cloud.behaviour = slow
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=1500)
+    assert [chunk.text for chunk in stream] == ["c0 "]
+    assert stream.finish_reason == "deadline"
+    assert len(both.device.calls) == before
+    assert stream.route.hedge == ""
+
+
+def test_a_device_that_breaks_after_it_outran_the_cloud_is_repaired_or_told(both, cloud):
+    learn_story(both)
+    cloud.behaviour = hang
+    both.device.cut_after = 2
+    both.device.fail_with = EngineError("it broke")
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=3000)
+    with pytest.raises(StreamInterrupted, match="it broke"):
+        stream.text()
+    assert stream.partial_text == "e0 e1 "
+
+
+def test_an_answer_without_text_is_no_success(both, cloud):
+    cloud.behaviour = lambda session, message, tensors: tell(session, message, 0)
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud")
+    assert stream.text() == "e0 e1 e2 e3 "
+    assert stream.route.path == "cloud → edge"
+    with pytest.raises(EngineError, match="empty answer"):
+        both.generate("story", "once", max_new_tokens=4, mode="cloud_only").text()
+
+
+def test_async_streams_are_hedged_alike(cloud, tmp_path):
+    async def run() -> None:
+        (tmp_path / "store").mkdir()
+        async with AsyncClient(
+            cloud=cloud.config(), models=tmp_path / "store", policy=POLICY, sensitivity="public"
+        ) as client:
+            device = put_into(client, ScriptedEdge((TENSOR, STORY)))
+            for mode in ("cloud_only", "edge_only") * 8:
+                await (await client.generate("story", "x", max_new_tokens=3, mode=mode)).text()
+            cloud.behaviour = hang
+            ask = {"max_new_tokens": 4, "mode": "prefer_cloud", "deadline_ms": 20_000}
+            stream = await client.generate("story", "x", **ask)
+            assert await stream.text() == "e0 e1 e2 e3 "
+            assert "the edge began first" in stream.route.hedge
+            before = len(device.calls)
+
+            def late(session, message, tensors):
+                while len(device.calls) == before:
+                    yield 0.002
+                yield from tell(session, message, 4)
+
+            for _ in range(30):
+                client._core.hedging.request()
+            client._known.breaker.record_success(time.monotonic())
+            device.pause_s = 0.5
+            cloud.behaviour = late
+            stream = await client.generate("story", "x", **ask)
+            await stream.text()
+            assert stream.route.name == "cloud"
+            assert "the cloud began first" in stream.route.hedge
 
     asyncio.run(run())
 

@@ -64,7 +64,7 @@ def test_few_hedges_left_are_kept_for_later_moments() -> None:
 
 def test_a_hair_later_than_usual_is_no_sign_of_anything() -> None:
     steady = decision(edge=takes(80, 81, 82), cloud=takes(50, 50.1, 50.2))
-    assert planned(steady).after_ms == 64.5
+    assert planned(steady).after_ms == 67.5
 
 
 def test_a_slow_route_is_not_started_for_a_short_silence() -> None:
