@@ -36,7 +36,7 @@ FAR = 1.5
 NEAR = 1.05
 # A level that nobody confirms goes back to the usual one, so that a route that was slow is tried
 # again: phones that throttle and machines in use by something else do so for seconds to minutes.
-HALF_LIFE_S = 20.0
+HALF_LIFE_S = 5.0
 # A shape that nobody confirms goes back to its seed, if it has one.
 SHAPE_HALF_LIFE_S = 300.0
 STALE_S = 10.0

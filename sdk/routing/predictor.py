@@ -30,6 +30,10 @@ QUEUE_SPREAD = 0.5
 MIN_ANSWERS = 3
 # Seeds' times per token vary little from answer to answer.
 PER_TOKEN_SIGMA = 0.1
+# Probability that a cloud which left so many requests in a row unanswered leaves the next one, and
+# how soon that is forgotten. One is an accident more often than not.
+SILENCE = (0.0, 0.04, 0.5, 0.65, 0.8)
+SILENCE_HALF_LIFE_S = 5.0
 # How far that reaches at p80 and p99, in p95 - p50 (normal distribution).
 _QUEUE_REACH_80, _QUEUE_REACH_99 = 0.51, 1.41
 
@@ -68,7 +72,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         size: Size of the request.
         started_s: When it started.
         expected_ms: What was predicted for it (median); `None` when nothing was.
-        late_ms: What was predicted to be enough for 19 of 20 such requests.
+        late_ms: What was predicted to be enough for 8 of 10 such requests.
         queue_ms: What wait for a slot was predicted.
         ahead_bytes: Bytes of earlier uploads that were under way when it started.
     """
@@ -101,6 +105,8 @@ class Predictor:
         self.answers: dict[str, Recent] = {}
         self.link = LinkLatency()
         self._numbers = itertools.count()
+        self._unanswered = 0
+        self._unanswered_at_s = 0.0
         self._in_flight: dict[Route, dict[int, Ticket]] = {"edge": {}, "cloud": {}}
 
     def seed(
@@ -149,7 +155,7 @@ class Predictor:
             size=size,
             started_s=now_s,
             expected_ms=prediction.p50_ms,
-            late_ms=prediction.p95_ms,
+            late_ms=prediction.p80_ms or prediction.p95_ms,
             queue_ms=prediction.queue_ms,
             ahead_bytes=self.link.ahead_bytes(now_s) if is_cloud else 0.0,
         )
@@ -193,6 +199,7 @@ class Predictor:
             latency.compute.observe(size.work, seen.compute_ms, now_s=now_s)
             compute_ms = seen.compute_ms
         if route == "cloud":
+            self._unanswered = 0
             latency.learn_queue(seen.queue_ms, now_s, None if ticket is None else ticket.queue_ms)
             # A caller that reads slowly stretches the total; streams say nothing about the link.
             if seen.prefill_ms is None:
@@ -208,6 +215,9 @@ class Predictor:
         On the cloud that is held against the link, whose silence it was.
         """
         elapsed_ms = (now_s - ticket.started_s) * 1000.0
+        if ticket.route == "cloud":
+            self._unanswered += 1
+            self._unanswered_at_s = now_s
         if ticket.expected_ms is None or elapsed_ms <= ticket.expected_ms:
             return
         ratio = elapsed_ms / max(ticket.expected_ms, 1e-6)
@@ -326,7 +336,14 @@ class Predictor:
             p20_ms=p20,
             p80_ms=p80,
             p99_ms=p99,
+            silence=self._silence(now_s) if self._unanswered and route == "cloud" else 0.0,
         )
+
+    def _silence(self, now_s: float) -> float:
+        """Probability that the cloud does not answer at all."""
+        worst = SILENCE[min(self._unanswered, len(SILENCE) - 1)]
+        age_s = now_s - self._unanswered_at_s
+        return worst * 0.5 ** max(0.0, age_s / SILENCE_HALF_LIFE_S)
 
     def _overdue(self, route: Route, now_s: float) -> float:
         """How much slower a route is at least than it was: the oldest request in flight says."""

@@ -78,6 +78,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         p80_ms: Time within which 8 of 10 answers are complete.
         p99_ms: Time within which 99 of 100 answers are complete.
         ttft_p95_ms: Time within which 19 of 20 answers have their first token (text generation).
+        silence: Probability of no answer at all, as the last attempts show it; the times above are
+            those of answers that come.
     """
 
     basis: Basis = "unknown"
@@ -92,6 +94,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     p80_ms: float | None = None
     p99_ms: float | None = None
     ttft_p95_ms: float | None = None
+    silence: float = 0.0
 
     @property
     def service_ms(self) -> float | None:
@@ -124,7 +127,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         if remaining_ms is None:
             return 1.0
         quantiles = self.quantiles()
-        return 1.0 if quantiles is None else share_in_time(quantiles, remaining_ms)
+        if quantiles is None:
+            return 1.0
+        return (1.0 - self.silence) * share_in_time(quantiles, remaining_ms)
 
 
 def _normal(p50: float, p95: float) -> Quantiles:
@@ -204,8 +209,12 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         if remaining_ms is None:
             return True
         if self.confidence == CONFIDENCE:  # the usual one is a quantile: nothing to compute
-            p95_ms = self.state(route).prediction.p95_ms
-            return p95_ms is None or p95_ms <= remaining_ms
+            prediction = self.state(route).prediction
+            p95_ms = prediction.p95_ms
+            if p95_ms is None or p95_ms > remaining_ms:
+                return p95_ms is None
+            if not prediction.silence:
+                return True
         return self.probability_in_time(route) >= self.confidence
 
 
