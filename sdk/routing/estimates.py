@@ -218,7 +218,7 @@ class Shape:
         prior_size: Size that the prior was measured at; 0 when it holds for any size.
     """
 
-    __slots__ = ("_prior_ms", "_prior_size", "_sizes", "_values", "points")
+    __slots__ = ("_prior_ms", "_prior_size", "_sizes", "_slopes", "_values", "points")
 
     def __init__(self, prior_ms: float | None = None, *, prior_size: float = 0.0) -> None:
         self._prior_ms = prior_ms
@@ -227,6 +227,7 @@ class Shape:
         self.points: dict[int, list[float]] = {}
         self._sizes: list[float] = []
         self._values: list[float] = []
+        self._slopes: list[float] = []
 
     def observe(self, size: float, value_ms: float) -> None:
         """Move the point of that size."""
@@ -248,7 +249,12 @@ class Shape:
     def refresh(self) -> None:
         """Make `at` see the points as they are."""
         ordered = [self.points[index] for index in sorted(self.points)]
-        self._sizes, self._values = [p[0] for p in ordered], [p[1] for p in ordered]
+        sizes, values = [p[0] for p in ordered], [p[1] for p in ordered]
+        self._slopes = [
+            (values[i + 1] - values[i]) / max(sizes[i + 1] - sizes[i], 1e-9)
+            for i in range(len(sizes) - 1)
+        ]
+        self._sizes, self._values = sizes, values
 
     def at(self, size: float) -> float | None:
         """Usual duration for a size; `None` when nothing is known."""
@@ -263,12 +269,15 @@ class Shape:
             if int(size).bit_length() <= int(sizes[0]).bit_length():
                 return values[0]
             return values[0] * size / max(sizes[0], 1.0)
-        right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
-        x0, x1, y0, y1 = sizes[right - 1], sizes[right], values[right - 1], values[right]
-        line = y0 + (y1 - y0) * (size - x0) / max(x1 - x0, 1e-9)
-        if size > x1:
-            return max(line, y1)
-        return max(line, 0.25 * y0)
+        left, last = bisect_right(sizes, size) - 1, len(sizes) - 2
+        if left < 0:
+            left = 0
+        elif left > last:
+            line = values[last] + self._slopes[last] * (size - sizes[last])
+            return line if line > values[-1] else values[-1]
+        least = 0.25 * values[left]
+        line = values[left] + self._slopes[left] * (size - sizes[left])
+        return line if line > least else least
 
     def seed(self, size: float) -> float | None:
         """What the prior says of a size."""
@@ -326,8 +335,9 @@ class SizedLatency:
             if seed_ms:
                 trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
                 usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
-        scale = usual_ms * self.level.at(now_s) * factor
-        q20, q50, q80, q95, q99 = self.level.errors.quantiles
+        level = self.level
+        scale = usual_ms * level.at(now_s) * factor
+        q20, q50, q80, q95, q99 = level.errors.quantiles
         return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
 
 

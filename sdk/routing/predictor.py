@@ -273,11 +273,12 @@ class Predictor:
         parts: list[Quantiles] = []
         if queue_ms is None:
             # The queue drains while nobody looks.
-            elapsed_ms = (now_s - latency.reported_at_s) * 1000.0
-            queue_ms = max(0.0, latency.reported_queue_ms - elapsed_ms)
+            queue_ms = latency.reported_queue_ms - (now_s - latency.reported_at_s) * 1000.0
+            if queue_ms < 0.0:
+                queue_ms = 0.0
             if latency.queue_errors is not None:
                 parts.append(latency.queue_errors.quantiles)
-        factor = self._overdue(route, now_s)
+        factor = self._overdue(route, now_s) if self._in_flight[route] else 1.0
         here = factor if route == "edge" else 1.0
         prefill: Quantiles | None = None
         per_token_ms: float | None = None

@@ -68,7 +68,7 @@ def decide(inputs: DecisionInputs) -> RouteDecision:
     return RouteDecision(
         route=route,
         fallback=fallback,
-        meets_deadline=inputs.meets_deadline(route),
+        meets_deadline=inputs.remaining_ms is None or inputs.meets_deadline(route),
         reason=_clip(f"{route}: {why}", MAX_REASON_BYTES),
         inputs=inputs,
     )
@@ -122,9 +122,12 @@ def _why_alone(route: Route, inputs: DecisionInputs) -> str:
 def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
     """Choose between two routes that can both be taken."""
     edge, cloud = inputs.edge.prediction, inputs.cloud.prediction
-    edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
-    if edge_failed != cloud_failed:
-        return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
+    if inputs.failed:
+        edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
+        if edge_failed != cloud_failed:
+            return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
+    if inputs.remaining_ms is None:
+        return _choose_freely(inputs, edge, cloud)
     edge_in_time, cloud_in_time = inputs.meets_deadline("edge"), inputs.meets_deadline("cloud")
     if edge_in_time and cloud_in_time:
         return _choose_freely(inputs, edge, cloud)
@@ -166,9 +169,12 @@ def _weigh(
     if edge_likely < HOPELESS and cloud_likely < HOPELESS:
         is_edge = edge.p95_ms <= cloud.p95_ms
     else:
-        edge_ms = min(edge.p50_ms, remaining_ms)
-        cloud_ms = min(cloud.p50_ms / CLOUD_MUST_WIN_BY, remaining_ms)
-        saved = (cloud_ms - edge_ms) / max(edge_ms, cloud_ms, 1e-9)
+        edge_ms, cloud_ms = edge.p50_ms, cloud.p50_ms / CLOUD_MUST_WIN_BY
+        if edge_ms > remaining_ms:
+            edge_ms = remaining_ms
+        if cloud_ms > remaining_ms:
+            cloud_ms = remaining_ms
+        saved = (cloud_ms - edge_ms) / ((edge_ms if edge_ms > cloud_ms else cloud_ms) or 1.0)
         is_edge = edge_likely + HASTE * (1.0 - inputs.confidence) * saved >= cloud_likely
     return "edge" if is_edge else "cloud", edge_likely, cloud_likely
 
@@ -286,6 +292,17 @@ def _clip_verdict(verdict: Verdict) -> Verdict:
 
 def _clip_inputs(inputs: DecisionInputs) -> DecisionInputs:
     """The same inputs, small enough for a record; deciding on them makes replay exact."""
+    verdict, edge, cloud = inputs.verdict, inputs.edge, inputs.cloud
+    if (
+        not edge.detail
+        and not cloud.detail
+        and len(inputs.model) * 4 <= MAX_MODEL_BYTES
+        and len(inputs.sensitivity) * 4 <= MAX_SENSITIVITY_BYTES
+        and len(verdict.reason) * 4 <= MAX_VERDICT_REASON_BYTES
+        and len(verdict.rule_ids) == 1
+        and len(verdict.rule_ids[0]) < MAX_RULE_IDS_BYTES
+    ):
+        return inputs  # as most are
     model = _clip(inputs.model, MAX_MODEL_BYTES)
     sensitivity = _clip(inputs.sensitivity, MAX_SENSITIVITY_BYTES)
     verdict = _clip_verdict(inputs.verdict)

@@ -37,7 +37,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
-class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """How big a request is; what predictions are a function of.
 
     Attributes:
@@ -61,7 +61,7 @@ class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         return self.input_elements or self.upload_bytes
 
 
-class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """How long a route would take for one request.
 
     Attributes:
@@ -307,9 +307,10 @@ def exclusion(route: Route, inputs: DecisionInputs) -> str:
     """What keeps a route out: ``policy``, ``mode``, an obstacle, or ``""`` for nothing."""
     if not inputs.verdict.allows(route):
         return "policy"
-    if not mode_permits(route, inputs.mode):
+    mode = inputs.mode
+    if mode != "auto" and not mode_permits(route, mode):
         return "mode"
-    return inputs.state(route).obstacle
+    return (inputs.edge if route == "edge" else inputs.cloud).obstacle
 
 
 def mode_permits(route: Route, mode: Mode) -> bool:
