@@ -272,9 +272,7 @@ def time_decisions(begin: Begin) -> Figure:
     policy = Ours(nature, random.Random(0))
     simulate(world, policy)
     last_s = nature.jobs[-1].arrival_s + 1.0
-    jobs = [
-        replace(job, deadline_s=last_s + job.deadline_s - job.arrival_s) for job in nature.jobs
-    ]
+    jobs = [replace(job, deadline_s=last_s + job.deadline_s - job.arrival_s) for job in nature.jobs]
     calls_us = []
     for index in range(DECISION_CALLS):
         job = jobs[index % len(jobs)]

@@ -79,12 +79,14 @@ class Recent:
         values: What to begin with instead, oldest first.
     """
 
-    __slots__ = ("_ordered", "_ring", "assumed", "quantiles")
+    __slots__ = ("_ordered", "_ring", "assumed", "moments", "quantiles")
 
     def __init__(self, sigma: float = DEFAULT_SIGMA, values: Sequence[float] = ()) -> None:
         start = values or [math.exp(sigma * z) for z in _PRIOR]
         #: Quantiles at `LEVELS`.
         self.quantiles: Quantiles
+        #: The median, and the squared distances of the others of `quantiles` from it.
+        self.moments: Quantiles
         #: How many of the values nobody has measured.
         self.assumed = 0 if values else len(_PRIOR)
         self._ring: deque[float] = deque(start[-WINDOW:])
@@ -121,10 +123,17 @@ class Recent:
             _quantile(ordered, 0.95),
             _quantile(ordered, 0.99),
         )
+        self.moments = moments_of(self.quantiles)
 
     def share_below(self, value: float) -> float:
         """Which part of the values is at most this one."""
         return bisect_right(self._ordered, value) / len(self._ordered)
+
+
+def moments_of(quantiles: Quantiles) -> Quantiles:
+    """The median, and the squared distances of p20, p80, p95 and p99 from it."""
+    q20, q50, q80, q95, q99 = quantiles
+    return q50, (q20 - q50) ** 2, (q80 - q50) ** 2, (q95 - q50) ** 2, (q99 - q50) ** 2
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
@@ -327,6 +336,15 @@ class SizedLatency:
         self.shape.observe(size, typical_ms)
 
     def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
+        scale = self.scale(size, now_s)
+        if scale is None:
+            return None
+        scale *= factor
+        q20, q50, q80, q95, q99 = self.level.errors.quantiles
+        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
+
+    def scale(self, size: float, now_s: float) -> float | None:
+        """The forecast, of which `level.errors` says how far it misses."""
         usual_ms = self.shape.at(size)
         if usual_ms is None:
             return None
@@ -335,10 +353,7 @@ class SizedLatency:
             if seed_ms:
                 trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
                 usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
-        level = self.level
-        scale = usual_ms * level.at(now_s) * factor
-        q20, q50, q80, q95, q99 = level.errors.quantiles
-        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
+        return usual_ms * self.level.at(now_s)
 
 
 def sigma_of(p50: float, p99: float) -> float:

@@ -9,13 +9,13 @@ For text generation compute = prefill(input tokens) + output tokens x time per t
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from sdk.routing.estimates import Quantiles, Recent, SizedLatency, sigma_of
+from sdk.routing.estimates import Quantiles, Recent, SizedLatency, moments_of, sigma_of
 from sdk.routing.network import LinkLatency
 from sdk.routing.types import UNKNOWN, Basis, Prediction, RequestSize, Route
 
@@ -270,14 +270,14 @@ class Predictor:
         latency = self.models.get((route, model))
         if latency is None:
             return UNKNOWN
-        parts: list[Quantiles] = []
+        parts: list[tuple[float, Quantiles]] = []
         if queue_ms is None:
             # The queue drains while nobody looks.
             queue_ms = latency.reported_queue_ms - (now_s - latency.reported_at_s) * 1000.0
             if queue_ms < 0.0:
                 queue_ms = 0.0
             if latency.queue_errors is not None:
-                parts.append(latency.queue_errors.quantiles)
+                parts.append((1.0, latency.queue_errors.moments))
         factor = self._overdue(route, now_s) if self._in_flight[route] else 1.0
         here = factor if route == "edge" else 1.0
         prefill: Quantiles | None = None
@@ -289,7 +289,7 @@ class Predictor:
                 return UNKNOWN
             tokens = self._expected_tokens(model, size.max_new_tokens)
             per_token_ms = per_token[1]
-            compute: Quantiles | None = (
+            compute = (
                 prefill[0] + per_token[0] * (tokens[0] - 1.0),
                 prefill[1] + per_token[1] * (tokens[1] - 1.0),
                 prefill[2] + per_token[2] * (tokens[2] - 1.0),
@@ -297,31 +297,34 @@ class Predictor:
                 prefill[4] + per_token[4] * (tokens[4] - 1.0),
             )
             measured = latency.prefill.is_measured
+            at = len(parts)
+            parts.append((1.0, moments_of(compute)))
         else:
-            compute = latency.compute.quantiles(size.work, now_s=now_s, factor=here)
+            scale = latency.compute.scale(size.work, now_s)
+            if scale is None:
+                return UNKNOWN
             measured = latency.compute.is_measured
-        if compute is None:
-            return UNKNOWN
-        at = len(parts)
-        parts.append(compute)
+            parts.append((scale * here, latency.compute.level.errors.moments))
         load_ms = network_ms = 0.0
         if not loaded:
             loading = latency.load.quantiles(0, now_s=now_s)
             if loading is not None:
                 load_ms = loading[1]
-                parts.append(loading)
+                parts.append((1.0, moments_of(loading)))
         if route == "cloud":
             transferred = size.upload_bytes + size.download_bytes + self.link.ahead_bytes(now_s)
-            network = self.link.quantiles(transferred, now_s=now_s, factor=factor)
-            network_ms = network[1]
-            parts.append(network)
-            measured = measured and self.link.is_measured
+            link = self.link
+            scale = link.scale(transferred, now_s, factor)
+            moments = link.level.errors.moments
+            network_ms = scale * moments[0]
+            parts.append((scale, moments))
+            measured = measured and link.is_measured
         before_ms = queue_ms + load_ms + network_ms
         p20, p50, p80, p95, p99 = _sum(parts, queue_ms)
         first_ms = first_p95_ms = None
         if prefill is not None:
             first_ms = before_ms + prefill[1]
-            parts[at] = prefill
+            parts[at] = (1.0, moments_of(prefill))
             first_p95_ms = _sum(parts, queue_ms)[3]
         basis: Basis = "measured" if measured else "seeded"
         return Prediction(
@@ -376,25 +379,24 @@ class Predictor:
         return min(q20, most), min(q50, most), min(q80, most), min(q95, most), min(q99, most)
 
 
-def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
-    """Quantiles of a sum of independent parts: medians added, distances from them in quadrature."""
-    if len(parts) == 1 and queue_ms == 0.0:
-        return parts[0]
+def _sum(parts: list[tuple[float, Quantiles]], queue_ms: float) -> Quantiles:
+    """Quantiles of a sum of independent parts: medians added, distances from them in quadrature.
+
+    Args:
+        parts: What each is a multiple of, and the moments (see `Recent.moments`) of that.
+        queue_ms: Added to the median.
+    """
     median = queue_ms
     d95 = (QUEUE_SPREAD * queue_ms) ** 2
     d20 = d80 = d95 * _QUEUE_REACH_80**2
     d99 = d95 * _QUEUE_REACH_99**2
-    for q20, q50, q80, q95, q99 in parts:
-        median += q50
-        q20 -= q50
-        q80 -= q50
-        q95 -= q50
-        q99 -= q50
-        d20 += q20 * q20
-        d80 += q80 * q80
-        d95 += q95 * q95
-        d99 += q99 * q99
-    sqrt = math.sqrt
+    for scale, (m50, m20, m80, m95, m99) in parts:
+        median += scale * m50
+        scale *= scale
+        d20 += scale * m20
+        d80 += scale * m80
+        d95 += scale * m95
+        d99 += scale * m99
     low = median - sqrt(d20)
     return (
         low if low > 0.0 else 0.0,
