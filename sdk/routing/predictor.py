@@ -347,7 +347,7 @@ class Predictor:
         """Probability that the cloud does not answer at all."""
         worst = SILENCE[min(self._unanswered, len(SILENCE) - 1)]
         age_s = now_s - self._unanswered_at_s
-        return worst * 0.5 ** max(0.0, age_s / SILENCE_HALF_LIFE_S)
+        return float(worst * 0.5 ** max(0.0, age_s / SILENCE_HALF_LIFE_S))
 
     def _overdue(self, route: Route, now_s: float) -> float:
         """How much slower a route is at least than it was: the oldest request in flight says."""

@@ -60,17 +60,19 @@ def decide(inputs: DecisionInputs) -> RouteDecision:
     fallback: Route | None = None
     if edge_out or cloud_out:
         route = "cloud" if edge_out else "edge"
+        in_time = inputs.meets_deadline(route)
         why = _why_alone(route, inputs)
     else:
-        route, why = _choose(inputs)
-        other = _other(route)
-        fallback = None if other in inputs.failed else other
+        edge_in_time, cloud_in_time = inputs.meets_deadline("edge"), inputs.meets_deadline("cloud")
+        route, why = _choose(inputs, edge_in_time, cloud_in_time)
+        in_time, fallback = (edge_in_time, "cloud") if route == "edge" else (cloud_in_time, "edge")
+        if inputs.failed and fallback in inputs.failed:
+            fallback = None
+    reason = f"{route}: {why}"
+    if len(reason) > MAX_REASON_BYTES // 4:
+        reason = _clip(reason, MAX_REASON_BYTES)
     return RouteDecision(
-        route=route,
-        fallback=fallback,
-        meets_deadline=inputs.remaining_ms is None or inputs.meets_deadline(route),
-        reason=_clip(f"{route}: {why}", MAX_REASON_BYTES),
-        inputs=inputs,
+        route=route, fallback=fallback, meets_deadline=in_time, reason=reason, inputs=inputs
     )
 
 
@@ -119,16 +121,13 @@ def _why_alone(route: Route, inputs: DecisionInputs) -> str:
     return f"{why}; it {_too_slow(inputs.state(route), inputs)}"
 
 
-def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
+def _choose(inputs: DecisionInputs, edge_in_time: bool, cloud_in_time: bool) -> tuple[Route, str]:
     """Choose between two routes that can both be taken."""
     edge, cloud = inputs.edge.prediction, inputs.cloud.prediction
     if inputs.failed:
         edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
         if edge_failed != cloud_failed:
             return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
-    if inputs.remaining_ms is None:
-        return _choose_freely(inputs, edge, cloud)
-    edge_in_time, cloud_in_time = inputs.meets_deadline("edge"), inputs.meets_deadline("cloud")
     if edge_in_time and cloud_in_time:
         return _choose_freely(inputs, edge, cloud)
     if edge_in_time:

@@ -1,7 +1,8 @@
 """The words of routing: sizes, predictions, route states, decisions.
 
 All are immutable msgspec Structs encoded as arrays, so that a whole decision with its inputs
-stays under 1 KB and can be written down, sent and replayed. None holds any content.
+stays under 1 KB and can be written down, sent and replayed. None holds any content, nor anything
+that could hold it in turn: without cycles the garbage collector need not look at them.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _normal(p50: float, p95: float) -> Quantiles:
 UNKNOWN = Prediction()
 
 
-class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What is known about one route when a decision is made.
 
     Attributes:
@@ -162,7 +163,7 @@ class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ahead: int = 0
 
 
-class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Everything a decision depends on.
 
     Attributes:
@@ -242,7 +243,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         return not self.note
 
 
-class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Where a request goes and why. `router.replay` reproduces it from its inputs.
 
     Attributes:
