@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.harness import Bar, Direction, Figure, Report, Run, quantile
+from benchmarks.routing.causes import causes
 from benchmarks.routing.policies import (
     OURS,
     OURS_UNHEDGED,
@@ -65,10 +66,12 @@ class Outcome:
     Attributes:
         scenario: Which.
         scores: Policy to one score per seed; the same index is the same world.
+        causes: Why the client's router was late, in percent of requests.
     """
 
     scenario: Scenario
     scores: dict[str, list[Score]]
+    causes: dict[str, float]
 
     @property
     def best_static(self) -> str:
@@ -108,7 +111,7 @@ def run_scenario(scenario: Scenario, seeds: Sequence[int], step: Callable[[], No
             policy = make(world)
             scores.setdefault(policy.name, []).append(Score.of(simulate(world, policy)))
         step()
-    return Outcome(scenario, scores)
+    return Outcome(scenario, scores, causes(scenario, seeds))
 
 
 def _fixed(policy: Policy, world: World) -> Policy:
@@ -254,6 +257,10 @@ def _figures(outcome: Outcome) -> list[Figure]:
             figures.append(Figure.of_rounds(f"{title}: {text}", unit, values))
         if policy != ORACLE:
             figures.append(Figure.of_rounds(f"{title}: p95 regret", "%", outcome.regret(policy)))
+    figures.extend(
+        Figure.of_rounds(f"{outcome.scenario.name}: {OURS} late: {cause}", "%", [percent])
+        for cause, percent in outcome.causes.items()
+    )
     lead = outcome.ahead(ORACLE, best)
     figures.append(
         Figure.of_rounds(f"{outcome.scenario.name}: oracle above best static", "points", lead)
