@@ -59,9 +59,7 @@ class ScriptedEdge:
     def close(self) -> None:
         self.closed = True
 
-    def infer(
-        self, model, feeds=None, *, items=None, cancel=None, **_: object
-    ) -> SimpleNamespace:
+    def infer(self, model, feeds=None, *, items=None, cancel=None, **_: object) -> SimpleNamespace:
         self.calls.append(("infer", model, None, None))
         until_s = time.monotonic() + self.pause_s
         while time.monotonic() < until_s:

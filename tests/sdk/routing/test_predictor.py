@@ -285,7 +285,7 @@ def test_requests_in_a_row_without_an_answer_make_the_next_one_less_likely() -> 
     for call in range(20):
         predictor.observe("cloud", "m", SMALL, cloud_call(25), now_s=call)
     silences = []
-    for number in range(4):
+    for _ in range(4):
         expected = predictor.predict("cloud", "m", SMALL, now_s=20)
         silences.append(expected.silence)
         ticket = predictor.start("cloud", "m", SMALL, expected, now_s=20)
