@@ -35,7 +35,8 @@ MAX_IDLE_KB = 100.0
 
 #: Requests in flight on one connection; half of what a server allows.
 IN_FLIGHT = 32
-_HANDSHAKES = 3
+#: In a row, so that the first one of a turn, which finds cold caches on both sides, counts little.
+_HANDSHAKES = 20
 _MORE_ROUNDS = 2
 #: Connections made at once for the memory figure: enough to keep both processes busy.
 _CONNECTING = 16

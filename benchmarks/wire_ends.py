@@ -52,7 +52,7 @@ class Server:
         EngineError: It did not start.
     """
 
-    def __init__(self, folder: Path, *, loop: LoopName, max_connections: int = 16) -> None:
+    def __init__(self, folder: Path, *, loop: LoopName, max_connections: int = 64) -> None:
         self.state = StateDir(folder)
         if not self.state.identity.exists():
             provision(self.state, ("localhost", _HOST))

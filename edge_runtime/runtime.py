@@ -196,6 +196,7 @@ class EdgeRuntime:
         version: str | None = None,
         deadline: Deadline = _NO_DEADLINE,
         expected_s: float | None = None,
+        cancel: CancelToken | None = None,
     ) -> EdgeResult:
         """Run one batch.
 
@@ -207,17 +208,19 @@ class EdgeRuntime:
             version: Exact version; `None` takes the newest.
             deadline: When waiting for a slot makes no sense any more.
             expected_s: How long it will take, for the estimates of others.
+            cancel: Ends waiting at once, and computing as soon as the engine can.
 
         Raises:
             ModelNotFound, BundleError, EngineError: See `describe`; or the engine failed.
             InvalidInput: A tensor or item does not fit.
             Overloaded: Too many wait already.
             DeadlineExceeded: The deadline passed before it began.
+            Cancelled: `cancel` was set.
         """
         hosted = self._hosted.get((model, version)) or self._host(model, version)
         loaded = hosted.loaded or self._load(hosted, deadline)
-        slot = hosted.gate.acquire(deadline, expected_s)
-        return _compute(slot, loaded, feeds, form, items)
+        slot = hosted.gate.acquire(deadline, expected_s, cancel=cancel)
+        return _compute(slot, loaded, feeds, form, items, cancel)
 
     def direct(self, model: str, version: str | None = None) -> DirectCall | None:
         """A model that is loaded, without what leads to it; `None` when it is not.
@@ -386,13 +389,14 @@ def _compute(
     feeds: Mapping[str, np.ndarray] | None,
     form: InputForm,
     items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] | None,
+    cancel: CancelToken | None,
 ) -> EdgeResult:
     """Use a slot for one batch, and give it back."""
     try:
         if form != "tensors":
-            outputs = loaded.infer_raw(form, items or ())
+            outputs = loaded.infer_raw(form, items or (), cancel)
         elif feeds is not None:
-            outputs = loaded.infer(feeds)
+            outputs = loaded.infer(feeds, cancel)
         else:
             raise InvalidInput(
                 "There are no inputs", field="feeds", fix="Give a dict of name to array"

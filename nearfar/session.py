@@ -237,7 +237,7 @@ class _Session(abc.ABC):
             return self._outgoing.popleft()
         if self._sealer is not None:
             outbox = self._outbox
-            is_busy = outbox.shaping == "strict" and self._connection.is_busy
+            is_busy = outbox.shaping == "strict" and self._connection.in_flight > 0
             plaintext = outbox.next(now_s, is_busy=is_busy, bulk=bulk)
             if plaintext is not None:
                 return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
@@ -376,6 +376,11 @@ class _Session(abc.ABC):
     def open_streams(self) -> tuple[int, ...]:
         """Streams that have not ended, in the order of opening; a cancelled one is still open."""
         return self._connection.open_streams
+
+    @property
+    def in_flight(self) -> int:
+        """How many streams have not ended."""
+        return self._connection.in_flight
 
     def is_open(self, stream: int) -> bool:
         """Whether the stream was opened and has not ended."""

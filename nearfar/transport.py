@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 256 * 1024
 #: Batches written without letting the event loop do something else: some 2 ms.
 _TURN_BATCHES = 4
+#: Requests in flight from which on messages leave together: a turn of the loop costs each of them
+#: less than a record, a frame and a system call of its own.
+_CROWD = 4
+_SHARE = 8
 #: A message in pieces may take that much longer than the limit: half of what a 2G modem does.
 _SLOWEST_BYTES_PER_S = 8 * 1024
 
@@ -87,6 +91,8 @@ class Transport:
         self._is_closed = False
         self._in_batch = False
         self._due_s: float | None = None
+        self._soon: asyncio.Handle | None = None
+        self._waiting = 0  # sent and not flushed
         self._timer: asyncio.Handle | None = None
         self._oldest: tuple[int, int] | None = None
         self._fragments = Watchdog(message_timeout_s, self._say_late)
@@ -105,8 +111,9 @@ class Transport:
     def close(self) -> None:
         """Listen, write and watch no more; the websocket stays as it is. Idempotent."""
         self._is_closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
         for watchdog in (self._fragments, self._pieces, self._writing):
             if watchdog is not None:
                 watchdog.close()
@@ -118,21 +125,34 @@ class Transport:
     ) -> int:
         """As `send` of the session; what may leave now is written before it returns.
 
+        With many requests in flight it is written when the event loop turns, with the others.
+
         Args:
             message: As there.
             tensors: As there.
             flush: `False` if `flush`, or another message, follows at once.
         """
-        is_written = flush and not self._in_batch
-        size_bytes = self._session.send(message, tensors, borrow=is_written)
-        if is_written:
+        session = self._session
+        if flush and not self._in_batch and session.in_flight >= _CROWD and self._soon is None:
+            # More will follow before the event loop turns: they leave together.
+            self._soon = self._loop.call_soon(self._flush_soon)
+        self._waiting += 1
+        # The other end must not wait for the last of them before it begins with the first.
+        waits = (not flush or self._in_batch or self._soon is not None) and self._waiting < _SHARE
+        size_bytes = session.send(message, tensors, borrow=not waits)
+        if not waits:
             self.flush()
         return size_bytes
+
+    def _flush_soon(self) -> None:
+        self._soon = None
+        self.flush()
 
     def flush(self) -> None:
         """Write what the session has for now, and come back when it says so."""
         if self._is_closed or (self._due_s is None and self._session.is_quiet):
             return
+        self._waiting = 0
         has_more = self._write(time.monotonic())
         self._session.own_borrowed()
         due_s = 0.0 if has_more else self._session.next_flush_s()

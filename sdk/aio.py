@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +24,8 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
-    answer_of,
     run_here,
-    wire_tensors,
+    run_there,
 )
 from sdk.streams import (
     AsyncCloudSource,
@@ -41,9 +39,11 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from nearfar.engines.base import CancelToken
     from sdk.jobs.desk import Desk
     from sdk.jobs.handles import AsyncJob
     from sdk.jobs.runner import AsyncRunner
+    from sdk.racing import Race
     from sdk.requests import Request
     from sdk.routing import RouteDecision
 
@@ -286,29 +286,41 @@ class AsyncClient(Calls):
             assert edge is not None
             return await self._work(lambda: run_here(edge, here))
         if isinstance(step, RunThere):
-            request, link = step.request, self._link
-            assert link is not None
-            started_s = time.perf_counter()
-            reply = await link.infer(
-                step.permit,
-                model=request.model,
-                form=request.form,
-                tensors=wire_tensors(request, step.offer.manifest),
-                deadline=request.deadline,
-                version=request.version,
-                variant=step.variant,
-                priority=request.priority,
-                request_id=step.request_id,
-                trace=step.trace,
-            )
-            return answer_of(reply, started_s)
+            assert self._link is not None
+            return await run_there(self._link, step)
         if isinstance(step, Connect):
             assert self._link is not None
             await self._link.connect(step.deadline)
             return None
-        assert isinstance(step, Wait)
-        await asyncio.sleep(step.delay_s)
-        return None
+        if isinstance(step, Wait):
+            await asyncio.sleep(step.delay_s)
+            return None
+        return await self._race(step)
+
+    async def _race(self, race: Race) -> Answer:
+        from sdk.racing import race_in_tasks
+
+        link, edge = self._link, self._edge
+        assert link is not None
+        assert edge is not None
+
+        def here(step: RunHere, cancel: CancelToken) -> Awaitable[Answer]:
+            return self._work(lambda: run_here(edge, step, cancel))
+
+        try:
+            return await race_in_tasks(race, here, lambda step: run_there(link, step))
+        finally:
+            if race.is_silent:
+                self._check_cloud()
+
+    def _check_cloud(self) -> None:
+        """Ask a cloud that was silent whether it lives."""
+        from sdk.racing import look_after
+
+        if self._link is not None and not self._is_closed:
+            check = asyncio.ensure_future(look_after(self._link, self._known.breaker))
+            self._checks.add(check)
+            check.add_done_callback(self._checks.discard)
 
     async def _stream(self, request: Request) -> AsyncGenerationStream:
         life = self._core.route(request)
@@ -317,7 +329,21 @@ class AsyncClient(Calls):
         else:
             traced = self._telemetry.answer(request)
             state = traced.state(self._core, await self._drive(traced.route(life)))
-        return await AsyncGenerationStream(state, self._open).begin()
+        stream = AsyncGenerationStream(state, self._open, self._open_edge, self._check_cloud)
+        return await stream.begin()
+
+    async def _open_edge(
+        self, state: AnswerState, decision: RouteDecision, cancel: CancelToken
+    ) -> AsyncSource:
+        prompt, options = state.prompt(), state.options()
+        try:
+            generation = await self._work(
+                lambda: self._core.generate_here(state.request, decision, prompt, options, cancel)
+            )
+        except asyncio.CancelledError:
+            cancel.cancel()  # the worker leaves the queue, or gives its slot back
+            raise
+        return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
 
     async def _open(self, state: AnswerState) -> AsyncSource:
         request, attempt = state.request, state.attempt
@@ -327,16 +353,7 @@ class AsyncClient(Calls):
             from nearfar.engines.base import CancelToken
 
             state.opening()
-            cancel = CancelToken()
-            prompt, options = state.prompt(), state.options()
-            try:
-                generation = await self._work(
-                    lambda: self._core.generate_here(request, attempt, prompt, options, cancel)
-                )
-            except asyncio.CancelledError:
-                cancel.cancel()  # the worker leaves the queue, or gives its slot back
-                raise
-            return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
+            return await self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = await self._drive(self._core.board(request, attempt))
         state.opening(permit)
         link = self._link
@@ -377,6 +394,7 @@ class AsyncClient(Calls):
         loop = asyncio.get_running_loop()
         if self._owner is None:
             self._owner = loop
+            self._checks: set[asyncio.Future[None]] = set()
         elif self._owner is not loop:
             raise InvalidInput(
                 "This AsyncClient is used on two event loops",

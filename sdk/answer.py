@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from nearfar.errors import Cancelled, DeadlineExceeded, NearfarError, StreamInterrupted
+from nearfar.errors import (
+    Cancelled,
+    CloudUnavailable,
+    DeadlineExceeded,
+    EngineError,
+    NearfarError,
+    StreamInterrupted,
+)
 from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
 from sdk.core import Core, route_of
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
 from sdk.routing import Attempt, Observation, Outcome, RouteDecision, attempts
+from sdk.routing.hedging import HedgePlan, plan, stalls_after_ms
 
 if TYPE_CHECKING:
     from sdk.cloud.egress import Permit
@@ -53,6 +61,7 @@ class AnswerState:
     def __init__(self, core: Core, request: Request, decision: RouteDecision) -> None:
         self._core = core
         self._request = request
+        core.hedging.request()
         self._plan = attempts(decision, core.decide_again(request), at_s=request.deadline.at_s)
         self.attempt: Attempt = next(self._plan)
         self.finish_reason: FinishReason | None = None
@@ -71,6 +80,8 @@ class AnswerState:
         self._first_s: float | None = None
         self._last_s = self._started_s
         self._summary: Summary | None = None
+        self._moments = self._moments_of(decision)
+        self._hedge = ""
 
     # -- what the source needs ---------------------------------------------------------------------
 
@@ -114,7 +125,78 @@ class AnswerState:
         if permit is not None:
             self._permits.append(permit)
 
+    # -- while the cloud has not begun its answer --------------------------------------------------
+
+    def silence_s(self) -> float | None:
+        """How long to wait for the first piece before `wake` is called; `None`: for ever."""
+        if not self._moments or self._parts or self.attempt.number > 1:
+            return None
+        return max(0.0, self._attempt_started_s + self._moments[0][0] - time.perf_counter())
+
+    def wake(self) -> RouteDecision | None:
+        """The first piece is late: the decision under which the device is to begin beside it."""
+        _, planned = self._moments.pop(0)
+        if planned is None:
+            self._core.known.breaker.record_failure(time.monotonic())
+            return None
+        again = self._core.decide(self._request)
+        why = self._core.hedging.start(planned, self.attempt.decision, again)
+        if why is None:
+            return None
+        self._hedge = f"the {planned.other} was started as well: {why}"
+        return again
+
+    def outrun(self) -> bool:
+        """The device has begun while the cloud has not: the answer is the device's.
+
+        Returns:
+            Whether policy and router, asked once more, agree; otherwise the cloud is waited for.
+        """
+        first, now_s = self.attempt, time.monotonic()
+        silent_s = time.perf_counter() - self._attempt_started_s
+        late = CloudUnavailable(f"The cloud was silent for {silent_s * 1000.0:.0f} ms")
+        self._core.known.observe_silence(self._request, first, since_s=now_s - silent_s)
+        try:
+            attempt = self._plan.send(Outcome(now_s=now_s, error=late))
+        except DeadlineExceeded as error:
+            self.expire(error)
+            return False
+        except NearfarError as error:
+            self.error = error  # no route is allowed any more
+            raise
+        self.attempt = attempt
+        self._attempt_started_s = time.perf_counter()
+        self._hedge += "; the edge began first"
+        return attempt.route == "edge"
+
+    def held(self) -> None:
+        """The cloud has begun although the device was started."""
+        self._hedge += "; the cloud began first"
+
+    def _moments_of(self, decision: RouteDecision) -> list[tuple[float, HedgePlan | None]]:
+        if decision.route != "cloud" or decision.fallback is None:
+            return []
+        expected = decision.inputs.cloud.prediction
+        moments: list[tuple[float, HedgePlan | None]] = [(stalls_after_ms(expected) / 1000.0, None)]
+        planned = plan(decision)
+        if planned is not None:
+            moments.append((planned.after_ms / 1000.0, planned))
+        moments.sort(key=lambda moment: moment[0])
+        return moments
+
     # -- what comes of it --------------------------------------------------------------------------
+
+    def refuse_empty(self, piece: GenerationChunk) -> None:
+        """An answer without any text is a failure of the route, whatever it calls itself.
+
+        Raises:
+            EngineError: This piece ends such an answer.
+        """
+        if piece.finish_reason in ("stop", "length") and not piece.text and not self._parts:
+            raise EngineError(
+                f"The {self.attempt.route} gave an empty answer for {self._request.model!r}",
+                fix="Ask differently, or look at the model there",
+            )
 
     def take(self, piece: GenerationChunk, summary: Summary | None) -> Chunk | None:
         """Take the source's next piece.
@@ -197,7 +279,8 @@ class AnswerState:
     @property
     def route(self) -> Route:
         """Where the answer comes from, with the routes that broke off before."""
-        return route_of(self.attempt, self._before)
+        route = route_of(self.attempt, self._before)
+        return msgspec.structs.replace(route, hedge=self._hedge) if self._hedge else route
 
     @property
     def decision(self) -> RouteDecision:

@@ -35,10 +35,7 @@ class BackgroundLoop:
             Cancelled: The loop was closed meanwhile.
             InvalidInput: The loop was closed before.
         """
-        if self._is_closed:
-            coroutine.close()
-            raise InvalidInput("This client is closed", field="client", fix="Make a new one")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self.submit(coroutine)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -46,6 +43,17 @@ class BackgroundLoop:
         except BaseException:
             future.cancel()
             raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine and do not wait; cancelling the future cancels it.
+
+        Raises:
+            InvalidInput: The loop was closed before.
+        """
+        if self._is_closed:
+            coroutine.close()
+            raise InvalidInput("This client is closed", field="client", fix="Make a new one")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def post(self, function: Callable[[], Any]) -> None:
         """Run a function on the loop, later, without waiting; does nothing once closed."""

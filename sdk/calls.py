@@ -187,6 +187,7 @@ class Calls:
             known=known,
             confidence=config.routing.confidence,
             cascade=_cascade_of(config, calibrations),
+            hedge_budget=config.routing.hedge_budget,
         )
         caches = config.caches if cache is None else cache
         self._sharing = _sharing_of(caches, self._core) if caches else None

@@ -22,20 +22,21 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
-    answer_of,
     run_here,
-    wire_tensors,
+    run_there,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from nearfar.engines.base import CancelToken
     from sdk.answer import AnswerState
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
     from sdk.jobs.handles import Job
     from sdk.jobs.runner import Runner
+    from sdk.racing import Race
     from sdk.requests import Request
     from sdk.routing import RouteDecision
     from sdk.streams import GenerationStream, Source
@@ -395,31 +396,38 @@ class Client(Calls):
             assert self._edge is not None
             return run_here(self._edge, step)
         if isinstance(step, RunThere):
-            request, link = step.request, self._link
-            assert link is not None
-            started_s = time.perf_counter()
-            reply = self._call(
-                link.infer(
-                    step.permit,
-                    model=request.model,
-                    form=request.form,
-                    tensors=wire_tensors(request, step.offer.manifest),
-                    deadline=request.deadline,
-                    version=request.version,
-                    variant=step.variant,
-                    priority=request.priority,
-                    request_id=step.request_id,
-                    trace=step.trace,
-                )
-            )
-            return answer_of(reply, started_s)
+            assert self._link is not None
+            answer: Answer = self._call(run_there(self._link, step))
+            return answer
         if isinstance(step, Connect):
             assert self._link is not None
             self._call(self._link.connect(step.deadline))
             return None
-        assert isinstance(step, Wait)
-        time.sleep(step.delay_s)
-        return None
+        if isinstance(step, Wait):
+            time.sleep(step.delay_s)
+            return None
+        return self._race(step)
+
+    def _race(self, race: Race) -> Answer:
+        from sdk.racing import race_in_thread
+
+        link, edge, loop = self._link, self._edge, self._background()
+        assert link is not None
+        assert edge is not None
+        try:
+            return race_in_thread(
+                race, edge, loop, there=lambda step: loop.submit(run_there(link, step))
+            )
+        finally:
+            if race.is_silent:
+                self._check_cloud()
+
+    def _check_cloud(self) -> None:
+        """Ask a cloud that was silent whether it lives."""
+        from sdk.racing import look_after
+
+        if self._link is not None:
+            self._background().submit(look_after(self._link, self._known.breaker))
 
     def _stream(self, request: Request) -> GenerationStream:
         # Here and below: not every client generates text, and importing should be quick.
@@ -432,10 +440,20 @@ class Client(Calls):
         else:
             traced = self._telemetry.answer(request)
             state = traced.state(self._core, self._drive(traced.route(life)))
-        return GenerationStream(state, self._open).begin()
+        return GenerationStream(state, self._open, self._open_edge, self._check_cloud).begin()
+
+    def _open_edge(
+        self, state: AnswerState, decision: RouteDecision, cancel: CancelToken
+    ) -> Source:
+        from sdk.streams import EdgeSource
+
+        generation = self._core.generate_here(
+            state.request, decision, state.prompt(), state.options(), cancel
+        )
+        return EdgeSource(generation, cancel)
 
     def _open(self, state: AnswerState) -> Source:
-        from sdk.streams import CloudSource, EdgeSource
+        from sdk.streams import CloudSource
 
         request, attempt = state.request, state.attempt
         if attempt.delay_s:
@@ -444,11 +462,7 @@ class Client(Calls):
             from nearfar.engines.base import CancelToken
 
             state.opening()
-            cancel = CancelToken()
-            generation = self._core.generate_here(
-                request, attempt, state.prompt(), state.options(), cancel
-            )
-            return EdgeSource(generation, cancel)
+            return self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = self._drive(self._core.board(request, attempt))
         state.opening(permit)
         link = self._link
@@ -467,7 +481,9 @@ class Client(Calls):
                     trace=state.trace,
                 )
             )
-        return CloudSource(stream, request.deadline, self._call, self._post)
+        return CloudSource(
+            stream, request.deadline, self._call, self._post, self._background().submit
+        )
 
     def _call(self, coroutine: Any) -> Any:
         try:

@@ -333,6 +333,7 @@ def _print_decision(decision: RouteDecision) -> None:
     from rich.text import Text
 
     from nearfar.units import format_ms
+    from sdk.routing.hedging import plan
 
     console = Console(highlight=False)
     console.print(Text(f"{decision.route or 'no route'}", style="bold"), end="  ")
@@ -351,6 +352,14 @@ def _print_decision(decision: RouteDecision) -> None:
             Text(candidate.note),
         )
     console.print(table)
+    planned = plan(decision)
+    if planned is not None:
+        console.print(
+            Text(
+                f"hedge: {planned.other} as well after {format_ms(planned.after_ms)} of silence "
+                f"({planned.why})"
+            )
+        )
     verdict = decision.verdict
     rules = ", ".join(verdict.rule_ids) or "none"
     console.print(Text(f"policy: {verdict.reason} (rules: {rules})", style="dim"))

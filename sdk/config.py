@@ -19,7 +19,7 @@ import msgspec
 
 from nearfar.errors import ConfigError
 from nearfar.secure.shaping import Shaping, check_shaping
-from sdk.routing.types import CONFIDENCE, MODES, OBJECTIVES, Mode, Objective
+from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET, MODES, OBJECTIVES, Mode, Objective
 from sdk.toml_table import Table, parse_toml, read_text, suggestion
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 MAX_CREDENTIAL_BYTES = 16 * 1024
 
 _TOP_KEYS = ("models", "cloud", "routing", "policy", "cascade", "jobs", "cache", "telemetry")
-_ROUTING_KEYS = ("mode", "objective", "deadline_ms", "confidence", "state", "record")
+_ROUTING_KEYS = (
+    "mode", "objective", "deadline_ms", "confidence", "hedge_budget", "state", "record",
+)  # fmt: skip
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
     "shaping",
@@ -254,6 +256,8 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
         deadline_ms: Time an answer may take; `None` for as long as it takes.
         confidence: Probability with which a route must be expected within the deadline to count as
             being in time; above 0 and below 1.
+        hedge_budget: Extra requests that starting the other route beside a late one may cause, as a
+            part of all requests; 0 never starts it before the first has failed.
         state: File in which the client keeps what routes took, across restarts; `None` for none.
         record: File in which the client writes down its last decisions; `None` for none.
 
@@ -265,6 +269,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     objective: Objective = "latency"
     deadline_ms: float | None = None
     confidence: float = CONFIDENCE
+    hedge_budget: float = HEDGE_BUDGET
     state: Path | None = None
     record: Path | None = None
 
@@ -283,6 +288,12 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"'confidence' is {self.confidence!r}",
                 field="confidence",
                 fix="Give a probability, as in confidence = 0.95",
+            )
+        if not 0 <= self.hedge_budget <= 1:
+            raise ConfigError(
+                f"'hedge_budget' is {self.hedge_budget!r}",
+                field="hedge_budget",
+                fix="Give a part of all requests, as in hedge_budget = 0.05, or 0 for no hedges",
             )
 
 
@@ -443,12 +454,14 @@ def _routing(table: Table, base: Path) -> RoutingConfig:
         table.text(key, fix='Write a word in quotes, as in mode = "auto"')
     deadline_ms = _number(table, "deadline_ms", "must be a number of milliseconds")
     confidence = _number(table, "confidence", "must be a number between 0 and 1")
+    budget = _number(table, "hedge_budget", "must be a number from 0 to 1")
     try:
         return RoutingConfig(
             mode=check_mode(str(table.raw("mode") or "auto")),
             objective=check_objective(str(table.raw("objective") or "latency")),
             deadline_ms=None if deadline_ms is None else float(deadline_ms),
             confidence=CONFIDENCE if confidence is None else float(confidence),
+            hedge_budget=HEDGE_BUDGET if budget is None else float(budget),
             state=_path(table, "state", base, must_exist=False),
             record=_path(table, "record", base, must_exist=False),
         )

@@ -18,8 +18,10 @@ from nearfar.errors import (
     CloudUnavailable,
     ConfigError,
     DeadlineExceeded,
+    EngineError,
     ModelNotFound,
     NearfarError,
+    Overloaded,
     SecurityError,
 )
 from nearfar.generation import GenerationOptions, Prompt
@@ -28,8 +30,17 @@ from sdk.knowledge import Knowledge
 from sdk.policy import Policy, RequestFacts, Verdict, evaluate
 from sdk.requests import Request, check, request_id_of
 from sdk.results import Route, RouteName
-from sdk.routing import Attempt, DecisionInputs, Outcome, RouteDecision, attempts, decide
-from sdk.routing.types import CONFIDENCE
+from sdk.routing import (
+    Attempt,
+    DecisionInputs,
+    Outcome,
+    RouteDecision,
+    Ticket,
+    attempts,
+    decide,
+)
+from sdk.routing.hedging import Hedging, plan
+from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET
 from sdk.steps import Answer, Connect, RunHere, RunThere, Step, Wait
 
 if TYPE_CHECKING:
@@ -39,6 +50,7 @@ if TYPE_CHECKING:
     from sdk.cascade.run import Cascades
     from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.egress import Permit
+    from sdk.racing import Race
     from sdk.results import Agreement
 
 #: Part of the time left that connecting may take while the device could answer instead.
@@ -69,6 +81,7 @@ class Core:
         known: What is known about both routes.
         confidence: Probability with which a route must be in time to count as being so.
         cascade: Agreements with the cloud model that the configuration states.
+        hedge_budget: Extra requests that hedging may cause, as a part of all; 0 turns it off.
     """
 
     def __init__(
@@ -79,8 +92,10 @@ class Core:
         known: Knowledge,
         confidence: float = CONFIDENCE,
         cascade: CascadeConfig | None = None,
+        hedge_budget: float = HEDGE_BUDGET,
     ) -> None:
         self.policy = policy
+        self.hedging = Hedging(hedge_budget)
         self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
         self.known = known
@@ -116,6 +131,7 @@ class Core:
 
             return (yield from run(self, request))
         started_s = time.perf_counter()
+        self.hedging.request()
         decision = yield from self.route(request)
         plan = attempts(decision, self.decide_again(request), at_s=request.deadline.at_s)
         attempt = next(plan)
@@ -124,19 +140,22 @@ class Core:
         ids: dict[str | None, bytes] = {}
         while True:
             try:
-                answer = yield from self._attempt(request, attempt, permits, ids)
+                answer, race = yield from self._attempt(request, attempt, permits, ids)
                 request.deadline.check(*before, attempt.route)
             except NearfarError as error:
+                if isinstance(error, Overloaded):
+                    self.hedging.overloaded(time.monotonic())
                 before.append(attempt.route)
                 attempt = plan.send(Outcome(now_s=time.monotonic(), error=error))
                 continue
             self.known.pin(request, answer.variant)
+            route = route_of(attempt, before, race)
             return Completed(
                 request=request,
                 answer=answer,
-                route=route_of(attempt, before),
+                route=route,
                 decision=attempt.decision,
-                manifest=self.known.manifest(request, attempt.route),
+                manifest=self.known.manifest(request, route.name),
                 total_ms=(time.perf_counter() - started_s) * 1000.0,
                 bytes_sent=sum(permit.bytes_sent for permit in permits),
             )
@@ -147,23 +166,88 @@ class Core:
         attempt: Attempt,
         permits: list[Permit],
         ids: dict[str | None, bytes],
-    ) -> Generator[Step, Any, Answer]:
+    ) -> Generator[Step, Any, tuple[Answer, Race | None]]:
         if attempt.delay_s:
             yield Wait(attempt.delay_s)
         if attempt.route == "edge":
+            here = RunHere(request, _expected_s(attempt.decision))
+            race = self._race(request, attempt, here, ids)
             with self.known.under_way(request, attempt) as ticket:
-                answer: Answer = yield RunHere(request, _expected_s(attempt))
-            self.known.learn(request, "edge", answer, ticket)
-            return answer
+                answer: Answer = yield here if race is None else race
+                _check_output(answer, request, "edge")
+                self._settle(request, attempt, race, answer, ticket, permits)
+            return answer, race
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
+        there = self._there(request, permit, offer, ids)
+        race = self._race(request, attempt, there, ids)
+        with self.known.under_way(request, attempt) as ticket, self.known.guarded() as guard:
+            answer = yield there if race is None else race
+            guard.is_answered = race is None or race.winner == "cloud"
+            _check_output(answer, request, "cloud" if guard.is_answered else "edge")
+            self._settle(request, attempt, race, answer, ticket, permits)
+        return answer, race
+
+    def _there(
+        self, request: Request, permit: Permit, offer: ModelOffer, ids: dict[str | None, bytes]
+    ) -> RunThere:
         # Asked for again under the same id, it is computed once; another variant is another.
         variant = self.known.variant_wanted(request)
         request_id = ids.setdefault(variant, request_id_of(request, variant))
-        with self.known.under_way(request, attempt) as ticket, self.known.guarded():
-            answer = yield RunThere(request, permit, offer, variant, request_id)
-        self.known.learn(request, "cloud", answer, ticket)
-        return answer
+        return RunThere(request, permit, offer, variant, request_id)
+
+    def _settle(
+        self,
+        request: Request,
+        attempt: Attempt,
+        race: Race | None,
+        answer: Answer,
+        ticket: Ticket,
+        permits: list[Permit],
+    ) -> None:
+        """Learn from an answer, and from the silence of a route that was outrun."""
+        route, known = attempt.route, self.known
+        if race is not None:
+            if race.permit is not None:
+                permits.append(race.permit)
+            if race.winner != route:
+                known.predictor.observe_late(ticket, now_s=time.monotonic())
+                assert race.winner is not None
+                assert race.other_ticket is not None
+                route, ticket = race.winner, race.other_ticket
+        known.learn(request, route, answer, ticket)
+
+    def _race(
+        self, request: Request, attempt: Attempt, first: RunHere | RunThere,
+        ids: dict[str | None, bytes],
+    ) -> Race | None:  # fmt: skip
+        """The attempt as one that may be joined by the other route; `None` when it may not."""
+        decision = attempt.decision
+        if decision.fallback is None:
+            return None
+        planned = plan(decision)
+        if planned is None and attempt.route == "edge":
+            return None
+        from sdk.racing import Race
+
+        def make_other(again: RouteDecision) -> RunHere | RunThere | None:
+            assert planned is not None
+            if planned.other == "edge":
+                return RunHere(request, _expected_s(again))
+            from sdk.cloud.egress import Permit
+
+            link, offer = self.known.link, self.known.offer(request)
+            if link is None or not link.state.is_connected or offer is None:
+                return None  # what is late already is not made to wait for a connection
+            try:
+                check(request, offer.manifest)
+                race.permit = Permit(again.verdict, request.model, region=self.known.region())
+            except NearfarError:
+                return None  # repair would say why; the first route is still at work
+            return self._there(request, race.permit, offer, ids)
+
+        race = Race(self, request, decision, first, planned, make_other)
+        return race
 
     # -- shared by batches and streams -----------------------------------------------------------
 
@@ -199,19 +283,22 @@ class Core:
         now_s = time.monotonic()
         verdict = self._verdict(request)
         size = self.known.size(request)
+        edge = self.known.edge_state(request, size, now_s)
+        is_alone = bool(edge.obstacle) or not verdict.edge or request.mode == "cloud_only"
         return decide(
             DecisionInputs(
                 model=request.model,
                 sensitivity=request.sensitivity or self.default_sensitivity,
                 verdict=verdict,
-                edge=self.known.edge_state(request, size, now_s),
-                cloud=self.known.cloud_state(request, size, now_s),
+                edge=edge,
+                cloud=self.known.cloud_state(request, size, now_s, is_alone=is_alone),
                 mode=request.mode,
                 objective=request.objective,
                 remaining_ms=request.deadline.remaining_ms(),
                 size=size,
                 failed=failed,
                 confidence=self.confidence,
+                hedge_tokens=self.hedging.tokens(now_s),
             )
         )
 
@@ -278,7 +365,7 @@ class Core:
     def generate_here(
         self,
         request: Request,
-        attempt: Attempt,
+        decision: RouteDecision,
         prompt: Prompt,
         options: GenerationOptions,
         cancel: CancelToken,
@@ -297,7 +384,7 @@ class Core:
             version=request.version,
             deadline=request.deadline,
             cancel=cancel,
-            expected_s=_expected_s(attempt),
+            expected_s=_expected_s(decision),
         )
 
     def warm_up_edge(self, model: str) -> bool:
@@ -400,14 +487,27 @@ class Core:
         return ModelNotFound(error.problem, fix=self.known.available())
 
 
-def route_of(attempt: Attempt, before: list[RouteName]) -> Route:
+def route_of(attempt: Attempt, before: list[RouteName], race: Race | None = None) -> Route:
     """The route as results show it."""
     # The decision's own reason starts with the route, which `Route` shows in another place.
     reason = attempt.decision.reason.removeprefix(f"{attempt.route}: ")
-    return Route(attempt.route, reason, tuple(before))
+    if race is None or not race.hedge:
+        return Route(attempt.route, reason, tuple(before))
+    if race.winner != attempt.route:
+        reason = f"the {attempt.route} was late, and this route answered first"
+    return Route(race.winner or attempt.route, reason, tuple(before), hedge=race.hedge)
 
 
-def _expected_s(attempt: Attempt) -> float | None:
-    """How long the attempt should hold a slot of the device, for the estimates of others."""
-    service_ms = attempt.decision.inputs.edge.prediction.service_ms
+def _check_output(answer: Answer, request: Request, route: RouteName) -> None:
+    """An answer without anything in it is a failure of the route, whatever it calls itself."""
+    if not answer.outputs:
+        raise EngineError(
+            f"The {route} gave an empty answer for {request.model!r}",
+            fix="Look at the model there; the other route is taken where policy allows it",
+        )
+
+
+def _expected_s(decision: RouteDecision) -> float | None:
+    """How long an attempt should hold a slot of the device, for the estimates of others."""
+    service_ms = decision.inputs.edge.prediction.service_ms
     return None if service_ms is None else service_ms / 1000.0

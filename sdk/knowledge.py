@@ -198,11 +198,15 @@ class Knowledge:
             ahead=slots.running + slots.waiting,
         )
 
-    def cloud_state(self, request: Request, size: RequestSize, now_s: float) -> RouteState:
+    def cloud_state(
+        self, request: Request, size: RequestSize, now_s: float, *, is_alone: bool = False
+    ) -> RouteState:
+        """State of the cloud; when it is the only route, it is asked however often it failed."""
         link, model = self.link, request.model
         if link is None:
             return RouteState(obstacle="not_configured", detail="no cloud is configured")
-        if not link.state.is_connected and not self.breaker.can_try(now_s):
+        # A connection is no sign of life: a cloud may accept requests and never answer.
+        if not (is_alone and link.state.is_connected) and not self.breaker.can_try(now_s):
             return RouteState(obstacle="unreachable", detail=self.breaker.describe(now_s))
         if link.state.offers is None:
             return RouteState(prediction=Prediction())
@@ -278,6 +282,24 @@ class Knowledge:
             answer.received_bytes,
             ticket,
         )
+
+    def observe_silence(self, request: Request, attempt: Attempt, *, since_s: float) -> None:
+        """Learn that a streamed answer had not begun when another route's had."""
+        expected = attempt.decision.inputs.state(attempt.route).prediction
+        usual = expected.first_answer()
+        if usual is None:
+            return
+        now_s = time.monotonic()
+        size = self.size(request)
+        ticket = self.predictor.start(
+            attempt.route,
+            request.model,
+            size,
+            Prediction(p50_ms=usual[1], p95_ms=usual[3]),
+            now_s=since_s,
+        )
+        self.predictor.stop(ticket, now_s=now_s)
+        self.predictor.observe_late(ticket, now_s=now_s)
 
     def under_way(self, request: Request, attempt: Attempt) -> _UnderWay:
         """Tell the predictor that an attempt runs, and whether it was given up as late."""
@@ -360,18 +382,23 @@ class _UnderWay:
 class _Guard:
     """Reports the outcome of using the link to the circuit breaker."""
 
-    __slots__ = ("_breaker",)
+    __slots__ = ("_breaker", "is_answered")
 
     def __init__(self, breaker: CircuitBreaker) -> None:
         self._breaker = breaker
+        #: Whether the cloud had answered when the block ended without an error.
+        self.is_answered = True
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Guard:
         self._breaker.acquire(time.monotonic())
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: object, trace: object) -> None:
         now_s = time.monotonic()
-        if kind is None:
+        if kind is None and self.is_answered:
             self._breaker.record_success(now_s)
+        elif kind is None:
+            self._breaker.release(now_s)
         elif issubclass(kind, CloudUnavailable):
             self._breaker.record_failure(now_s)
         elif issubclass(kind, (DeadlineExceeded, Cancelled)) or not issubclass(kind, NearfarError):

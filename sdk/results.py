@@ -29,12 +29,15 @@ class Route(msgspec.Struct, frozen=True):
             stated, were not sure enough; empty when the first choice held.
         source: ``run``: it was computed for this request; ``in_flight``: for an equal one that was
             under way; ``cache``: for an equal one before.
+        hedge: What was started beside the first choice because that was late, why, and which of the
+            two answered first; ``""`` when nothing was.
     """
 
     name: RouteName
     reason: str
     before: tuple[RouteName, ...] = ()
     source: Source = "run"
+    hedge: str = ""
 
     @property
     def path(self) -> str:
@@ -42,7 +45,8 @@ class Route(msgspec.Struct, frozen=True):
         return " → ".join((*self.before, self.name))
 
     def __str__(self) -> str:
-        return f'{self.path}{_SHOWN[self.source]} · "{self.reason}"'
+        hedge = f" ({self.hedge})" if self.hedge else ""
+        return f'{self.path}{_SHOWN[self.source]} · "{self.reason}"{hedge}'
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edge_runtime import EdgeResult
+    from nearfar.engines.base import CancelToken
     from nearfar.wire.messages import ModelOffer
     from sdk.cloud.connection import TensorReply
     from sdk.cloud.egress import Permit
+    from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
+    from sdk.racing import Race
 
 
 class Connect(msgspec.Struct, frozen=True):
@@ -67,7 +70,7 @@ class Wait(msgspec.Struct, frozen=True):
     delay_s: float
 
 
-Step = Union[Connect, Wait, RunHere, RunThere]
+Step = Union[Connect, Wait, RunHere, RunThere, "Race"]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -83,8 +86,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     received_bytes: int = 0
 
 
-def run_here(edge: EdgeRoute, step: RunHere) -> Answer:
+def run_here(edge: EdgeRoute, step: RunHere, cancel: CancelToken | None = None) -> Answer:
     """Perform `RunHere`, in the calling thread.
+
+    Args:
+        edge: The device.
+        step: What to run.
+        cancel: Ends it early.
 
     Raises:
         NearfarError: What the edge runtime says.
@@ -101,6 +109,7 @@ def run_here(edge: EdgeRoute, step: RunHere) -> Answer:
         version=request.version,
         deadline=request.deadline,
         expected_s=step.expected_s,
+        cancel=cancel,
     )
     total_ms = (time.perf_counter() - started_s) * 1000.0
     return answer_here(done, total_ms, was_loaded=was_loaded)
@@ -118,6 +127,29 @@ def answer_here(done: EdgeResult, total_ms: float, *, was_loaded: bool) -> Answe
         total_ms=total_ms,
         load_ms=0.0 if was_loaded else max(0.0, total_ms - queue_ms - compute_ms),
     )
+
+
+async def run_there(link: CloudLink, step: RunThere) -> Answer:
+    """Perform `RunThere`.
+
+    Raises:
+        NearfarError: What `CloudLink.infer` says.
+    """
+    request = step.request
+    started_s = time.perf_counter()
+    reply = await link.infer(
+        step.permit,
+        model=request.model,
+        form=request.form,
+        tensors=wire_tensors(request, step.offer.manifest),
+        deadline=request.deadline,
+        version=request.version,
+        variant=step.variant,
+        priority=request.priority,
+        request_id=step.request_id,
+        trace=step.trace,
+    )
+    return answer_of(reply, started_s)
 
 
 def answer_of(reply: TensorReply, started_s: float) -> Answer:

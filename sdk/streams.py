@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nearfar.errors import NearfarError, StreamInterrupted
+from nearfar.errors import Cancelled, NearfarError, StreamInterrupted
 from nearfar.generation import FinishReason, GenerationChunk, Usage
 from sdk.answer import AnswerState, Summary
 from sdk.results import Chunk, Route, Timings
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from nearfar.units import Deadline
     from nearfar.wire.messages import Fin, Token
     from sdk.cloud.resumption import ResumableStream
+
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -75,6 +82,21 @@ class EdgeSource:
         self._generation.close()
 
 
+class Begun:
+    """A source whose first piece was taken from it already."""
+
+    def __init__(self, source: Source, first: tuple[GenerationChunk, Summary | None]) -> None:
+        self._source = source
+        self._first: tuple[GenerationChunk, Summary | None] | None = first
+
+    def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        first, self._first = self._first, None
+        return self._source.pull() if first is None else first
+
+    def close(self) -> None:
+        self._source.close()
+
+
 class TokenBuffer:
     """Turns batches of wire tokens into pieces, and the server's `Fin` into the last one."""
 
@@ -117,6 +139,7 @@ class CloudSource:
         deadline: When the answer is due.
         call: Runs a coroutine on the loop and waits for its result.
         post: Runs a function on the loop and does not wait.
+        submit: Runs a coroutine on the loop and gives its future.
     """
 
     def __init__(
@@ -125,17 +148,45 @@ class CloudSource:
         deadline: Deadline,
         call: Callable[[Coroutine[Any, Any, list[Token]]], list[Token]],
         post: Callable[[Callable[[], None]], None],
+        submit: Callable[[Coroutine[Any, Any, list[Token]]], Future[list[Token]]],
     ) -> None:
         self._stream = stream
         self._deadline = deadline
         self._call = call
         self._post = post
+        self._submit = submit
         self._buffer = TokenBuffer()
+        self._begun: Future[list[Token]] | None = None
+
+    def begins_within(self, timeout_s: float) -> bool:
+        """Wait for the first piece (or for the news that none comes), but not longer."""
+        return bool(concurrent.futures.wait((self._beginning(),), timeout_s).done)
+
+    def when_begun(self, function: Callable[[], None]) -> None:
+        """Have a function called, in another thread, when the first piece is here."""
+
+        def tell(begun: Future[list[Token]]) -> None:
+            if not begun.cancelled() and begun.exception() is None:
+                function()
+
+        self._beginning().add_done_callback(tell)
+
+    def _beginning(self) -> Future[list[Token]]:
+        if self._begun is None:
+            self._begun = self._submit(self._stream.tokens(self._deadline))
+        return self._begun
 
     def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
         piece = self._buffer.next_token()
         if piece is None:
-            self._buffer.add(self._call(self._stream.tokens(self._deadline)))
+            begun, self._begun = self._begun, None
+            if begun is None:
+                self._buffer.add(self._call(self._stream.tokens(self._deadline)))
+            else:
+                try:
+                    self._buffer.add(begun.result())
+                except concurrent.futures.CancelledError:
+                    raise Cancelled("The client was closed before the answer came") from None
             piece = self._buffer.next_token()
         if piece is not None:
             return piece, None
@@ -153,11 +204,19 @@ class AsyncCloudSource:
         self._stream = stream
         self._deadline = deadline
         self._buffer = TokenBuffer()
+        self._begun: asyncio.Future[list[Token]] | None = None
+
+    def beginning(self) -> asyncio.Future[list[Token]]:
+        """Done when the first piece is here, or the news that none comes."""
+        if self._begun is None:
+            self._begun = asyncio.ensure_future(self._stream.tokens(self._deadline))
+        return self._begun
 
     async def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
         piece = self._buffer.next_token()
         if piece is None:
-            self._buffer.add(await self._stream.tokens(self._deadline))
+            begun, self._begun = self._begun, None
+            self._buffer.add(await (begun or self._stream.tokens(self._deadline)))
             piece = self._buffer.next_token()
         if piece is not None:
             return piece, None
@@ -165,7 +224,25 @@ class AsyncCloudSource:
         return last_piece(fin) if fin is not None else (None, None)
 
     async def close(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.cancel()
         self._stream.cancel()
+
+
+class AsyncBegun:
+    """As `Begun`."""
+
+    def __init__(self, source: AsyncSource, first: tuple[GenerationChunk, Summary | None]) -> None:
+        self._source = source
+        self._first: tuple[GenerationChunk, Summary | None] | None = first
+
+    async def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
+        first, self._first = self._first, None
+        return await self._source.pull() if first is None else first
+
+    async def close(self) -> None:
+        await self._source.close()
 
 
 class AsyncEdgeSource:
@@ -255,9 +332,17 @@ class GenerationStream(_Facts):
     Not thread-safe, but `close` may be called from another thread.
     """
 
-    def __init__(self, state: AnswerState, open_source: Callable[[AnswerState], Source]) -> None:
+    def __init__(
+        self,
+        state: AnswerState,
+        open_source: Callable[[AnswerState], Source],
+        open_edge: Callable[[AnswerState, RouteDecision, CancelToken], Source],
+        check: Callable[[], None],
+    ) -> None:
         super().__init__(state)
+        self._check = check
         self._open = open_source
+        self._open_edge = open_edge
         self._source: Source | None = None
 
     def begin(self) -> GenerationStream:
@@ -279,11 +364,16 @@ class GenerationStream(_Facts):
             if source is None:
                 continue
             try:
+                if state.silence_s() is not None and isinstance(source, CloudSource):
+                    source = self._beside(source)
                 piece, summary = source.pull()
                 if piece is None:
                     raise StreamInterrupted("The answer stopped without its last word")
+                state.refuse_empty(piece)
             except NearfarError as error:
                 self._drop_source()
+                if state.error is error:
+                    raise
                 state.fail(error)
                 continue
             except BaseException:  # Ctrl-C: the work behind the answer stops as well
@@ -297,6 +387,45 @@ class GenerationStream(_Facts):
             if chunk is not None:
                 return chunk
         raise StopIteration
+
+    def _beside(self, cloud: CloudSource) -> Source:
+        """Wait for the cloud to begin; the source to go on with, the device's if that was first."""
+        state = self._state
+        while (silence_s := state.silence_s()) is not None:
+            if cloud.begins_within(silence_s):
+                break
+            again = state.wake()
+            if again is None:
+                continue
+            from nearfar.engines.base import CancelToken
+
+            cancel = CancelToken()
+            cloud.when_begun(cancel.cancel)
+            first: tuple[GenerationChunk | None, Summary | None] = None, None
+            edge: Source | None = None
+            try:
+                edge = self._open_edge(state, again, cancel)
+                first = edge.pull()
+            except NearfarError as error:
+                logger.debug("the device did not begin either: %s", error)
+            piece, summary = first
+            if edge is None or piece is None or cancel.is_cancelled:
+                if edge is not None:
+                    edge.close()
+                state.held()
+            else:
+                try:
+                    is_first = state.outrun()
+                except NearfarError:
+                    edge.close()
+                    raise
+                if is_first:
+                    cloud.close()
+                    self._check()
+                    self._source = Begun(edge, (piece, summary))
+                    return self._source
+                edge.close()
+        return cloud
 
     def text(self) -> str:
         """Wait for the end and return the whole answer, including what was iterated already.
@@ -352,9 +481,13 @@ class AsyncGenerationStream(_Facts):
         self,
         state: AnswerState,
         open_source: Callable[[AnswerState], Awaitable[AsyncSource]],
+        open_edge: Callable[[AnswerState, RouteDecision, CancelToken], Awaitable[AsyncSource]],
+        check: Callable[[], None],
     ) -> None:
         super().__init__(state)
+        self._check = check
         self._open = open_source
+        self._open_edge = open_edge
         self._source: AsyncSource | None = None
 
     async def begin(self) -> AsyncGenerationStream:
@@ -373,11 +506,16 @@ class AsyncGenerationStream(_Facts):
             if source is None:
                 continue
             try:
+                if state.silence_s() is not None and isinstance(source, AsyncCloudSource):
+                    source = await self._beside(source)
                 piece, summary = await source.pull()
                 if piece is None:
                     raise StreamInterrupted("The answer stopped without its last word")
+                state.refuse_empty(piece)
             except NearfarError as error:
                 await self._drop_source()
+                if state.error is error:
+                    raise
                 state.fail(error)
                 continue
             except BaseException:  # the task was cancelled: the work stops as well
@@ -391,6 +529,66 @@ class AsyncGenerationStream(_Facts):
             if chunk is not None:
                 return chunk
         raise StopAsyncIteration
+
+    async def _beside(self, cloud: AsyncCloudSource) -> AsyncSource:
+        """As `GenerationStream._beside`."""
+        state = self._state
+        beginning = cloud.beginning()
+        while (silence_s := state.silence_s()) is not None:
+            done, _ = await asyncio.wait((beginning,), timeout=silence_s)
+            if done:
+                break
+            again = state.wake()
+            if again is None:
+                continue
+            from nearfar.engines.base import CancelToken
+
+            cancel = CancelToken()
+            beside = asyncio.ensure_future(self._begin_edge(state, again, cancel))
+            try:
+                await asyncio.wait((beginning, beside), return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                cancel.cancel()
+                beside.cancel()
+                raise
+            if beginning.done() and beginning.exception() is None:
+                cancel.cancel()
+            begun = await beside
+            if begun is None or cancel.is_cancelled:
+                if begun is not None:
+                    await begun.close()
+                state.held()
+            else:
+                try:
+                    is_first = state.outrun()
+                except NearfarError:
+                    await begun.close()
+                    raise
+                if is_first:
+                    await cloud.close()
+                    self._check()
+                    self._source = begun
+                    return begun
+                await begun.close()
+        return cloud
+
+    async def _begin_edge(
+        self, state: AnswerState, again: RouteDecision, cancel: CancelToken
+    ) -> AsyncSource | None:
+        """The device's source with its first piece; `None` when it did not begin."""
+        edge: AsyncSource | None = None
+        try:
+            edge = await self._open_edge(state, again, cancel)
+            piece, summary = await edge.pull()
+        except NearfarError as error:
+            logger.debug("the device did not begin either: %s", error)
+            piece = None
+        if edge is None:
+            return None
+        if piece is None:
+            await edge.close()
+            return None
+        return AsyncBegun(edge, (piece, summary))
 
     async def text(self) -> str:
         """As `GenerationStream.text`."""

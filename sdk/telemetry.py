@@ -20,6 +20,7 @@ from nearfar.generation import GenerationChunk
 from nearfar.telemetry import mark_failed, meter, trace_of, tracer
 from sdk.answer import AnswerState, Summary
 from sdk.core import Completed, Core
+from sdk.racing import Race
 from sdk.requests import Request
 from sdk.results import Chunk
 from sdk.routing import RouteDecision
@@ -84,8 +85,11 @@ class Telemetry:
         try:
             step = next(life)
             while True:
-                span = self.child(root, _name_of(step), is_remote=isinstance(step, RunThere))
-                if isinstance(step, RunThere):
+                first = step.first if isinstance(step, Race) else step
+                span = self.child(root, _name_of(first), is_remote=isinstance(first, RunThere))
+                if isinstance(step, Race):
+                    step.carry(trace_of(span))
+                elif isinstance(step, RunThere):
                     step = msgspec.structs.replace(step, trace=trace_of(span))
                 code = "cancelled"
                 try:
@@ -95,6 +99,8 @@ class Telemetry:
                     code = error.code
                     failed = error
                 finally:
+                    if isinstance(step, Race) and step.hedge:
+                        span.set_attribute("nearfar.hedge", step.hedge)
                     if code:
                         mark_failed(span, code)
                     elif isinstance(came, Answer):

@@ -6,12 +6,15 @@ import functools
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.harness import Bar, Direction, Figure, Report, Run
+from benchmarks.harness import Bar, Direction, Figure, Report, Run, quantile
+from benchmarks.routing.causes import causes
 from benchmarks.routing.policies import (
+    OURS,
+    OURS_UNHEDGED,
     MeanOfTen,
     Oracle,
     Ours,
@@ -24,13 +27,15 @@ from benchmarks.routing.simulate import Score, simulate
 from benchmarks.routing.world import Nature, World
 from benchmarks.subjects import Begin
 
-OURS, ORACLE = "nearfar", "oracle"
-ADAPTIVE = (MeanOfTen.name, PeakEwma.name, OURS, ORACLE)
+ORACLE = Oracle.name
+ADAPTIVE = (MeanOfTen.name, PeakEwma.name, OURS_UNHEDGED, OURS, ORACLE)
 
 MAX_BEHIND_ORACLE = -2.0  # points of SLO attainment
 MIN_AHEAD_OF_STATIC = 10.0  # points, where links vary
 MAX_BEHIND_STATIC = -1.0  # points, where they do not
 MAX_REGRET = 10.0  # percent of the oracle's p95
+MIN_TAIL_CUT = 75.0  # percent of the p99 without hedging, with wedges
+MAX_EXTRA = 5.0  # percent of requests
 MAX_DECISION_P50_US, MAX_DECISION_P99_US = 20.0, 100.0
 
 #: Held-out scenarios are drawn from other seeds than tuned ones.
@@ -61,10 +66,12 @@ class Outcome:
     Attributes:
         scenario: Which.
         scores: Policy to one score per seed; the same index is the same world.
+        causes: Why the client's router was late, in percent of requests.
     """
 
     scenario: Scenario
     scores: dict[str, list[Score]]
+    causes: dict[str, float]
 
     @property
     def best_static(self) -> str:
@@ -81,6 +88,10 @@ class Outcome:
             ours.attainment - theirs.attainment
             for ours, theirs in zip(self.scores[policy], self.scores[of], strict=True)
         ]
+
+    def pooled_p99_ms(self, policy: str) -> float:
+        """99th percentile of all runs together: one run has too few wedges for one of its own."""
+        return quantile(sorted(ms for s in self.scores[policy] for ms in s.latencies_ms), 0.99)
 
     def regret(self, policy: str) -> list[float]:
         """Percent by which a policy's p95 is above the oracle's, run by run."""
@@ -100,7 +111,7 @@ def run_scenario(scenario: Scenario, seeds: Sequence[int], step: Callable[[], No
             policy = make(world)
             scores.setdefault(policy.name, []).append(Score.of(simulate(world, policy)))
         step()
-    return Outcome(scenario, scores)
+    return Outcome(scenario, scores, causes(scenario, seeds))
 
 
 def _fixed(policy: Policy, world: World) -> Policy:
@@ -115,6 +126,7 @@ def _policies(nature: Nature, seed: int) -> list[Callable[[World], Policy]]:
         *fixed,
         lambda world: MeanOfTen(random.Random(seed)),
         lambda world: PeakEwma(),
+        lambda world: Ours(nature, random.Random(seed), hedge_budget=0.0),
         lambda world: Ours(nature, random.Random(seed)),
         Oracle,
     ]
@@ -136,6 +148,8 @@ def measure(settings: Settings, begin: Begin) -> tuple[Report, list[Outcome]]:
     bars = [
         *_bars(outcomes, "tuned"),
         *_bars(outcomes, "held_out"),
+        *_wedge_bars(outcomes, "tuned"),
+        *_wedge_bars(outcomes, "held_out"),
         *_decision_bars(decisions),
     ]
     figures = [
@@ -157,7 +171,7 @@ def measure(settings: Settings, begin: Begin) -> tuple[Report, list[Outcome]]:
 
 
 def _bars(outcomes: Sequence[Outcome], use: Use) -> list[Bar]:
-    """The promises, on the scenarios of one use. Wedges and outages need hedging: no bar here."""
+    """The promises, on the scenarios of one use."""
     label = use.replace("_", " ")
     by_name = {outcome.scenario.name: outcome for outcome in outcomes}
     all_of = [outcome.scenario for outcome in outcomes]
@@ -182,6 +196,23 @@ def _bars(outcomes: Sequence[Outcome], use: Use) -> list[Bar]:
         _bar(
             f"{label}: p95 regret to the oracle",
             [o.regret(OURS) for o in both], MAX_REGRET, "at_most", "%",
+        ),
+    ]  # fmt: skip
+
+
+def _wedge_bars(outcomes: Sequence[Outcome], use: Use) -> list[Bar]:
+    """What hedging is for: a server that accepts and never answers."""
+    found = [o for o in outcomes if o.scenario.group == "wedges" and o.scenario.use == use]
+    cuts = [100.0 * (1.0 - o.pooled_p99_ms(OURS) / o.pooled_p99_ms(OURS_UNHEDGED)) for o in found]
+    label = use.replace("_", " ")
+    return [
+        _bar(
+            f"{label}: p99 to the first token below that without hedging, 2 % wedges",
+            [[cut] for cut in cuts], MIN_TAIL_CUT, "at_least", "%", worst=True,
+        ),
+        _bar(
+            f"{label}: extra requests for that",
+            [[score.extra for score in o.scores[OURS]] for o in found], MAX_EXTRA, "at_most", "%",
         ),
     ]  # fmt: skip
 
@@ -226,6 +257,10 @@ def _figures(outcome: Outcome) -> list[Figure]:
             figures.append(Figure.of_rounds(f"{title}: {text}", unit, values))
         if policy != ORACLE:
             figures.append(Figure.of_rounds(f"{title}: p95 regret", "%", outcome.regret(policy)))
+    figures.extend(
+        Figure.of_rounds(f"{outcome.scenario.name}: {OURS} late: {cause}", "%", [percent])
+        for cause, percent in outcome.causes.items()
+    )
     lead = outcome.ahead(ORACLE, best)
     figures.append(
         Figure.of_rounds(f"{outcome.scenario.name}: oracle above best static", "points", lead)
@@ -244,9 +279,10 @@ def time_decisions(begin: Begin) -> Figure:
     policy = Ours(nature, random.Random(0))
     simulate(world, policy)
     last_s = nature.jobs[-1].arrival_s + 1.0
+    jobs = [replace(job, deadline_s=last_s + job.deadline_s - job.arrival_s) for job in nature.jobs]
     calls_us = []
     for index in range(DECISION_CALLS):
-        job = nature.jobs[index % len(nature.jobs)]
+        job = jobs[index % len(jobs)]
         began_ns = time.perf_counter_ns()
         policy.decide(job, last_s)
         calls_us.append((time.perf_counter_ns() - began_ns) / 1000.0)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.routing.bench import ADAPTIVE, ORACLE, OURS, Outcome
+from benchmarks.routing.bench import ADAPTIVE, ORACLE, Outcome
+from benchmarks.routing.policies import OURS
 
 _LABEL, _PLOT, _ROW, _GAP = 190, 520, 20, 34
 _COLOURS = {OURS: "#2563eb", ORACLE: "#16a34a"}

@@ -31,8 +31,12 @@ from sdk.routing import (
     attempts,
     decide,
 )
+from sdk.routing.hedging import HedgePlan, Hedging, stalls_after_ms
+from sdk.routing.hedging import plan as plan_hedge
+from sdk.routing.types import HEDGE_BUDGET
 
 MODEL = "lab"
+OURS, OURS_UNHEDGED = "nearfar", "nearfar, no hedging"
 #: What anyone may know: policy allows both routes, and nothing here is content.
 ALLOWED = Verdict(edge=True, cloud=True, rule_ids=("lab",), reason="allowed", policy_hash="lab")
 #: How far a bundle's figures are off, measured on another machine than the one that runs.
@@ -41,10 +45,19 @@ SEED_ERROR = 1.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Try:
-    """One attempt of a plan: the route, and how long to wait before it starts."""
+    """One attempt of a plan.
+
+    Attributes:
+        route: Where.
+        delay_s: How long to wait before it starts.
+        hedge_after_s: After so long without an answer `Policy.hedge` is asked.
+        stall_after_s: After so long without an answer `Policy.stalled` is told.
+    """
 
     route: Route
     delay_s: float = 0.0
+    hedge_after_s: float | None = None
+    stall_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +96,36 @@ class Policy(Protocol):
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         """An attempt ended; comes before the plan is told."""
 
+    def hedge(self, job: Job, now_s: float) -> Try | None:
+        """What to start beside an attempt that has not answered."""
 
-class Fixed:
+    def stalled(self, job: Job, now_s: float) -> None:
+        """An attempt has been silent for longer than it should be."""
+
+    def cancelled(self, job: Job, route: Route, now_s: float) -> None:
+        """An attempt was given up because another one answered."""
+
+
+class Unhedged:
+    """The part of a policy that never starts two attempts at once."""
+
+    def started(self, job: Job, route: Route, now_s: float) -> None:
+        pass
+
+    def ended(self, job: Job, route: Route, ended: Ended) -> None:
+        pass
+
+    def hedge(self, job: Job, now_s: float) -> Try | None:
+        return None
+
+    def stalled(self, job: Job, now_s: float) -> None:
+        pass
+
+    def cancelled(self, job: Job, route: Route, now_s: float) -> None:
+        pass
+
+
+class Fixed(Unhedged):
     """A rule that looks at nothing but the request."""
 
     def __init__(self, name: str, rule: Callable[[Job], Route]) -> None:
@@ -93,12 +134,6 @@ class Fixed:
 
     def plan(self, job: Job, now_s: float) -> Plan:
         yield Try(route=self._rule(job))
-
-    def started(self, job: Job, route: Route, now_s: float) -> None:
-        pass
-
-    def ended(self, job: Job, route: Route, ended: Ended) -> None:
-        pass
 
 
 THRESHOLDS_BYTES = (4_000, 8_000, 12_000, 16_000, 24_000, 36_000)
@@ -124,7 +159,7 @@ def fixed_policies() -> list[Fixed]:
     ]
 
 
-class MeanOfTen:
+class MeanOfTen(Unhedged):
     """The lower mean of the last ten latencies, as latency-based routing of LiteLLM has it.
 
     A request that failed or was late counts with its whole time.
@@ -151,15 +186,12 @@ class MeanOfTen:
         if ended.visit.ending == "unavailable":
             yield Try(route=_other(first))
 
-    def started(self, job: Job, route: Route, now_s: float) -> None:
-        pass
-
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         penalty = 10.0 if ended.visit.ending == "unavailable" else 1.0
         self._seen[route].append(ended.total_ms * penalty)
 
 
-class PeakEwma:
+class PeakEwma(Unhedged):
     """Peak EWMA with outstanding requests, as in Finagle: up at once, down with a time constant."""
 
     name = "peak EWMA"
@@ -199,7 +231,7 @@ class PeakEwma:
         self._at_s[route] = now_s
 
 
-class Oracle:
+class Oracle(Unhedged):
     """Knows what becomes of each request on each route, and takes the faster answer.
 
     When none will be in time it takes the route that the request burdens least. It looks at one
@@ -223,35 +255,38 @@ class Oracle:
         else:
             yield Try(route="edge" if edge.after is None else "cloud")
 
-    def started(self, job: Job, route: Route, now_s: float) -> None:
-        pass
-
-    def ended(self, job: Job, route: Route, ended: Ended) -> None:
-        pass
-
 
 class Ours:
     """The client's own predictor, circuit breaker, decision and repair.
 
     What `sdk.knowledge` and `sdk.core` do around them is repeated here without sockets: seeds from
     a bundle, the device's queue from what its requests are expected to take, learning from answers
-    and from a cloud that did not answer in time.
+    and from a cloud that did not answer in time, the second route for requests that are late.
+
+    Args:
+        nature: Speeds that the bundle states, and the first round trip.
+        rng: For the breaker's jitter.
+        hedge_budget: As in the configuration.
     """
 
-    name = "nearfar"
-
-    def __init__(self, nature: Nature, rng: random.Random) -> None:
+    def __init__(
+        self, nature: Nature, rng: random.Random, *, hedge_budget: float = HEDGE_BUDGET
+    ) -> None:
+        self.name = OURS if hedge_budget else OURS_UNHEDGED
+        self.hedging = Hedging(hedge_budget)
         self.predictor = Predictor()
         self._breaker = CircuitBreaker(rng=rng)
         self._running: dict[int, tuple[float, float]] = {}  # device: job to (expected ms, since)
         self._decisions: dict[int, RouteDecision] = {}
-        self._tickets: dict[int, Ticket] = {}
+        self._plans: dict[int, HedgePlan] = {}
+        self._tickets: dict[tuple[int, Route], Ticket] = {}
         speeds: dict[Route, Speed] = {"edge": nature.edge, "cloud": nature.cloud}
         for route, speed in speeds.items():
-            p50_ms = 1000.0 * speed.service_s(16_000) * SEED_ERROR
+            size = nature.usual_bytes
+            p50_ms = 1000.0 * speed.service_s(size) * SEED_ERROR
             figure = LatencyFigure(
                 machine="another", execution_provider="CPUExecutionProvider", p50_ms=p50_ms,
-                p99_ms=1.3 * p50_ms, calls=50, input_tokens=16_000,
+                p99_ms=1.3 * p50_ms, calls=50, input_tokens=size,
             )  # fmt: skip
             self.predictor.seed(route, MODEL, [figure])
         self.predictor.observe_round_trip(nature.jobs[0].rtt_s * 1000.0, now_s=0.0)
@@ -275,10 +310,12 @@ class Ours:
                 remaining_ms=(job.deadline_s - now_s) * 1000.0,
                 size=size,
                 failed=failed,
+                hedge_tokens=self.hedging.tokens(now_s),
             )
         )
 
     def plan(self, job: Job, now_s: float) -> Plan:
+        self.hedging.request()
         steps = attempts(
             self.decide(job, now_s),
             lambda failed, at_s: self.decide(job, at_s, failed),
@@ -286,17 +323,38 @@ class Ours:
         )
         attempt = next(steps)
         while True:
-            self._decisions[job.number] = attempt.decision
-            ended = yield Try(route=attempt.route, delay_s=attempt.delay_s)
+            decision = self._decisions[job.number] = attempt.decision
+            planned = plan_hedge(decision)
+            if planned is not None:
+                self._plans[job.number] = planned
+            watched = attempt.route == "cloud" and decision.fallback is not None
+            expected = decision.inputs.state(attempt.route).prediction
+            ended = yield Try(
+                route=attempt.route,
+                delay_s=attempt.delay_s,
+                hedge_after_s=None if planned is None else planned.after_ms / 1000.0,
+                stall_after_s=stalls_after_ms(expected) / 1000.0 if watched else None,
+            )
             outcome = Outcome(now_s=ended.visit.end_s, error=_error(ended.visit))
             try:
                 attempt = steps.send(outcome)
             except (StopIteration, NearfarError):
                 return
 
+    def hedge(self, job: Job, now_s: float) -> Try | None:
+        planned, began = self._plans[job.number], self._decisions[job.number]
+        again = self.decide(job, now_s)
+        if self.hedging.start(planned, began, again) is None:
+            return None
+        self._decisions[job.number] = again
+        return Try(route=planned.other)
+
+    def stalled(self, job: Job, now_s: float) -> None:
+        self._breaker.record_failure(now_s)
+
     def started(self, job: Job, route: Route, now_s: float) -> None:
         expected = self._decisions[job.number].inputs.state(route).prediction
-        self._tickets[job.number] = self.predictor.start(
+        self._tickets[job.number, route] = self.predictor.start(
             route, MODEL, size_of(job), expected, now_s=now_s
         )
         if route == "edge":
@@ -306,7 +364,7 @@ class Ours:
 
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         now_s, visit = ended.visit.end_s, ended.visit
-        ticket = self._tickets.pop(job.number)
+        ticket = self._tickets.pop((job.number, route))
         self.predictor.stop(ticket, now_s=now_s)
         if route == "edge":
             self._edge_ended(job.number, now_s)
@@ -323,6 +381,15 @@ class Ours:
             self.predictor.observe(route, MODEL, size_of(job), seen, now_s=now_s, ticket=ticket)
         elif visit.ending == "late":
             self.predictor.observe_late(ticket, now_s=now_s)
+
+    def cancelled(self, job: Job, route: Route, now_s: float) -> None:
+        ticket = self._tickets.pop((job.number, route))
+        self.predictor.stop(ticket, now_s=now_s)
+        self.predictor.observe_late(ticket, now_s=now_s)
+        if route == "edge":
+            self._edge_ended(job.number, now_s)
+        else:
+            self._breaker.release(now_s)
 
     def _edge_wait_ms(self, now_s: float) -> float:
         """What is expected of those before it: the running one as far as it is not done."""

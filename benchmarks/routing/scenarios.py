@@ -17,7 +17,7 @@ from benchmarks.routing.links import Link, Weather, markov_link, read_trace, ste
 from benchmarks.routing.world import Arrivals, Job, Nature, Speed, Window, arrival_times
 from nearfar.errors import InvalidInput
 
-Group = Literal["varying", "steady", "faults"]
+Group = Literal["varying", "steady", "faults", "wedges"]
 Use = Literal["tuned", "held_out"]
 
 DURATION_S = 120.0
@@ -38,6 +38,45 @@ DEVICE_FREE_S, DEVICE_BUSY_S = 15.0, 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What requests ask for, and how fast each route does it.
+
+    Attributes:
+        smallest_bytes: Uploads are log-uniform from here …
+        largest_bytes: … to here.
+        deadline_ms: Time for each.
+        edge: Speed of the device.
+        cloud: Speed of the cloud.
+        usual_bytes: Size that a bundle's figures are measured with.
+    """
+
+    smallest_bytes: int
+    largest_bytes: int
+    deadline_ms: float
+    edge: Speed
+    cloud: Speed
+    usual_bytes: int = 16_000
+
+    @property
+    def mean_bytes(self) -> int:
+        smallest, largest = self.smallest_bytes, self.largest_bytes
+        return round((largest - smallest) / math.log(largest / smallest))
+
+
+TENSORS = Work(
+    smallest_bytes=SMALLEST_BYTES, largest_bytes=LARGEST_BYTES, deadline_ms=DEADLINE_MS,
+    edge=EDGE, cloud=CLOUD,
+)  # fmt: skip
+#: Prompts until their first token: the time to it is what a reader waits for. A slot is held for
+#: that long only; decoding is left out.
+FIRST_TOKENS = Work(
+    smallest_bytes=500, largest_bytes=8_000, deadline_ms=4_000.0,
+    edge=Speed(fixed_ms=60.0, per_kb_ms=60.0), cloud=Speed(fixed_ms=15.0, per_kb_ms=4.0),
+    usual_bytes=2_000,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One world to compare policies in.
 
@@ -51,6 +90,7 @@ class Scenario:
         rtt_ms: Median round trip without transfer.
         faults: Turns a drawn world into a faulty one.
         is_recorded: Whether the link is a recording.
+        work: What is asked for.
     """
 
     name: str
@@ -62,20 +102,20 @@ class Scenario:
     rtt_ms: float = 40.0
     faults: Callable[[Nature, random.Random], Nature] | None = None
     is_recorded: bool = False
+    work: Work = TENSORS
 
     def draw(self, seed: int) -> Nature:
         """Everything that happens in one run; the same for every policy."""
         rng = random.Random(f"{self.name} {seed}")
         up, down = self.links(rng)
         jobs = [
-            _job(number, at_s, self.rtt_ms, rng)
+            _job(number, at_s, self.rtt_ms, self.work, rng)
             for number, at_s in enumerate(
                 arrival_times(self.arrivals, self.rate_s, DURATION_S, rng)
             )
         ]
-        mean_s = CLOUD.service_s(
-            round((LARGEST_BYTES - SMALLEST_BYTES) / math.log(LARGEST_BYTES / SMALLEST_BYTES))
-        )
+        work = self.work
+        mean_s = work.cloud.service_s(work.mean_bytes)
         others = [
             (at_s, rng.expovariate(1.0 / mean_s))
             for at_s in arrival_times(
@@ -83,18 +123,18 @@ class Scenario:
             )
         ]
         nature = Nature(
-            jobs=jobs, up=up, down=down, edge=EDGE, cloud=CLOUD, cloud_slots=CLOUD_SLOTS,
-            others=others,
+            jobs=jobs, up=up, down=down, edge=work.edge, cloud=work.cloud,
+            cloud_slots=CLOUD_SLOTS, others=others, usual_bytes=work.usual_bytes,
         )  # fmt: skip
         return self.faults(nature, rng) if self.faults is not None else nature
 
 
-def _job(number: int, at_s: float, rtt_ms: float, rng: random.Random) -> Job:
-    size = math.exp(rng.uniform(math.log(SMALLEST_BYTES), math.log(LARGEST_BYTES)))
+def _job(number: int, at_s: float, rtt_ms: float, work: Work, rng: random.Random) -> Job:
+    size = math.exp(rng.uniform(math.log(work.smallest_bytes), math.log(work.largest_bytes)))
     return Job(
         number=number,
         arrival_s=at_s,
-        deadline_s=at_s + DEADLINE_MS / 1000.0,
+        deadline_s=at_s + work.deadline_ms / 1000.0,
         upload_bytes=round(size),
         download_bytes=DOWNLOAD_BYTES,
         edge_noise=math.exp(rng.gauss(0.0, EDGE_NOISE)),
@@ -244,6 +284,15 @@ _GENERATED = (
     Scenario(
         name="2 % wedges", group="faults", use="held_out", arrivals="poisson", links=_steady(10),
         faults=_wedges,
+    ),
+    Scenario(
+        name="first token, 2 % wedges", group="wedges", use="tuned", arrivals="poisson",
+        rate_s=2.0, links=_steady(10), faults=_wedges, work=FIRST_TOKENS,
+    ),
+    Scenario(
+        name="first token, 2 % wedges, mobile", group="wedges", use="held_out", arrivals="bursty",
+        rate_s=2.0, rtt_ms=60.0, faults=_wedges, work=FIRST_TOKENS,
+        links=_generated(Weather(12, 6), Weather(4, 6), Weather(2, 4)),
     ),
 )  # fmt: skip
 

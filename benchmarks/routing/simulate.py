@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Union
 
 from benchmarks.harness import quantile
 from benchmarks.routing.policies import Ended, Plan, Policy, Try
-from benchmarks.routing.world import Job, World
+from benchmarks.routing.world import Job, Visit, World
+from sdk.routing import Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class Score:
         p99_ms: 99th percentile of the same.
         extra: Attempts beyond one for each request, in percent of requests.
         on_cloud: Requests that ended in the cloud, in percent.
+        latencies_ms: All of them, ascending; runs are pooled for rare events.
     """
 
     attainment: float
@@ -50,6 +53,7 @@ class Score:
     p99_ms: float
     extra: float
     on_cloud: float
+    latencies_ms: tuple[float, ...]
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> Score:
@@ -62,6 +66,7 @@ class Score:
             p99_ms=quantile(ordered, 0.99),
             extra=100.0 * sum(result.attempts - 1 for result in results) / count,
             on_cloud=100.0 * sum(result.route == "cloud" for result in results) / count,
+            latencies_ms=tuple(ordered),
         )
 
 
@@ -70,50 +75,102 @@ class _Request:
     job: Job
     plan: Plan
     attempts: int = 0
+    first: Try | None = None
+    open: dict[Route, tuple[Visit, float]] = field(default_factory=dict)
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Silent:
+    """An attempt may have been silent for too long: ask for another one, or tell of a stall."""
+
+    attempt: int
+    kind: str
+
+
+Event = Union[Try, Ended, _Silent]
 
 
 def simulate(world: World, policy: Policy) -> list[Result]:
     """Let a policy route all requests of a world; results in order of arrival."""
-    order = itertools.count()
-    # (time, number for equal times, request, attempt to start or how one ended)
-    events: list[tuple[float, int, _Request, Try | Ended]] = []
+    run = _Run(world, policy)
     arrivals = iter(world.nature.jobs)
     coming = next(arrivals, None)
-    results: dict[int, Result] = {}
-
-    def start(request: _Request, step: Try, now_s: float) -> None:
-        request.attempts += 1
-        policy.started(request.job, step.route, now_s)
-        visit = world.start(step.route, request.job, now_s)
-        ended = Ended(visit=visit, started_s=now_s)
-        heapq.heappush(events, (visit.end_s, next(order), request, ended))
-
-    def go(request: _Request, step: Try, now_s: float) -> None:
-        if step.delay_s:
-            heapq.heappush(events, (now_s + step.delay_s, next(order), request, step))
-        else:
-            start(request, step, now_s)
-
-    while coming is not None or events:
-        if coming is not None and (not events or coming.arrival_s < events[0][0]):
-            request = _Request(coming, policy.plan(coming, coming.arrival_s))
-            go(request, next(request.plan), coming.arrival_s)
+    while coming is not None or run.events:
+        if coming is not None and (not run.events or coming.arrival_s < run.events[0][0]):
+            run.arrive(coming)
             coming = next(arrivals, None)
-            continue
-        now_s, _, request, event = heapq.heappop(events)
+        else:
+            run.step()
+    return [run.results[number] for number in sorted(run.results)]
+
+
+class _Run:
+    def __init__(self, world: World, policy: Policy) -> None:
+        self._world = world
+        self._policy = policy
+        self._order = itertools.count()
+        # (time, number for equal times, request, what happens)
+        self.events: list[tuple[float, int, _Request, Event]] = []
+        self.results: dict[int, Result] = {}
+
+    def arrive(self, job: Job) -> None:
+        request = _Request(job, self._policy.plan(job, job.arrival_s))
+        self._go(request, next(request.plan), job.arrival_s)
+
+    def step(self) -> None:
+        now_s, _, request, event = heapq.heappop(self.events)
         if isinstance(event, Try):
-            start(request, event, now_s)
-            continue
-        job, visit = request.job, event.visit
-        policy.ended(job, visit.route, event)
+            self._start(request, event, now_s)
+        elif isinstance(event, Ended):
+            self._ended(request, event, now_s)
+        elif event.attempt == request.attempts and request.open:
+            if event.kind == "stall":
+                self._policy.stalled(request.job, now_s)
+            else:
+                step = self._policy.hedge(request.job, now_s)
+                if step is not None:
+                    self._start(request, step, now_s)
+
+    def _push(self, at_s: float, request: _Request, event: Event) -> None:
+        heapq.heappush(self.events, (at_s, next(self._order), request, event))
+
+    def _go(self, request: _Request, step: Try, now_s: float) -> None:
+        if step.delay_s:
+            self._push(now_s + step.delay_s, request, step)
+        else:
+            self._start(request, step, now_s)
+
+    def _start(self, request: _Request, step: Try, now_s: float) -> None:
+        request.attempts += 1
+        self._policy.started(request.job, step.route, now_s)
+        visit = self._world.start(step.route, request.job, now_s)
+        request.open[step.route] = visit, now_s
+        self._push(visit.end_s, request, Ended(visit=visit, started_s=now_s))
+        for after_s, kind in ((step.hedge_after_s, "hedge"), (step.stall_after_s, "stall")):
+            if after_s is not None:
+                self._push(now_s + after_s, request, _Silent(request.attempts, kind))
+
+    def _ended(self, request: _Request, ended: Ended, now_s: float) -> None:
+        job, visit = request.job, ended.visit
+        if request.is_over:
+            return  # given up before
+        del request.open[visit.route]
+        self._policy.ended(job, visit.route, ended)
+        if visit.ending != "answered" and request.open:
+            return  # the other one may still answer
+        for other, _ in request.open.values():
+            self._world.cancel(other, now_s)
+            self._policy.cancelled(job, other.route, now_s)
+        request.open.clear()
         try:
-            go(request, request.plan.send(event), now_s)
+            self._go(request, request.plan.send(ended), now_s)
         except StopIteration:
-            results[job.number] = Result(
+            request.is_over = True
+            self.results[job.number] = Result(
                 arrival_s=job.arrival_s,
                 latency_ms=(now_s - job.arrival_s) * 1000.0,
                 is_in_time=visit.ending == "answered",
                 attempts=request.attempts,
                 route=visit.route,
             )
-    return [results[number] for number in sorted(results)]

@@ -21,6 +21,8 @@ Ending = Literal["answered", "late", "unavailable"]
 
 #: The cloud's other clients have deadlines too, and give up after waiting so long.
 PATIENCE_S = 0.5
+#: A cancelled call gives its slot back within this time.
+CANCEL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Nature:
         thermal: When the device is slower.
         slow: When the cloud is slower.
         outages: When the cloud refuses connections.
+        usual_bytes: Size that a bundle's figures are measured with.
     """
 
     jobs: Sequence[Job]
@@ -97,6 +100,7 @@ class Nature:
     thermal: Sequence[Window] = ()
     slow: Sequence[Window] = ()
     outages: Sequence[Window] = ()
+    usual_bytes: int = 16_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +151,16 @@ class World:
         elif visit.after is not None:
             self._edge_free_s = visit.after[0]
         return visit
+
+    def cancel(self, visit: Visit, now_s: float) -> None:
+        """Give up a visit that has not ended.
+
+        What it holds of the device is free `CANCEL_S` later, if nobody is queued behind it. In the
+        cloud and on the link it is done to its end, which is the worst case.
+        """
+        if visit.route == "edge" and visit.after == (self._edge_free_s,):
+            begin_s = self._edge_free_s - visit.compute_ms / 1000.0
+            self._edge_free_s = min(self._edge_free_s, max(begin_s, now_s + CANCEL_S))
 
     def _edge_visit(self, job: Job, now_s: float) -> Visit:
         begin_s = max(now_s, self._edge_free_s)

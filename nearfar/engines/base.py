@@ -7,7 +7,7 @@ runtimes call them from worker threads and decide how many calls run at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -19,12 +19,27 @@ from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
 
 @dataclass(slots=True)
 class CancelToken:
-    """Lets one thread stop work that another thread does; engines look at it between tokens."""
+    """Lets one thread stop work that another thread does.
+
+    Engines that generate text look at it between tokens, those that run tensors are told of it.
+    """
 
     _event: threading.Event = field(default_factory=threading.Event)
+    _listeners: list[Callable[[], None]] = field(default_factory=list)
 
     def cancel(self) -> None:
         self._event.set()
+        for listener in tuple(self._listeners):
+            listener()
+
+    def on_cancel(self, listener: Callable[[], None]) -> None:
+        """Have a function called at `cancel`, in its thread; at once when that was before.
+
+        It may be called twice, and must neither wait nor raise.
+        """
+        self._listeners.append(listener)
+        if self._event.is_set():
+            listener()
 
     @property
     def is_cancelled(self) -> bool:
@@ -103,11 +118,14 @@ class TensorEngine(Engine, Protocol):
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def infer(
+        self, feeds: Mapping[str, np.ndarray], cancel: CancelToken | None = None
+    ) -> dict[str, np.ndarray]:
         """Run one call.
 
         Args:
             feeds: Input name to array; dtype and shape as in `inputs`.
+            cancel: Ends the call as soon as the library can.
 
         Returns:
             Output name to array, in model order; the arrays belong to the caller.
@@ -115,6 +133,7 @@ class TensorEngine(Engine, Protocol):
         Raises:
             InvalidInput: A name, dtype or shape does not fit; the error names it.
             EngineError: The engine failed.
+            Cancelled: `cancel` was set before it was done.
         """
         ...
 

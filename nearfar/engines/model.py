@@ -58,29 +58,37 @@ class LoadedModel:
             self.engine.close()
             raise
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def infer(
+        self, feeds: Mapping[str, np.ndarray], cancel: CancelToken | None = None
+    ) -> dict[str, np.ndarray]:
         """Run one batch of tensors; see `TensorEngine.infer`.
 
         Raises:
             InvalidInput: A tensor does not fit, or the model generates text.
             EngineError: The engine failed.
         """
-        return self.tensor_engine.infer(feeds)
+        if cancel is None:
+            return self.tensor_engine.infer(feeds)
+        return self.tensor_engine.infer(feeds, cancel)
 
     def infer_raw(
-        self, form: RawForm, items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes]
+        self,
+        form: RawForm,
+        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes],
+        cancel: CancelToken | None = None,
     ) -> dict[str, np.ndarray]:
         """Preprocess one batch as the bundle says, and run it.
 
         Args:
             form: What the items are: ``text`` (str) or ``bytes``.
             items: One per row of the batch.
+            cancel: As for `infer`.
 
         Raises:
             InvalidInput: The model takes something else, or an item does not fit.
             EngineError: The engine failed.
         """
-        return self.infer(self.preprocess(form, items))
+        return self.infer(self.preprocess(form, items), cancel)
 
     def preprocess(
         self, form: RawForm, items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes]

@@ -151,7 +151,7 @@ class _Unfinished:
 
     def __init__(self, total_bytes: int, stream: int) -> None:
         # malloc: memory that the peer announces but never fills is not touched
-        self.area = np.empty(total_bytes, np.uint8)
+        self.area = np.empty(total_bytes, np.uint8).data
         self.filled_bytes = 0
         self.size_bytes = 0
         self.stream = stream
@@ -260,13 +260,13 @@ class Assembler:
         end = one.filled_bytes + len(data)
         if not data or end > len(one.area):
             raise _bad("a piece is empty or too long")
-        one.area[one.filled_bytes : end] = np.frombuffer(data, np.uint8)
+        one.area[one.filled_bytes : end] = data
         one.filled_bytes = end
         one.size_bytes += record_bytes
         if end < len(one.area):
             return None
         del self._unfinished[number]
-        return Arrived(one.area.data.toreadonly(), one.size_bytes, one.stream)
+        return Arrived(one.area.toreadonly(), one.size_bytes, one.stream)
 
 
 def _bad(reason: str) -> RemoteProtocolError:

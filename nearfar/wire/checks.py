@@ -43,8 +43,9 @@ def problem_in(message: Message) -> str | None:
         return f"{kind.__name__}.stream is {stream}"
     # By type, not by a row of questions: this runs for every message, at both ends.
     check = _CHECKS.get(kind)
-    problem = None if check is None else check(message)
-    return None if problem is None else f"{kind.__name__}{problem}"
+    if check is None or (problem := check(message)) is None:
+        return None
+    return f"{kind.__name__}{problem}"
 
 
 def _in_auth(message: Auth) -> str | None:
@@ -112,6 +113,9 @@ def _in_credit_of(message: Generate | Resume) -> str | None:
 
 
 def _in_result(message: Result) -> str | None:
+    # Predictions are fed from these; NaN would poison every average it meets.
+    if 0 <= message.queue_ms < math.inf and 0 <= message.compute_ms < math.inf:
+        return None  # the most frequent, without another call
     return _in_times(message.queue_ms, message.compute_ms)
 
 

@@ -237,9 +237,9 @@ class Connection:
         return tuple(self._streams)
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a stream is open."""
-        return bool(self._streams)
+    def in_flight(self) -> int:
+        """How many streams have not ended."""
+        return len(self._streams)
 
     def is_open(self, stream: int) -> bool:
         """Whether the stream was opened and has not ended."""
@@ -487,7 +487,8 @@ class Connection:
         elif self.state is not ConnectionState.OPEN and self.state is not ConnectionState.DRAINING:
             raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
         elif entry is None:
-            self._judge_opener()
+            if len(self._streams) >= self._max_streams or self.state is ConnectionState.DRAINING:
+                self._judge_opener()
         elif kind is not Result:
             self._judge_stream(entry, message)  # type: ignore[arg-type]
         return next_state

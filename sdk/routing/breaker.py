@@ -89,6 +89,11 @@ class CircuitBreaker:
             # Half fixed, half random: never at once, never all devices together.
             self._retry_at_s = now_s + backoff_s * (0.5 + 0.5 * self._rng.random())
 
+    def trip(self, now_s: float) -> None:
+        """The endpoint is known to be dead: open at once, however few failures there were."""
+        self._failures = max(self._failures, self._failure_threshold - 1)
+        self.record_failure(now_s)
+
     def release(self, now_s: float) -> None:
         """The attempt says nothing about the endpoint (cancelled): give the probe back."""
         self._probe_until_s = None

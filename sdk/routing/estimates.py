@@ -36,7 +36,7 @@ FAR = 1.5
 NEAR = 1.05
 # A level that nobody confirms goes back to the usual one, so that a route that was slow is tried
 # again: phones that throttle and machines in use by something else do so for seconds to minutes.
-HALF_LIFE_S = 20.0
+HALF_LIFE_S = 5.0
 # A shape that nobody confirms goes back to its seed, if it has one.
 SHAPE_HALF_LIFE_S = 300.0
 STALE_S = 10.0
@@ -79,12 +79,14 @@ class Recent:
         values: What to begin with instead, oldest first.
     """
 
-    __slots__ = ("_ordered", "_ring", "assumed", "quantiles")
+    __slots__ = ("_ordered", "_ring", "assumed", "moments", "quantiles")
 
     def __init__(self, sigma: float = DEFAULT_SIGMA, values: Sequence[float] = ()) -> None:
         start = values or [math.exp(sigma * z) for z in _PRIOR]
         #: Quantiles at `LEVELS`.
         self.quantiles: Quantiles
+        #: The median, and the squared distances of the others of `quantiles` from it.
+        self.moments: Quantiles
         #: How many of the values nobody has measured.
         self.assumed = 0 if values else len(_PRIOR)
         self._ring: deque[float] = deque(start[-WINDOW:])
@@ -121,10 +123,17 @@ class Recent:
             _quantile(ordered, 0.95),
             _quantile(ordered, 0.99),
         )
+        self.moments = moments_of(self.quantiles)
 
     def share_below(self, value: float) -> float:
         """Which part of the values is at most this one."""
         return bisect_right(self._ordered, value) / len(self._ordered)
+
+
+def moments_of(quantiles: Quantiles) -> Quantiles:
+    """The median, and the squared distances of p20, p80, p95 and p99 from it."""
+    q20, q50, q80, q95, q99 = quantiles
+    return q50, (q20 - q50) ** 2, (q80 - q50) ** 2, (q95 - q50) ** 2, (q99 - q50) ** 2
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
@@ -164,7 +173,9 @@ class Level:
             return 1.0
         return float(value ** (0.5 ** (age_s / self._half_life_s)))
 
-    def observe(self, ratio: float, *, now_s: float, cause: float | None = None) -> None:
+    def observe(
+        self, ratio: float, *, now_s: float, cause: float | None = None, is_cut: bool = False
+    ) -> None:
         """Learn how far a forecast missed.
 
         Args:
@@ -172,6 +183,8 @@ class Level:
             now_s: Monotonic time.
             cause: How much of that is due to the level, where it had only a part in the forecast:
                 the level it would have taken, divided by `at`.
+            is_cut: Nothing came: `ratio` is when it was given up. That moves the level, but is no
+                error of the kind that the next answer will have.
         """
         level = self.at(now_s)
         cause = ratio if cause is None else cause
@@ -181,7 +194,8 @@ class Level:
             # forecasts missed before it. A run must not hide itself.
             low, _, high, _, _ = self.errors.quantiles
             self._before = level, min(low, 1.0 / NEAR), max(high, NEAR)
-        self.errors.add(ratio)
+        if not is_cut:
+            self.errors.add(ratio)
         before, low, high = self._before
         since = ratio * level / before
         side = (since > high) - (since < low)
@@ -213,7 +227,7 @@ class Shape:
         prior_size: Size that the prior was measured at; 0 when it holds for any size.
     """
 
-    __slots__ = ("_prior_ms", "_prior_size", "_sizes", "_values", "points")
+    __slots__ = ("_prior_ms", "_prior_size", "_sizes", "_slopes", "_values", "points")
 
     def __init__(self, prior_ms: float | None = None, *, prior_size: float = 0.0) -> None:
         self._prior_ms = prior_ms
@@ -222,6 +236,7 @@ class Shape:
         self.points: dict[int, list[float]] = {}
         self._sizes: list[float] = []
         self._values: list[float] = []
+        self._slopes: list[float] = []
 
     def observe(self, size: float, value_ms: float) -> None:
         """Move the point of that size."""
@@ -243,7 +258,12 @@ class Shape:
     def refresh(self) -> None:
         """Make `at` see the points as they are."""
         ordered = [self.points[index] for index in sorted(self.points)]
-        self._sizes, self._values = [p[0] for p in ordered], [p[1] for p in ordered]
+        sizes, values = [p[0] for p in ordered], [p[1] for p in ordered]
+        self._slopes = [
+            (values[i + 1] - values[i]) / max(sizes[i + 1] - sizes[i], 1e-9)
+            for i in range(len(sizes) - 1)
+        ]
+        self._sizes, self._values = sizes, values
 
     def at(self, size: float) -> float | None:
         """Usual duration for a size; `None` when nothing is known."""
@@ -258,12 +278,15 @@ class Shape:
             if int(size).bit_length() <= int(sizes[0]).bit_length():
                 return values[0]
             return values[0] * size / max(sizes[0], 1.0)
-        right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
-        x0, x1, y0, y1 = sizes[right - 1], sizes[right], values[right - 1], values[right]
-        line = y0 + (y1 - y0) * (size - x0) / max(x1 - x0, 1e-9)
-        if size > x1:
-            return max(line, y1)
-        return max(line, 0.25 * y0)
+        left, last = bisect_right(sizes, size) - 1, len(sizes) - 2
+        if left < 0:
+            left = 0
+        elif left > last:
+            line = values[last] + self._slopes[last] * (size - sizes[last])
+            return line if line > values[-1] else values[-1]
+        least = 0.25 * values[left]
+        line = values[left] + self._slopes[left] * (size - sizes[left])
+        return line if line > least else least
 
     def seed(self, size: float) -> float | None:
         """What the prior says of a size."""
@@ -313,6 +336,15 @@ class SizedLatency:
         self.shape.observe(size, typical_ms)
 
     def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
+        scale = self.scale(size, now_s)
+        if scale is None:
+            return None
+        scale *= factor
+        q20, q50, q80, q95, q99 = self.level.errors.quantiles
+        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
+
+    def scale(self, size: float, now_s: float) -> float | None:
+        """The forecast, of which `level.errors` says how far it misses."""
         usual_ms = self.shape.at(size)
         if usual_ms is None:
             return None
@@ -321,9 +353,7 @@ class SizedLatency:
             if seed_ms:
                 trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
                 usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
-        scale = usual_ms * self.level.at(now_s) * factor
-        q20, q50, q80, q95, q99 = self.level.errors.quantiles
-        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
+        return usual_ms * self.level.at(now_s)
 
 
 def sigma_of(p50: float, p99: float) -> float:

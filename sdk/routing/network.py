@@ -110,7 +110,7 @@ class LinkLatency:
         """
         transfer_ms = transferred_bytes * self._now(now_s)
         part = transfer_ms / (transfer_ms + self.delay_ms)
-        self.level.observe(ratio, now_s=now_s, cause=1.0 + part * (ratio - 1.0))
+        self.level.observe(ratio, now_s=now_s, cause=1.0 + part * (ratio - 1.0), is_cut=True)
         # What bandwidth does not explain: whoever does not answer small requests is not slow.
         self._silence = min(ratio, MAX_RATIO) ** (1.0 - part)
         self._silent_s = now_s
@@ -123,19 +123,17 @@ class LinkLatency:
             now_s: Monotonic time.
             factor: How much slower it is at least, as far as requests in flight show.
         """
+        scale = self.scale(transferred_bytes, now_s, factor)
+        q20, q50, q80, q95, q99 = self.level.errors.quantiles
+        return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
+
+    def scale(self, transferred_bytes: float, now_s: float, factor: float) -> float:
+        """The forecast, of which `level.errors` says how far it misses; as `quantiles`."""
         silence = self._silence
         if silence != 1.0:
             silence = silence ** (0.5 ** ((now_s - self._silent_s) / LINK_HALF_LIFE_S))
         forecast_ms = self.delay_ms + transferred_bytes * self._now(now_s)
-        forecast_ms *= max(factor, silence)
-        q20, q50, q80, q95, q99 = self.level.errors.quantiles
-        return (
-            forecast_ms * q20,
-            forecast_ms * q50,
-            forecast_ms * q80,
-            forecast_ms * q95,
-            forecast_ms * q99,
-        )
+        return forecast_ms * (factor if factor > silence else silence)
 
     def _now(self, now_s: float) -> float:
         """Milliseconds per byte just now."""

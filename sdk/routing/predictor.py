@@ -9,13 +9,13 @@ For text generation compute = prefill(input tokens) + output tokens x time per t
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from sdk.routing.estimates import Quantiles, Recent, SizedLatency, sigma_of
+from sdk.routing.estimates import Quantiles, Recent, SizedLatency, moments_of, sigma_of
 from sdk.routing.network import LinkLatency
 from sdk.routing.types import UNKNOWN, Basis, Prediction, RequestSize, Route
 
@@ -30,6 +30,10 @@ QUEUE_SPREAD = 0.5
 MIN_ANSWERS = 3
 # Seeds' times per token vary little from answer to answer.
 PER_TOKEN_SIGMA = 0.1
+# Probability that a cloud which left so many requests in a row unanswered leaves the next one, and
+# how soon that is forgotten. One is an accident more often than not.
+SILENCE = (0.0, 0.04, 0.5, 0.65, 0.8)
+SILENCE_HALF_LIFE_S = 5.0
 # How far that reaches at p80 and p99, in p95 - p50 (normal distribution).
 _QUEUE_REACH_80, _QUEUE_REACH_99 = 0.51, 1.41
 
@@ -68,7 +72,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         size: Size of the request.
         started_s: When it started.
         expected_ms: What was predicted for it (median); `None` when nothing was.
-        late_ms: What was predicted to be enough for 19 of 20 such requests.
+        late_ms: What was predicted to be enough for 8 of 10 such requests.
         queue_ms: What wait for a slot was predicted.
         ahead_bytes: Bytes of earlier uploads that were under way when it started.
     """
@@ -101,6 +105,8 @@ class Predictor:
         self.answers: dict[str, Recent] = {}
         self.link = LinkLatency()
         self._numbers = itertools.count()
+        self._unanswered = 0
+        self._unanswered_at_s = 0.0
         self._in_flight: dict[Route, dict[int, Ticket]] = {"edge": {}, "cloud": {}}
 
     def seed(
@@ -149,7 +155,7 @@ class Predictor:
             size=size,
             started_s=now_s,
             expected_ms=prediction.p50_ms,
-            late_ms=prediction.p95_ms,
+            late_ms=prediction.p80_ms or prediction.p95_ms,
             queue_ms=prediction.queue_ms,
             ahead_bytes=self.link.ahead_bytes(now_s) if is_cloud else 0.0,
         )
@@ -193,6 +199,7 @@ class Predictor:
             latency.compute.observe(size.work, seen.compute_ms, now_s=now_s)
             compute_ms = seen.compute_ms
         if route == "cloud":
+            self._unanswered = 0
             latency.learn_queue(seen.queue_ms, now_s, None if ticket is None else ticket.queue_ms)
             # A caller that reads slowly stretches the total; streams say nothing about the link.
             if seen.prefill_ms is None:
@@ -208,6 +215,9 @@ class Predictor:
         On the cloud that is held against the link, whose silence it was.
         """
         elapsed_ms = (now_s - ticket.started_s) * 1000.0
+        if ticket.route == "cloud":
+            self._unanswered += 1
+            self._unanswered_at_s = now_s
         if ticket.expected_ms is None or elapsed_ms <= ticket.expected_ms:
             return
         ratio = elapsed_ms / max(ticket.expected_ms, 1e-6)
@@ -218,7 +228,7 @@ class Predictor:
         else:
             latency = self.models.get((ticket.route, ticket.model))
             if latency is not None and latency.compute.is_measured:
-                latency.compute.level.observe(ratio, now_s=now_s)
+                latency.compute.level.observe(ratio, now_s=now_s, is_cut=True)
 
     def observe_round_trip(self, rtt_ms: float, *, now_s: float) -> None:
         """Learn the cloud link's round trip from a ping."""
@@ -260,16 +270,17 @@ class Predictor:
         latency = self.models.get((route, model))
         if latency is None:
             return UNKNOWN
-        parts: list[Quantiles] = []
+        parts: list[tuple[float, Quantiles]] = []
         if queue_ms is None:
             # The queue drains while nobody looks.
-            elapsed_ms = (now_s - latency.reported_at_s) * 1000.0
-            queue_ms = max(0.0, latency.reported_queue_ms - elapsed_ms)
+            queue_ms = latency.reported_queue_ms - (now_s - latency.reported_at_s) * 1000.0
+            if queue_ms < 0.0:
+                queue_ms = 0.0
             if latency.queue_errors is not None:
-                parts.append(latency.queue_errors.quantiles)
-        factor = self._overdue(route, now_s)
+                parts.append((1.0, latency.queue_errors.moments))
+        factor = self._overdue(route, now_s) if self._in_flight[route] else 1.0
         here = factor if route == "edge" else 1.0
-        first_ms: float | None = None
+        prefill: Quantiles | None = None
         per_token_ms: float | None = None
         if size.max_new_tokens > 0:
             prefill = latency.prefill.quantiles(size.input_tokens, now_s=now_s, factor=here)
@@ -277,8 +288,8 @@ class Predictor:
             if prefill is None or per_token is None:
                 return UNKNOWN
             tokens = self._expected_tokens(model, size.max_new_tokens)
-            first_ms, per_token_ms = prefill[1], per_token[1]
-            compute: Quantiles | None = (
+            per_token_ms = per_token[1]
+            compute = (
                 prefill[0] + per_token[0] * (tokens[0] - 1.0),
                 prefill[1] + per_token[1] * (tokens[1] - 1.0),
                 prefill[2] + per_token[2] * (tokens[2] - 1.0),
@@ -286,32 +297,42 @@ class Predictor:
                 prefill[4] + per_token[4] * (tokens[4] - 1.0),
             )
             measured = latency.prefill.is_measured
+            at = len(parts)
+            parts.append((1.0, moments_of(compute)))
         else:
-            compute = latency.compute.quantiles(size.work, now_s=now_s, factor=here)
+            scale = latency.compute.scale(size.work, now_s)
+            if scale is None:
+                return UNKNOWN
             measured = latency.compute.is_measured
-        if compute is None:
-            return UNKNOWN
-        parts.append(compute)
+            parts.append((scale * here, latency.compute.level.errors.moments))
         load_ms = network_ms = 0.0
         if not loaded:
             loading = latency.load.quantiles(0, now_s=now_s)
             if loading is not None:
                 load_ms = loading[1]
-                parts.append(loading)
+                parts.append((1.0, moments_of(loading)))
         if route == "cloud":
             transferred = size.upload_bytes + size.download_bytes + self.link.ahead_bytes(now_s)
-            network = self.link.quantiles(transferred, now_s=now_s, factor=factor)
-            network_ms = network[1]
-            parts.append(network)
-            measured = measured and self.link.is_measured
+            link = self.link
+            scale = link.scale(transferred, now_s, factor)
+            moments = link.level.errors.moments
+            network_ms = scale * moments[0]
+            parts.append((scale, moments))
+            measured = measured and link.is_measured
         before_ms = queue_ms + load_ms + network_ms
         p20, p50, p80, p95, p99 = _sum(parts, queue_ms)
+        first_ms = first_p95_ms = None
+        if prefill is not None:
+            first_ms = before_ms + prefill[1]
+            parts[at] = (1.0, moments_of(prefill))
+            first_p95_ms = _sum(parts, queue_ms)[3]
         basis: Basis = "measured" if measured else "seeded"
         return Prediction(
             basis=basis,
             p50_ms=p50,
             p95_ms=p95,
-            ttft_ms=None if first_ms is None else before_ms + first_ms,
+            ttft_ms=first_ms,
+            ttft_p95_ms=first_p95_ms,
             ms_per_token=per_token_ms,
             queue_ms=queue_ms,
             network_ms=network_ms,
@@ -319,7 +340,14 @@ class Predictor:
             p20_ms=p20,
             p80_ms=p80,
             p99_ms=p99,
+            silence=self._silence(now_s) if self._unanswered and route == "cloud" else 0.0,
         )
+
+    def _silence(self, now_s: float) -> float:
+        """Probability that the cloud does not answer at all."""
+        worst = SILENCE[min(self._unanswered, len(SILENCE) - 1)]
+        age_s = now_s - self._unanswered_at_s
+        return float(worst * 0.5 ** max(0.0, age_s / SILENCE_HALF_LIFE_S))
 
     def _overdue(self, route: Route, now_s: float) -> float:
         """How much slower a route is at least than it was: the oldest request in flight says."""
@@ -351,25 +379,24 @@ class Predictor:
         return min(q20, most), min(q50, most), min(q80, most), min(q95, most), min(q99, most)
 
 
-def _sum(parts: list[Quantiles], queue_ms: float) -> Quantiles:
-    """Quantiles of a sum of independent parts: medians added, distances from them in quadrature."""
-    if len(parts) == 1 and queue_ms == 0.0:
-        return parts[0]
+def _sum(parts: list[tuple[float, Quantiles]], queue_ms: float) -> Quantiles:
+    """Quantiles of a sum of independent parts: medians added, distances from them in quadrature.
+
+    Args:
+        parts: What each is a multiple of, and the moments (see `Recent.moments`) of that.
+        queue_ms: Added to the median.
+    """
     median = queue_ms
     d95 = (QUEUE_SPREAD * queue_ms) ** 2
     d20 = d80 = d95 * _QUEUE_REACH_80**2
     d99 = d95 * _QUEUE_REACH_99**2
-    for q20, q50, q80, q95, q99 in parts:
-        median += q50
-        q20 -= q50
-        q80 -= q50
-        q95 -= q50
-        q99 -= q50
-        d20 += q20 * q20
-        d80 += q80 * q80
-        d95 += q95 * q95
-        d99 += q99 * q99
-    sqrt = math.sqrt
+    for scale, (m50, m20, m80, m95, m99) in parts:
+        median += scale * m50
+        scale *= scale
+        d20 += scale * m20
+        d80 += scale * m80
+        d95 += scale * m95
+        d99 += scale * m99
     low = median - sqrt(d20)
     return (
         low if low > 0.0 else 0.0,

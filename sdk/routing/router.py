@@ -25,12 +25,18 @@ from sdk.routing.types import (
 # than that is within what predictions are off by.
 CLOUD_MUST_WIN_BY = 0.9
 
+# How much of the probability of being in time may be given up for an answer in no time at all: so
+# many times what the wished probability leaves to chance.
+HASTE = 2.0
+# Nobody should bet on a route that is less likely than this to be in time.
+HOPELESS = 0.01
+
 # What keeps a record within 1 KB; only names and words are cut, never what a choice depends on.
 MAX_MODEL_BYTES = 40
 MAX_SENSITIVITY_BYTES = 24
 MAX_DETAIL_BYTES = 48
 MAX_VERDICT_REASON_BYTES = 160
-MAX_REASON_BYTES = 220
+MAX_REASON_BYTES = 204
 MAX_RULE_IDS_BYTES = 72
 
 
@@ -54,17 +60,19 @@ def decide(inputs: DecisionInputs) -> RouteDecision:
     fallback: Route | None = None
     if edge_out or cloud_out:
         route = "cloud" if edge_out else "edge"
+        in_time = inputs.meets_deadline(route)
         why = _why_alone(route, inputs)
     else:
-        route, why = _choose(inputs)
-        other = _other(route)
-        fallback = None if other in inputs.failed else other
+        edge_in_time, cloud_in_time = inputs.meets_deadline("edge"), inputs.meets_deadline("cloud")
+        route, why = _choose(inputs, edge_in_time, cloud_in_time)
+        in_time, fallback = (edge_in_time, "cloud") if route == "edge" else (cloud_in_time, "edge")
+        if inputs.failed and fallback in inputs.failed:
+            fallback = None
+    reason = f"{route}: {why}"
+    if len(reason) > MAX_REASON_BYTES // 4:
+        reason = _clip(reason, MAX_REASON_BYTES)
     return RouteDecision(
-        route=route,
-        fallback=fallback,
-        meets_deadline=inputs.meets_deadline(route),
-        reason=_clip(f"{route}: {why}", MAX_REASON_BYTES),
-        inputs=inputs,
+        route=route, fallback=fallback, meets_deadline=in_time, reason=reason, inputs=inputs
     )
 
 
@@ -113,13 +121,13 @@ def _why_alone(route: Route, inputs: DecisionInputs) -> str:
     return f"{why}; it {_too_slow(inputs.state(route), inputs)}"
 
 
-def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
+def _choose(inputs: DecisionInputs, edge_in_time: bool, cloud_in_time: bool) -> tuple[Route, str]:
     """Choose between two routes that can both be taken."""
     edge, cloud = inputs.edge.prediction, inputs.cloud.prediction
-    edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
-    if edge_failed != cloud_failed:
-        return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
-    edge_in_time, cloud_in_time = inputs.meets_deadline("edge"), inputs.meets_deadline("cloud")
+    if inputs.failed:
+        edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
+        if edge_failed != cloud_failed:
+            return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
     if edge_in_time and cloud_in_time:
         return _choose_freely(inputs, edge, cloud)
     if edge_in_time:
@@ -133,15 +141,41 @@ def _choose(inputs: DecisionInputs) -> tuple[Route, str]:
     neither = (
         f"neither route is expected to meet the deadline of {format_ms(inputs.remaining_ms)}, "
     )
-    route: Route
-    edge_likely = inputs.probability_in_time("edge")
-    cloud_likely = inputs.probability_in_time("cloud")
-    if edge_likely != cloud_likely:
-        route = "edge" if edge_likely > cloud_likely else "cloud"
-        likely = max(edge_likely, cloud_likely)
+    route, edge_likely, cloud_likely = _weigh(inputs, edge, cloud)
+    likely = edge_likely if route == "edge" else cloud_likely
+    if likely >= HOPELESS:
         return route, f"{neither}this one is the most likely to ({100 * likely:.0f} %)"
-    route = "edge" if edge.p95_ms <= cloud.p95_ms else "cloud"
-    return route, (f"{neither}this one comes closest ({format_ms(min(edge.p95_ms, cloud.p95_ms))})")
+    closest_ms = min(edge.p95_ms, cloud.p95_ms)
+    return route, f"{neither}this one comes closest ({format_ms(closest_ms)})"
+
+
+def _weigh(
+    inputs: DecisionInputs, edge: Prediction, cloud: Prediction
+) -> tuple[Route, float, float]:
+    """The route with the better prospects, and both routes' probabilities of being in time.
+
+    A quicker answer is worth something too, see `HASTE`. Where neither has a chance, the one that
+    comes closest.
+    """
+    remaining_ms = inputs.remaining_ms
+    assert remaining_ms is not None
+    edge_likely = edge.probability_in_time(remaining_ms)
+    cloud_likely = cloud.probability_in_time(remaining_ms)
+    assert edge.p50_ms is not None
+    assert cloud.p50_ms is not None
+    assert edge.p95_ms is not None
+    assert cloud.p95_ms is not None
+    if edge_likely < HOPELESS and cloud_likely < HOPELESS:
+        is_edge = edge.p95_ms <= cloud.p95_ms
+    else:
+        edge_ms, cloud_ms = edge.p50_ms, cloud.p50_ms / CLOUD_MUST_WIN_BY
+        if edge_ms > remaining_ms:
+            edge_ms = remaining_ms
+        if cloud_ms > remaining_ms:
+            cloud_ms = remaining_ms
+        saved = (cloud_ms - edge_ms) / ((edge_ms if edge_ms > cloud_ms else cloud_ms) or 1.0)
+        is_edge = edge_likely + HASTE * (1.0 - inputs.confidence) * saved >= cloud_likely
+    return "edge" if is_edge else "cloud", edge_likely, cloud_likely
 
 
 def _choose_freely(
@@ -165,7 +199,18 @@ def _choose_freely(
         )
     if edge.p50_ms is None or cloud.p50_ms is None:
         return _choose_blindly(inputs, edge, cloud)
-    if cloud.p50_ms < CLOUD_MUST_WIN_BY * edge.p50_ms:
+    is_faster = cloud.p50_ms < CLOUD_MUST_WIN_BY * edge.p50_ms
+    if inputs.remaining_ms is not None:
+        preferred, edge_likely, cloud_likely = _weigh(inputs, edge, cloud)
+        if (preferred == "cloud") != is_faster:
+            likely, less = edge_likely, cloud_likely
+            if preferred == "cloud":
+                likely, less = less, likely
+            return preferred, (
+                f"the more likely one to be in time ({100 * likely:.1f} %, the other "
+                f"{100 * less:.1f} %)"
+            )
+    if is_faster:
         return "cloud", (
             f"about {format_ms(cloud.p50_ms)}, the edge would take "
             f"{format_ms(edge.p50_ms)}{_queue(inputs.edge)}"
@@ -246,6 +291,17 @@ def _clip_verdict(verdict: Verdict) -> Verdict:
 
 def _clip_inputs(inputs: DecisionInputs) -> DecisionInputs:
     """The same inputs, small enough for a record; deciding on them makes replay exact."""
+    verdict, edge, cloud = inputs.verdict, inputs.edge, inputs.cloud
+    if (
+        not edge.detail
+        and not cloud.detail
+        and len(inputs.model) * 4 <= MAX_MODEL_BYTES
+        and len(inputs.sensitivity) * 4 <= MAX_SENSITIVITY_BYTES
+        and len(verdict.reason) * 4 <= MAX_VERDICT_REASON_BYTES
+        and len(verdict.rule_ids) == 1
+        and len(verdict.rule_ids[0]) < MAX_RULE_IDS_BYTES
+    ):
+        return inputs  # as most are
     model = _clip(inputs.model, MAX_MODEL_BYTES)
     sensitivity = _clip(inputs.sensitivity, MAX_SENSITIVITY_BYTES)
     verdict = _clip_verdict(inputs.verdict)

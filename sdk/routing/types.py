@@ -1,7 +1,8 @@
 """The words of routing: sizes, predictions, route states, decisions.
 
 All are immutable msgspec Structs encoded as arrays, so that a whole decision with its inputs
-stays under 1 KB and can be written down, sent and replayed. None holds any content.
+stays under 1 KB and can be written down, sent and replayed. None holds any content, nor anything
+that could hold it in turn: without cycles the garbage collector need not look at them.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ Obstacle = Literal["", "no_model", "not_configured", "unreachable"]
 #: Part of the answers that must be expected in time before a route counts as being in time.
 CONFIDENCE = 0.95
 
+#: Extra requests that hedging may cause, as a part of all requests.
+HEDGE_BUDGET = 0.05
+
 ROUTES: tuple[Route, ...] = get_args(Route)
 MODES: tuple[Mode, ...] = get_args(Mode)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
-class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """How big a request is; what predictions are a function of.
 
     Attributes:
@@ -58,7 +62,7 @@ class RequestSize(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         return self.input_elements or self.upload_bytes
 
 
-class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """How long a route would take for one request.
 
     Attributes:
@@ -74,6 +78,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         p20_ms: Time that 1 of 5 answers stays below.
         p80_ms: Time within which 8 of 10 answers are complete.
         p99_ms: Time within which 99 of 100 answers are complete.
+        ttft_p95_ms: Time within which 19 of 20 answers have their first token (text generation).
+        silence: Probability of no answer at all, as the last attempts show it; the times above are
+            those of answers that come.
     """
 
     basis: Basis = "unknown"
@@ -87,6 +94,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     p20_ms: float | None = None
     p80_ms: float | None = None
     p99_ms: float | None = None
+    ttft_p95_ms: float | None = None
+    silence: float = 0.0
 
     @property
     def service_ms(self) -> float | None:
@@ -105,22 +114,34 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             return None
         p20, p80, p99 = self.p20_ms, self.p80_ms, self.p99_ms
         if p20 is None or p80 is None or p99 is None:
-            spread = p95 - p50
-            return max(0.0, p50 - 0.51 * spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
+            return _normal(p50, p95)
         return p20, p50, p80, p95, p99
+
+    def first_answer(self) -> Quantiles | None:
+        """As `quantiles`, of the first sign of an answer: the first token, or all of a batch."""
+        if self.ttft_ms is None or self.ttft_p95_ms is None:
+            return self.quantiles()
+        return _normal(self.ttft_ms, self.ttft_p95_ms)
 
     def probability_in_time(self, remaining_ms: float | None) -> float:
         """Probability of an answer within that time; 1 without a deadline or without knowledge."""
         if remaining_ms is None:
             return 1.0
         quantiles = self.quantiles()
-        return 1.0 if quantiles is None else share_in_time(quantiles, remaining_ms)
+        if quantiles is None:
+            return 1.0
+        return (1.0 - self.silence) * share_in_time(quantiles, remaining_ms)
+
+
+def _normal(p50: float, p95: float) -> Quantiles:
+    spread = p95 - p50
+    return max(0.0, p50 - 0.51 * spread), p50, p50 + 0.51 * spread, p95, p50 + 1.41 * spread
 
 
 UNKNOWN = Prediction()
 
 
-class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What is known about one route when a decision is made.
 
     Attributes:
@@ -142,7 +163,7 @@ class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ahead: int = 0
 
 
-class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Everything a decision depends on.
 
     Attributes:
@@ -158,6 +179,8 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         failed: Routes that were already tried for this request and failed; taken again only when
             nothing else is left.
         confidence: Probability with which a route must be in time to count as being so.
+        hedge_tokens: Hedges that the budget has left, see `hedging.Hedging`; below 1 the other
+            route is not started before the first has failed.
     """
 
     model: str
@@ -171,6 +194,7 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     size: RequestSize = RequestSize()
     failed: tuple[Route, ...] = ()
     confidence: float = CONFIDENCE
+    hedge_tokens: float = 0.0
 
     def state(self, route: Route) -> RouteState:
         """State of one route."""
@@ -186,8 +210,12 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         if remaining_ms is None:
             return True
         if self.confidence == CONFIDENCE:  # the usual one is a quantile: nothing to compute
-            p95_ms = self.state(route).prediction.p95_ms
-            return p95_ms is None or p95_ms <= remaining_ms
+            prediction = self.state(route).prediction
+            p95_ms = prediction.p95_ms
+            if p95_ms is None or p95_ms > remaining_ms:
+                return p95_ms is None
+            if not prediction.silence:
+                return True
         return self.probability_in_time(route) >= self.confidence
 
 
@@ -215,7 +243,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         return not self.note
 
 
-class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Where a request goes and why. `router.replay` reproduces it from its inputs.
 
     Attributes:
@@ -280,9 +308,10 @@ def exclusion(route: Route, inputs: DecisionInputs) -> str:
     """What keeps a route out: ``policy``, ``mode``, an obstacle, or ``""`` for nothing."""
     if not inputs.verdict.allows(route):
         return "policy"
-    if not mode_permits(route, inputs.mode):
+    mode = inputs.mode
+    if mode != "auto" and not mode_permits(route, mode):
         return "mode"
-    return inputs.state(route).obstacle
+    return (inputs.edge if route == "edge" else inputs.cloud).obstacle
 
 
 def mode_permits(route: Route, mode: Mode) -> bool:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from nearfar.bundle.manifest import Manifest
-from nearfar.errors import ModelNotFound, NearfarError
+from nearfar.errors import Cancelled, ModelNotFound, NearfarError
 from nearfar.generation import GenerationChunk, Usage
 
 
@@ -59,10 +59,14 @@ class ScriptedEdge:
     def close(self) -> None:
         self.closed = True
 
-    def infer(self, model, feeds=None, *, items=None, **_: object) -> SimpleNamespace:
+    def infer(self, model, feeds=None, *, items=None, cancel=None, **_: object) -> SimpleNamespace:
         self.calls.append(("infer", model, None, None))
-        if self.pause_s:
-            time.sleep(self.pause_s)
+        until_s = time.monotonic() + self.pause_s
+        while time.monotonic() < until_s:
+            if cancel is not None and cancel.is_cancelled:
+                self.cancelled += 1
+                raise Cancelled("cancelled while it ran")
+            time.sleep(min(0.002, self.pause_s))
         if self.fail_with is not None:
             raise self.fail_with
         if items is None:

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from nearfar.bundle import BundleWriter
 from nearfar.bundle.manifest import Manifest, Requirements, TensorSpec, Variant
 from nearfar.engines import load_engine
-from nearfar.engines.base import SessionOptions, ShapeRange, TensorEngine
-from nearfar.errors import BundleError, EngineError, InvalidInput
+from nearfar.engines.base import CancelToken, SessionOptions, ShapeRange, TensorEngine
+from nearfar.errors import BundleError, Cancelled, EngineError, InvalidInput
 from tests.support.tiny import TENSOR_WEIGHTS, write_tiny_tensor_bundle
 
 ort = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
@@ -339,3 +339,48 @@ def test_missing_and_extra_inputs_are_named(bundle, feeds, name):
     with pytest.raises(InvalidInput) as caught:
         load_engine(bundle, "fp32").infer(feeds)
     assert caught.value.field == name
+
+
+def test_a_call_that_runs_can_be_cancelled(tmp_path):
+    """A chain of matrix products takes seconds; between two of them it ends."""
+    size, nodes = 512, 2000
+    weights = numpy_helper.from_array(np.eye(size, dtype=np.float32), "weights")
+    chain = [
+        helper.make_node("MatMul", ["x" if i == 0 else f"t{i}", "weights"], [f"t{i + 1}"])
+        for i in range(nodes)
+    ]
+    chain.append(helper.make_node("Identity", [f"t{nodes}"], ["y"]))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        chain, "long",
+        [value("x", TensorProto.FLOAT, ["rows", size])],
+        [value("y", TensorProto.FLOAT, ["rows", size])],
+        [weights],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    spec = {"datatype": "FP32", "shape": (-1, size)}
+    bundle = write_bundle(
+        tmp_path / "long", model,
+        inputs=(TensorSpec(name="x", **spec),), outputs=(TensorSpec(name="y", **spec),),
+    )  # fmt: skip
+    engine = load_engine(bundle, "fp32")
+    cancel = CancelToken()
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            engine.infer({"x": np.ones((2048, size), np.float32)}, cancel)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    cancel.cancel()
+    thread.join(20.0)
+    assert [type(error) for error in ended] == [Cancelled]
+    # What is cancelled before it starts does not start.
+    with pytest.raises(Cancelled):
+        engine.infer({"x": np.ones((2048, size), np.float32)}, cancel)
+    engine.close()

@@ -278,3 +278,29 @@ def test_a_bad_estimate_that_nobody_confirms_returns_to_its_seed() -> None:
     assert later is not None
     assert bad > 2500
     assert later < 50
+
+
+def test_requests_in_a_row_without_an_answer_make_the_next_one_less_likely() -> None:
+    predictor = Predictor()
+    for call in range(20):
+        predictor.observe("cloud", "m", SMALL, cloud_call(25), now_s=call)
+    silences = []
+    for _ in range(4):
+        expected = predictor.predict("cloud", "m", SMALL, now_s=20)
+        silences.append(expected.silence)
+        ticket = predictor.start("cloud", "m", SMALL, expected, now_s=20)
+        predictor.stop(ticket, now_s=20)
+        predictor.observe_late(ticket, now_s=20)
+    assert silences == [0.0, 0.04, 0.5, 0.65]
+    assert predictor.predict("cloud", "m", SMALL, now_s=25).silence == pytest.approx(0.4)
+    predictor.observe("cloud", "m", SMALL, cloud_call(25), now_s=26)
+    assert predictor.predict("cloud", "m", SMALL, now_s=26).silence == 0.0
+
+
+def test_the_edge_is_never_held_to_be_silent() -> None:
+    predictor = Predictor()
+    predictor.observe("edge", "m", SMALL, compute(10), now_s=0)
+    expected = predictor.predict("edge", "m", SMALL, now_s=0)
+    for _ in range(3):
+        predictor.observe_late(predictor.start("edge", "m", SMALL, expected, now_s=0), now_s=1)
+    assert predictor.predict("edge", "m", SMALL, now_s=1).silence == 0.0

@@ -348,7 +348,7 @@ def test_a_decision_is_readable_as_a_struct() -> None:
 
 
 def test_a_lower_confidence_accepts_a_route_that_is_sometimes_late() -> None:
-    given_inputs = inputs(takes(40, 70), takes(45, 48), remaining_ms=60)
+    given_inputs = inputs(takes(20, 70), takes(45, 48), remaining_ms=60)
     assert decide(given_inputs).route == "cloud"
     bolder = msgspec.structs.replace(given_inputs, confidence=0.8)
     decision = decide(bolder)
@@ -363,3 +363,21 @@ def test_records_of_predictions_without_all_quantiles_are_read() -> None:
     assert list(quantiles) == sorted(quantiles)
     assert prediction.probability_in_time(70) == pytest.approx(0.95)
     assert Prediction().probability_in_time(1) == 1.0
+
+
+def test_of_two_routes_in_time_the_surer_one_beats_a_slightly_faster_one() -> None:
+    sure, quick = takes(50, 60), takes(44, 98)
+    decision = decide(inputs(sure, quick, remaining_ms=100))
+    assert decision.route == "edge"
+    assert decide(inputs(takes(90, 95), takes(20, 30), remaining_ms=100)).route == "cloud"
+
+
+def test_a_cloud_that_left_requests_unanswered_is_not_held_to_be_in_time() -> None:
+    quick = takes(20, 30)
+    silent = msgspec.structs.replace(quick, silence=0.5)
+    assert decide(inputs(takes(80, 90), quick, remaining_ms=100)).route == "cloud"
+    decision = decide(inputs(takes(80, 90), silent, remaining_ms=100))
+    assert decision.route == "edge"
+    assert decision.candidates[1].probability == pytest.approx(0.5)
+    assert not decision.candidates[1].meets_deadline
+    assert replay(decision.encode()) == decision

@@ -1,0 +1,245 @@
+"""Start the other route when the first one is late: when, how often, and whether at all.
+
+After Dean and Barroso, "The Tail at Scale" (CACM 2013): a second request once the first has been
+out for longer than most take costs a few percent of requests and cuts the tail off. Here the two
+are not replicas of one another, so the moment also depends on what the second route would take.
+
+Sans-IO. `plan` is a pure function of a decision and therefore part of what a decision record
+tells; `Hedging` holds the budget and what switches hedging off.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from nearfar.units import format_ms
+from sdk.routing.estimates import share_in_time
+from sdk.routing.types import (
+    HEDGE_BUDGET,
+    DecisionInputs,
+    Prediction,
+    Route,
+    RouteDecision,
+    exclusion,
+)
+
+#: A quiet hour does not save up for a storm: at most so many hedges at once.
+BURST = 10.0
+# Tokens left below which a hedge waits for the 99th percentile instead of the 95th.
+PLENTY = 3.0
+# Where all answers take about the same, a hair later than usual is no sign of anything.
+MARGIN, MARGIN_MS = 1.25, 5.0
+# Nothing is known to expect: a person notices a second, and so may the router.
+COLD_PATIENCE_MS = 1000.0
+# A route that has been silent for t will on average be silent for as long again (heavy tails), so
+# another one is worth starting when it would take at most twice as long as was waited.
+PATIENCE = 0.5
+# Least probability of saving the request that justifies a second one.
+MIN_GAIN = 0.1
+# A device that computes does not go silent; only a likely miss of the deadline is worth a hedge.
+MIN_EDGE_RISK = 0.02
+# After an `Overloaded` from either route more requests are the last thing that helps.
+OVERLOAD_PAUSE_S = 5.0
+# When so many of the last requests were late, lateness is a state, which the router handles.
+OUTAGE_SHARE = 0.3
+_OUTAGE_WEIGHT = 1.0 / 16.0
+# A queue so many times as long as the work itself is an overload.
+OVERLOAD_QUEUE = 3.0
+# How long after its 99th percentile a silent route counts as stalled: a multiple of its spread.
+STALL_SPREADS, STALL_LEAST_MS, STALL_MOST_MS = 3.0, 50.0, 500.0
+COLD_STALL_MS = 1500.0
+
+
+class HedgePlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """When the other route would be started for a request.
+
+    Attributes:
+        first: The route that was chosen.
+        other: The one that would be started beside it.
+        after_ms: Silence of the first one, from its start, after which it would be.
+        why: That moment in words.
+    """
+
+    first: Route
+    other: Route
+    after_ms: float
+    why: str
+
+
+def plan(decision: RouteDecision) -> HedgePlan | None:
+    """When to start the other route, if it may be started at all.
+
+    It may when policy, mode and availability left both routes in the decision, neither failed for
+    this request before, and the budget that the decision recorded has a hedge left.
+    """
+    inputs, first, other = decision.inputs, decision.route, decision.fallback
+    if inputs.hedge_tokens < 1.0 or first is None or other is None or inputs.failed:
+        return None
+    expected, instead = inputs.state(first).prediction, inputs.state(other).prediction
+    if _is_overloaded(instead) or _would_lose_quality(inputs, first, other):
+        return None
+    found = _moment(inputs, first, expected, instead)
+    if found is None:
+        return None
+    return HedgePlan(first=first, other=other, after_ms=found[0], why=found[1])
+
+
+def _moment(
+    inputs: DecisionInputs, first: Route, expected: Prediction, instead: Prediction
+) -> tuple[float, str] | None:
+    remaining_ms = inputs.remaining_ms
+    known, other = expected.first_answer(), instead.first_answer()
+    if known is None:
+        at_ms, why = COLD_PATIENCE_MS, "nothing was known to expect of it"
+        if remaining_ms is not None:
+            at_ms = min(at_ms, 0.5 * remaining_ms)
+        return at_ms, why
+    if first == "edge" and (
+        remaining_ms is None or 1.0 - share_in_time(known, remaining_ms) < MIN_EDGE_RISK
+    ):
+        return None
+    _, q50, q80, q95, q99 = known
+    if inputs.hedge_tokens >= PLENTY:
+        at_ms, why = q95, f"95 of 100 come within {format_ms(q95)}"
+    else:
+        at_ms, why = q99, f"99 of 100 come within {format_ms(q99)}"
+    at_ms = max(at_ms, MARGIN * q50 + MARGIN_MS)
+    if other is None:
+        return at_ms, why
+    if at_ms < PATIENCE * other[1]:
+        at_ms = PATIENCE * other[1]
+        why = f"the other route takes about {format_ms(other[1])}"
+    if remaining_ms is None or at_ms + other[3] <= remaining_ms:
+        return at_ms, why
+    # Waiting that long would be too late for the other route: as late as it bears, but not while
+    # the first one is still likely to answer.
+    latest_ms = remaining_ms - other[3]
+    if latest_ms < q80:
+        latest_ms = min(q80, remaining_ms - other[1])
+        if latest_ms < q80:
+            return None
+    return latest_ms, f"later than {format_ms(latest_ms)} the other route would miss the deadline"
+
+
+def _is_overloaded(prediction: Prediction) -> bool:
+    service_ms = prediction.service_ms
+    return service_ms is not None and prediction.queue_ms > OVERLOAD_QUEUE * service_ms
+
+
+def _would_lose_quality(inputs: DecisionInputs, first: Route, other: Route) -> bool:
+    """An app that wants quality and can wait is not given less of it for speed."""
+    if inputs.objective != "quality" or inputs.remaining_ms is not None:
+        return False
+    here, there = inputs.state(first).quality_rank, inputs.state(other).quality_rank
+    return here is not None and there is not None and there > here
+
+
+def gain(first: Prediction, other: Prediction, *, silent_ms: float, left_ms: float | None) -> float:
+    """Probability that starting the other route now saves the deadline.
+
+    Args:
+        first: What was expected of the route that is silent.
+        other: What is expected of the other one now.
+        silent_ms: How long the first one has been silent.
+        left_ms: What is left of the deadline; without one, what is saved is the time.
+    """
+    if left_ms is None:
+        return 1.0
+    in_time = other.first_answer()
+    likely = 1.0 if in_time is None else share_in_time(in_time, left_ms)
+    known = first.first_answer()
+    if known is None:
+        return likely
+    by_now = share_in_time(known, silent_ms)
+    by_deadline = share_in_time(known, silent_ms + left_ms)
+    # Given that it has not answered yet; the last hundredth is for those that never will.
+    later = max(0.0, 0.99 * (by_deadline - by_now)) / max(1.0 - 0.99 * by_now, 1e-9)
+    return likely * (1.0 - later)
+
+
+def stalls_after_ms(prediction: Prediction) -> float:
+    """Silence after which a route counts as stalled, from its start, in milliseconds.
+
+    At most 0.5 s beyond what 99 of 100 answers stay within where that was measured, and 1.5 s
+    where nothing is known.
+    """
+    known = prediction.first_answer()
+    if known is None:
+        return COLD_STALL_MS
+    _, q50, _, _, q99 = known
+    spread_ms = min(max(STALL_SPREADS * (q99 - q50), STALL_LEAST_MS), STALL_MOST_MS)
+    if prediction.basis != "measured":
+        return max(q99 + spread_ms, COLD_STALL_MS)
+    return q99 + spread_ms
+
+
+class Hedging:
+    """The budget of hedges, and what switches them off. Not locked: a race costs one hedge.
+
+    Args:
+        share: Extra requests that hedging may cause, as a part of all; 0 turns it off.
+    """
+
+    __slots__ = ("_late_share", "_overloaded_at_s", "_tokens", "share", "started")
+
+    def __init__(self, share: float = HEDGE_BUDGET) -> None:
+        self.share = share
+        #: Hedges started so far.
+        self.started = 0
+        # One in advance: the first request may meet a server that is wedged already.
+        self._tokens = 1.0 if share > 0.0 else 0.0
+        self._late_share = 0.0
+        self._overloaded_at_s = -math.inf
+
+    def request(self) -> None:
+        """A request comes, which earns its part of a hedge."""
+        self._tokens = min(BURST, self._tokens + self.share)
+        self._late_share -= _OUTAGE_WEIGHT * self._late_share
+
+    def tokens(self, now_s: float) -> float:
+        """Hedges that may be started now, for `DecisionInputs.hedge_tokens`; below 1 none."""
+        if now_s - self._overloaded_at_s < OVERLOAD_PAUSE_S or self._late_share > OUTAGE_SHARE:
+            return 0.0
+        return self._tokens
+
+    def overloaded(self, now_s: float) -> None:
+        """A route refused a request because it has too many."""
+        self._overloaded_at_s = now_s
+
+    def start(self, planned: HedgePlan, began: RouteDecision, again: RouteDecision) -> str | None:
+        """The planned moment has come and there is no answer: start the other route?
+
+        Args:
+            planned: From `plan`.
+            began: The decision that the attempt began with.
+            again: What policy and router say now. Only if both allow the other route it is taken.
+
+        Returns:
+            Why it is started, in words; `None` when it is not.
+        """
+        self._late_share += _OUTAGE_WEIGHT
+        other, inputs = planned.other, again.inputs
+        if (
+            self.share <= 0.0
+            or inputs.hedge_tokens < 1.0
+            or self._tokens < 1.0
+            or not began.verdict.allows(other)
+            or exclusion(other, inputs)
+        ):
+            return None
+        chance = gain(
+            began.inputs.state(planned.first).prediction,
+            inputs.state(other).prediction,
+            silent_ms=planned.after_ms,
+            left_ms=inputs.remaining_ms,
+        )
+        if chance < MIN_GAIN:
+            return None
+        self._tokens -= 1.0
+        self.started += 1
+        return (
+            f"the {planned.first} had not answered after {format_ms(planned.after_ms)} "
+            f"({planned.why})"
+        )

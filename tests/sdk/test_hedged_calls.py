@@ -1,0 +1,416 @@
+"""Hedged calls: the client, a scripted device and a scripted cloud; and a frozen real cloud."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from nearfar.errors import DeadlineExceeded, EngineError, StreamInterrupted
+from nearfar.wire import messages as wire
+from sdk import AsyncClient, Client, CloudConfig, Config, parse_policy
+from sdk.config import RoutingConfig
+from sdk.quickstart.cloud_process import CloudProcess
+from sdk.routing import BreakerState
+from sdk.routing.hedging import HedgePlan, plan
+from tests.support import tiny
+from tests.support.scripted_cloud import STORY, TENSOR, ScriptedCloud, answer_infer, tell
+from tests.support.scripted_edge import ScriptedEdge, put_into
+
+POLICY = parse_policy(
+    """
+version = 1
+[[rule]]
+id = "open"
+when = { sensitivity = "public" }
+effect = "cloud_ok"
+[[rule]]
+id = "here"
+when = { sensitivity = "personal" }
+effect = "edge_only"
+"""
+)
+X = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
+
+
+def hang(session, message, tensors):
+    yield 30
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    with ScriptedCloud(tmp_path / "state") as server:
+        yield server
+
+
+@pytest.fixture
+def both(cloud, tmp_path):
+    (tmp_path / "store").mkdir()
+    with Client(
+        cloud=cloud.config(), models=tmp_path / "store", policy=POLICY, sensitivity="public"
+    ) as client:
+        client.device = put_into(client, ScriptedEdge((TENSOR, STORY)))
+        yield client
+
+
+def learn(client, calls: int = 12) -> None:
+    """Let the router see both routes."""
+    for _ in range(calls):
+        client.infer("tensor", X, mode="cloud_only")
+        client.infer("tensor", X, mode="edge_only")
+
+
+def test_a_silent_cloud_is_outrun_by_the_device_and_told_to_stop(both, cloud):
+    learn(both)
+    cloud.behaviour = hang
+    both.device.pause_s = 0.2  # the cloud has certainly heard of it by then
+    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=20_000)
+    assert result.timings.total_ms < 10_000
+    assert result.route.name == "edge"
+    assert result.route.before == ()
+    assert "the edge was started as well: the cloud had not answered after" in result.route.hedge
+    assert "the edge answered first" in result.route.hedge
+    assert result.variant == TENSOR.variants[0].id
+    assert result.bytes_sent > 0  # what the cloud was sent has left the device
+    assert result.decision.route == "cloud"
+    assert plan(result.decision) is not None
+    cloud.wait_for(wire.Cancel)
+
+
+def test_without_a_deadline_a_silent_cloud_is_outrun_too(both, cloud):
+    learn(both)
+    cloud.behaviour = hang
+    assert both.infer("tensor", X, mode="prefer_cloud").route.name == "edge"
+
+
+def test_a_cloud_that_is_merely_late_may_still_win_and_the_device_is_stopped(both, cloud):
+    learn(both)
+    before = len(both.device.calls)
+
+    def late(session, message, tensors):
+        while len(both.device.calls) == before:
+            yield 0.002
+        yield from answer_infer(session, message, tensors)
+
+    both.device.pause_s = 20.0
+    cloud.behaviour = late
+    started_s = time.monotonic()
+    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=60_000)
+    assert time.monotonic() - started_s < 10.0
+    assert result.route.name == "cloud"
+    assert "the cloud answered first" in result.route.hedge
+    assert both.device.cancelled == 1
+    assert np.array_equal(result.outputs["y"], X["x"])
+
+
+def test_a_device_that_is_late_is_outrun_by_the_cloud_and_stopped(both, cloud, monkeypatch):
+    learn(both)
+    planned = HedgePlan(first="edge", other="cloud", after_ms=30.0, why="a test says so")
+    monkeypatch.setattr("sdk.core.plan", lambda decision: planned)
+    both.device.pause_s = 20.0
+    started_s = time.monotonic()
+    result = both.infer("tensor", X, mode="prefer_edge", deadline_ms=60_000)
+    assert time.monotonic() - started_s < 10.0
+    assert result.route.name == "cloud"
+    assert "a test says so" in result.route.hedge
+    assert both.device.cancelled == 1
+    assert result.bytes_sent >= X["x"].nbytes
+
+
+def test_a_device_that_answers_before_the_moment_is_left_alone(both, cloud, monkeypatch):
+    learn(both)
+    before = len(cloud.saw(wire.Infer))
+    planned = HedgePlan(first="edge", other="cloud", after_ms=2000.0, why="a test says so")
+    monkeypatch.setattr("sdk.core.plan", lambda decision: planned)
+    result = both.infer("tensor", X, mode="prefer_edge")
+    assert (result.route.name, result.route.hedge) == ("edge", "")
+    assert len(cloud.saw(wire.Infer)) == before
+
+
+def test_a_hedge_that_fails_leaves_the_first_route_at_work(both, cloud):
+    learn(both)
+    before = len(both.device.calls)
+
+    def late(session, message, tensors):
+        while len(both.device.calls) == before:
+            yield 0.002
+        yield 0.05
+        yield from answer_infer(session, message, tensors)
+
+    both.device.fail_with = EngineError("it broke")
+    cloud.behaviour = late
+    result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=20_000)
+    assert result.route.name == "cloud"
+
+
+def test_when_both_fail_the_error_of_the_first_is_told(both, cloud):
+    learn(both)
+    cloud.behaviour = hang
+    both.device.fail_with = EngineError("it broke")
+    with pytest.raises(DeadlineExceeded):
+        both.infer("tensor", X, mode="prefer_cloud", deadline_ms=700)
+
+
+def test_personal_data_is_never_sent_by_a_hedge(both, cloud, monkeypatch):
+    learn(both)
+    before = len(cloud.saw(wire.Infer))
+    planned = HedgePlan(first="edge", other="cloud", after_ms=1.0, why="a mistake")
+    monkeypatch.setattr("sdk.core.plan", lambda decision: planned)
+    both.device.pause_s = 0.2
+    # The decision itself has no other route, so nothing is asked; and if it were, policy says no.
+    result = both.infer("tensor", X, sensitivity="personal", deadline_ms=5000)
+    assert (result.route.name, result.route.hedge) == ("edge", "")
+    request = both._infer_request("tensor", X, {"sensitivity": "personal"})
+    decision = both._core.decide(request)
+    assert both._core.hedging.start(planned, decision, decision) is None
+    assert len(cloud.saw(wire.Infer)) == before
+
+
+def test_a_budget_of_nothing_never_starts_two(cloud, tmp_path):
+    (tmp_path / "store").mkdir()
+    config = Config(routing=RoutingConfig(hedge_budget=0.0))
+    with Client(
+        config, cloud=cloud.config(), models=tmp_path / "store", policy=POLICY,
+        sensitivity="public",
+    ) as client:  # fmt: skip
+        put_into(client, ScriptedEdge((TENSOR,)))
+        learn(client)
+        cloud.behaviour = hang
+        with pytest.raises(DeadlineExceeded):
+            client.infer("tensor", X, mode="prefer_cloud", deadline_ms=600)
+        assert client._core.hedging.started == 0
+
+
+def test_a_stalled_cloud_opens_the_breaker_and_the_device_is_asked(cloud, tmp_path):
+    (tmp_path / "store").mkdir()
+    config = Config(routing=RoutingConfig(hedge_budget=0.0))
+    with Client(
+        config, cloud=cloud.config(), models=tmp_path / "store", policy=POLICY,
+        sensitivity="public",
+    ) as client:  # fmt: skip
+        put_into(client, ScriptedEdge((TENSOR,)))
+        learn(client)
+        cloud.behaviour = hang
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [
+                pool.submit(client.infer, "tensor", X, mode="prefer_cloud", deadline_ms=2500)
+                for _ in range(2)
+            ]
+            ends_s = time.monotonic() + 2.0
+            while client._known.breaker.state(time.monotonic()) is BreakerState.CLOSED:
+                assert time.monotonic() < ends_s, "the stall was not noticed"
+                time.sleep(0.005)
+            assert not any(future.done() for future in waiting)
+            result = client.infer("tensor", X, mode="prefer_cloud", deadline_ms=2500)
+            assert result.route.name == "edge"
+            assert "cannot be reached" in result.reason
+            for future in waiting:
+                assert isinstance(future.exception(), DeadlineExceeded)
+
+
+def test_an_answer_without_outputs_is_no_success(both, cloud):
+    def empty(session, message, tensors):
+        yield 0
+        session.send(
+            wire.Result(
+                stream=message.stream, tensors=(), variant="fp32",
+                execution_provider="CPUExecutionProvider", queue_ms=0.0, compute_ms=0.0,
+            ),
+            (),
+        )  # fmt: skip
+
+    cloud.behaviour = empty
+    result = both.infer("tensor", X, mode="prefer_cloud")
+    assert result.route.path == "cloud → edge"
+    with pytest.raises(EngineError, match="empty answer"):
+        both.infer("tensor", X, mode="cloud_only")
+
+
+def test_the_async_client_hedges_alike(cloud, tmp_path):
+    async def run() -> None:
+        (tmp_path / "store").mkdir()
+        async with AsyncClient(
+            cloud=cloud.config(), models=tmp_path / "store", policy=POLICY, sensitivity="public"
+        ) as client:
+            device = put_into(client, ScriptedEdge((TENSOR,)))
+            for _ in range(12):
+                await client.infer("tensor", X, mode="cloud_only")
+                await client.infer("tensor", X, mode="edge_only")
+            cloud.behaviour = hang
+            silent = await client.infer("tensor", X, mode="prefer_cloud", deadline_ms=5000)
+            assert silent.route.name == "edge"
+            assert "the edge answered first" in silent.route.hedge
+            for _ in range(30):
+                client._core.hedging.request()  # earns the next one
+            before = len(device.calls)
+
+            def late(session, message, tensors):
+                while len(device.calls) == before:
+                    yield 0.002
+                yield from answer_infer(session, message, tensors)
+
+            cloud.behaviour = late
+            device.pause_s = 20.0
+            answered = await client.infer("tensor", X, mode="prefer_cloud", deadline_ms=60_000)
+            assert answered.route.name == "cloud"
+            device.pause_s = 0.0
+
+    asyncio.run(run())
+
+
+# -- streamed answers ------------------------------------------------------------------------------
+
+
+def learn_story(client) -> None:
+    for mode in ("cloud_only", "edge_only") * 8:
+        client.generate("story", "once", max_new_tokens=3, mode=mode).text()
+
+
+def test_the_device_begins_an_answer_that_a_silent_cloud_does_not(both, cloud):
+    learn_story(both)
+    cloud.behaviour = hang
+    stream = both.generate(
+        "story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=20_000
+    )
+    chunks = list(stream)
+    assert "".join(chunk.text for chunk in chunks) == "e0 e1 e2 e3 "
+    assert not any(chunk.handover for chunk in chunks)
+    assert {chunk.route for chunk in chunks} == {"edge"}
+    assert stream.route.name == "edge"
+    assert "the edge began first" in stream.route.hedge
+    assert stream.finish_reason == "length"
+    assert stream.timings.ttft_ms < 5000
+    cloud.wait_for(wire.Cancel)
+
+
+def test_a_cloud_that_begins_meanwhile_is_kept_and_the_device_is_stopped(both, cloud):
+    learn_story(both)
+    before = len(both.device.calls)
+
+    def late(session, message, tensors):
+        while len(both.device.calls) == before:
+            yield 0.002
+        yield from tell(session, message, 4)
+
+    both.device.pause_s = 0.5
+    cloud.behaviour = late
+    stream = both.generate(
+        "story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=20_000
+    )
+    assert {chunk.route for chunk in stream} == {"cloud"}
+    assert "the cloud began first" in stream.route.hedge
+    assert stream.finish_reason == "length"
+
+
+def test_an_answer_that_has_begun_is_not_hedged(both, cloud):
+    learn_story(both)
+    before = len(both.device.calls)
+
+    def slow(session, message, tensors):
+        session.send(wire.Token(stream=message.stream, index=0, text="c0 "))
+        yield 30
+
+    cloud.behaviour = slow
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=1500)
+    assert [chunk.text for chunk in stream] == ["c0 "]
+    assert stream.finish_reason == "deadline"
+    assert len(both.device.calls) == before
+    assert stream.route.hedge == ""
+
+
+def test_a_device_that_breaks_after_it_outran_the_cloud_is_repaired_or_told(both, cloud):
+    learn_story(both)
+    cloud.behaviour = hang
+    both.device.cut_after = 2
+    both.device.fail_with = EngineError("it broke")
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=3000)
+    with pytest.raises(StreamInterrupted, match="it broke"):
+        stream.text()
+    assert stream.partial_text == "e0 e1 "
+
+
+def test_an_answer_without_text_is_no_success(both, cloud):
+    cloud.behaviour = lambda session, message, tensors: tell(session, message, 0)
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud")
+    assert stream.text() == "e0 e1 e2 e3 "
+    assert stream.route.path == "cloud → edge"
+    with pytest.raises(EngineError, match="empty answer"):
+        both.generate("story", "once", max_new_tokens=4, mode="cloud_only").text()
+
+
+def test_async_streams_are_hedged_alike(cloud, tmp_path):
+    async def run() -> None:
+        (tmp_path / "store").mkdir()
+        async with AsyncClient(
+            cloud=cloud.config(), models=tmp_path / "store", policy=POLICY, sensitivity="public"
+        ) as client:
+            device = put_into(client, ScriptedEdge((TENSOR, STORY)))
+            for mode in ("cloud_only", "edge_only") * 8:
+                await (await client.generate("story", "x", max_new_tokens=3, mode=mode)).text()
+            cloud.behaviour = hang
+            ask = {"max_new_tokens": 4, "mode": "prefer_cloud", "deadline_ms": 20_000}
+            stream = await client.generate("story", "x", **ask)
+            assert await stream.text() == "e0 e1 e2 e3 "
+            assert "the edge began first" in stream.route.hedge
+            before = len(device.calls)
+
+            def late(session, message, tensors):
+                while len(device.calls) == before:
+                    yield 0.002
+                yield from tell(session, message, 4)
+
+            for _ in range(30):
+                client._core.hedging.request()
+            client._known.breaker.record_success(time.monotonic())
+            device.pause_s = 0.5
+            cloud.behaviour = late
+            stream = await client.generate("story", "x", **ask)
+            await stream.text()
+            assert stream.route.name == "cloud"
+            assert "the cloud began first" in stream.route.hedge
+
+    asyncio.run(run())
+
+
+# -- real processes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen_world(tmp_path):
+    pytest.importorskip("onnxruntime")
+    store = tmp_path / "models"
+    tiny.write_tiny_tensor_bundle(store / "tiny", task="tensor")
+    cloud = CloudProcess(state=tmp_path / "cloud", models=store, log=tmp_path / "cloud.log")
+    cloud.provision()
+    cloud.start()
+    config = CloudConfig(
+        url=cloud.url, identity=cloud.pin, ca_file=tmp_path / "cloud" / "ca.pem",
+        credentials=f"file:{tmp_path / 'cloud' / 'client-key.txt'}",
+    )  # fmt: skip
+    with Client(cloud=config, models=store, policy=POLICY, sensitivity="public") as client:
+        yield client, cloud
+    cloud.kill()
+
+
+def test_a_frozen_cloud_is_outrun_noticed_and_left_alone(frozen_world):
+    client, cloud = frozen_world
+    feeds = {"x": np.ones((2, 4), np.float32)}
+    for _ in range(12):
+        assert client.infer("tiny", feeds, mode="cloud_only").route.name == "cloud"
+        client.infer("tiny", feeds, mode="edge_only")
+    cloud.freeze()
+    frozen_s = time.monotonic()
+    result = client.infer("tiny", feeds, mode="prefer_cloud", deadline_ms=20_000)
+    assert result.route.name == "edge"
+    assert "the edge answered first" in result.route.hedge
+    assert time.monotonic() - frozen_s < 5.0
+    breaker = client._known.breaker
+    while breaker.state(time.monotonic()) is BreakerState.CLOSED:
+        assert time.monotonic() - frozen_s < 10.0, "nobody noticed"
+        time.sleep(0.01)
+    after = client.infer("tiny", feeds, mode="prefer_cloud", deadline_ms=20_000)
+    assert after.route.name == "edge"
+    assert "cannot be reached" in after.reason
