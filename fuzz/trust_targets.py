@@ -102,6 +102,9 @@ def token(data: bytes) -> None:
     claims = json.loads(parts[1])
     assert caller.name == f"token:{claims['sub']}"
     assert claims["cnf"]["jwk"]["x"] == jwk_of(CLIENT.public.public_key)["x"]
+    assert caller.max_priority == claims.get("max_priority")
+    assert caller.models == (tuple(claims["models"]) if "models" in claims else None)
+    caller.may_use("chat-small")
     assert caller.expires_s is not None
     assert NOW_S < caller.expires_s <= NOW_S + MAX_LIFETIME_S + 2 * CLOCK_TOLERANCE_S
 

@@ -7,7 +7,7 @@
     ├── ModelNotFound           no such model, version or variant here
     ├── BundleError             a bundle is missing, corrupt, or not what its manifest says
     ├── PolicyDenied            policy forbids every route; never retried
-    ├── SecurityError           wrong pin, expired certificate, failed login; never retried
+    ├── SecurityError           wrong pin, certificate or login, or a token's limit; never retried
     ├── DeadlineExceeded        the absolute deadline passed first
     ├── CloudUnavailable        no cloud could be reached, or it went away
     │   ├── StreamInterrupted   an answer was cut before its FIN
@@ -108,7 +108,10 @@ class PolicyDenied(NearfarError):
 
 
 class SecurityError(NearfarError):
-    """Authentication, pinning or decryption failed. Never retried, never downgraded."""
+    """Authentication, pinning or decryption failed, or a token does not allow the request.
+
+    Never retried, never downgraded.
+    """
 
     code = "security"
 

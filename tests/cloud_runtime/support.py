@@ -30,6 +30,7 @@ from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
 from nearfar.engines.base import CancelToken
 from nearfar.errors import CloudUnavailable, NearfarError, from_code
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt, Usage
+from nearfar.secure.credentials import Credentials
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
 from nearfar.session import ClientSession, Limits, max_sealed_bytes
@@ -254,6 +255,7 @@ class WireClient:
         server: Running,
         *,
         token: str | None = None,
+        credentials: Credentials | None = None,
         pin: str | None = None,
         limits: Limits | None = None,
     ) -> AsyncIterator[WireClient]:
@@ -269,6 +271,7 @@ class WireClient:
             session = ClientSession(
                 pin=server.pin if pin is None else pin,
                 token=server.token if token is None else token,
+                credentials=credentials,
                 limits=limits,
                 now_s=time.time(),
             )
