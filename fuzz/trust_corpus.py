@@ -41,7 +41,8 @@ def tokens() -> Iterator[bytes]:
         {"exp": float(_NOW_S + 60)}, {"exp": str(_NOW_S + 60)}, {"iat": _NOW_S + 90}, {"sub": 7},
         {"sub": ""}, {"cnf": None}, {"cnf": {"jwk": {"kty": "OKP"}}}, {"iss": "other"},
         {"cnf": {"kid": "1"}}, {"exp": 1e308}, {"jti": "x", "scope": "read"},
-        {"models": ["chat-*", "minilm"], "max_priority": 3}, {"models": []}, {"models": "chat"}, {"max_priority": 10},
+        {"models": ["chat-*", "minilm"], "max_priority": 3}, {"models": []},
+        {"models": "chat"}, {"max_priority": 10},
     )  # fmt: skip
     for flaw in flaws:
         yield b"S" + joined(_HEADER, json.dumps(_claims(**flaw)).encode())

@@ -30,6 +30,7 @@ from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
 from nearfar.engines.base import CancelToken
 from nearfar.errors import CloudUnavailable, NearfarError, from_code
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt, Usage
+from nearfar.secure.attestation import Attester
 from nearfar.secure.credentials import Credentials
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
@@ -182,11 +183,12 @@ async def running(
     *,
     allow_anonymous: bool = False,
     with_tokens: bool = False,
+    attester: Attester | None = None,
 ) -> AsyncIterator[Running]:
     identity = ServerIdentity.load(state.identity)
     server = CloudServer(
         models=models,
-        keys=KeyRing(identity, now_s=time.time()),
+        keys=KeyRing(identity, now_s=time.time(), attester=attester),
         authenticator=Authenticator(
             state.api_keys,
             allow_anonymous=allow_anonymous,
