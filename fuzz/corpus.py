@@ -120,8 +120,10 @@ def _frames() -> Iterator[bytes]:
     pieces: list[list[bytes]] = []
     for number in (1, 2):
         message = bytes(range(200)) * 2
-        cut = layout.cut((message,), len(message), stream=number, number=number, record_bytes=128)
-        pieces.append([bytes(piece) for piece in cut])
+        long = layout.Pieces(
+            (message,), len(message), stream=number, number=number, record_bytes=128
+        )
+        pieces.append([long.take() for _ in range(long.count)])
     yield joined(*short)
     yield joined(b"".join(short))
     yield joined(*pieces[0])
