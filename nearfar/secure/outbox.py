@@ -20,7 +20,8 @@ from nearfar.secure.frames import (
     Pieces,
     frame,
 )
-from nearfar.secure.pace import MAX_BATCH_BYTES, CreditPace, TokenPace
+from nearfar.secure.pace import MAX_BATCH_BYTES as MAX_BATCH_BYTES
+from nearfar.secure.pace import CreditPace, TokenPace
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import Shaping, padded_bytes
 
