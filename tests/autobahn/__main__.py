@@ -37,6 +37,8 @@ DIRECTORY = Path(__file__).parent
 PARALLELISM = 4
 #: The cases open more connections than a test machine has clients.
 SETTINGS = ServerSettings(max_connections=1000)
+#: The longest messages of the cases; records of the runtime have 68 KiB at most.
+MAX_ECHO_BYTES = 16 << 20
 
 
 class EchoConnection(GuardedConnection):
@@ -113,7 +115,11 @@ class EchoServer(CloudServer):
     """
 
     async def start(self, host: str, port: int) -> int:
-        with mock.patch.object(cloud_runtime.server, "GuardedConnection", EchoConnection):
+        with mock.patch.multiple(
+            cloud_runtime.server,
+            GuardedConnection=EchoConnection,
+            max_sealed_bytes=lambda _: MAX_ECHO_BYTES,
+        ):
             return await super().start(host, port)
 
     async def _handle(self, websocket: ServerConnection) -> None:
