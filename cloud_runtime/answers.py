@@ -222,13 +222,30 @@ class Answers:
             answer.timer = loop.call_later(deadline_s, answer.abort, too_late())
         return Reader(self, answer)
 
-    def resume(self, key: Key, ticket: bytes, next_index: int, *, new_ticket: bytes) -> Reader:
+    def resume(
+        self,
+        key: Key,
+        ticket: bytes,
+        next_index: int,
+        *,
+        new_ticket: bytes,
+        permit: Callable[[str], None] = lambda _: None,
+    ) -> Reader:
         """Go on with an answer on another connection.
+
+        Args:
+            key: Who asks, and the request's id.
+            ticket: Of the connection before.
+            next_index: First token that the client does not have.
+            new_ticket: With which the client may come back once more.
+            permit: Called with the name of the model that answers; raises to refuse.
 
         Raises:
             ResumeMissed: As `Retention.resume`.
         """
         self._sweep()
+        if (found := self._answers.get(key)) is not None:
+            permit(found.served.manifest.name)
         self.retention.resume(key, ticket, next_index, new_ticket=new_ticket, now_s=self._clock())
         answer = self._answers[key]
         logger.info("an answer goes on at token %d on another connection", next_index)

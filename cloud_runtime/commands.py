@@ -369,6 +369,17 @@ def token_issue(
         ),
     ],
     minutes: Annotated[int, typer.Option(min=1, max=10, help="How long it is valid.")] = 10,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A model that it allows, or a pattern such as 'chat-*'; may be given several "
+            "times. Without any: all models.",
+        ),
+    ] = None,
+    max_priority: Annotated[
+        int | None, typer.Option(min=0, max=9, help="Highest priority that it allows.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the token there (mode 0600), replacing it."),
@@ -388,6 +399,8 @@ def token_issue(
         client_key=ClientPublicKey.parse(key),
         audience=str(ServerIdentity.load(directory.identity).pin),
         lifetime_s=minutes * 60,
+        models=model or None,
+        max_priority=max_priority,
     )
     if output is None:
         typer.echo(token)

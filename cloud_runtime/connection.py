@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed
 
 from cloud_runtime.answers import Answers, Reader, too_late
 from cloud_runtime.auth import Authenticator
-from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted
+from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted, permit, permit_model, visible
 from cloud_runtime.executor import InferWork
 from cloud_runtime.models import ServedModels
 from cloud_runtime.recent import RecentRuns
@@ -311,7 +311,7 @@ class Connection:
                 found.abort(Cancelled("The client cancelled the request"))
         elif isinstance(message, ListModels):
             self._last_stream = message.stream
-            offers = self._services.models.offers()
+            offers = visible(self.key, self._services.models.offers())
             self._send(Models(stream=message.stream, models=offers))
         elif isinstance(message, Auth):
             self._admit(message)
@@ -350,6 +350,7 @@ class Connection:
         """Run one request; whatever goes wrong becomes its `Error`."""
         status = "ok"
         try:
+            permit(self.key, request)
             if isinstance(request, Infer):
                 await self._infer(request, tensors, stream)
             elif isinstance(request, Generate):
@@ -454,6 +455,9 @@ class Connection:
         stream.model = served.manifest.name
         if stream.aborted is not None:
             raise stream.aborted
+        speed = served.executor.tokens_per_s
+        if speed is not None:
+            self._session.expect_speed(speed)
 
         def start() -> TokenRelay:
             return served.generate(
@@ -476,6 +480,7 @@ class Connection:
             request.ticket,
             request.next_index,
             new_ticket=self._ticket(request.request_id),
+            permit=lambda model: permit_model(self.key, model),
         )
         stream.model = reader.served.manifest.name
         await self._tell(reader, stream, resumed_at=request.next_index)

@@ -131,6 +131,11 @@ class ModelExecutor:
         )
 
     @property
+    def tokens_per_s(self) -> float | None:
+        """How fast answers come, by those that were measured; `None` before the first."""
+        return 1.0 / self._pace.token_s if self._pace.token_s else None
+
+    @property
     def expected_wait_ms(self) -> float:
         """How long a request that came now would wait for its slot."""
         return self._gate.state().expected_wait_s * 1000.0

@@ -2,7 +2,8 @@
 
 A token is signed by an issuer's Ed25519 key (EdDSA, RFC 8037), made out to this server's pin, and
 lives for ten minutes at most. It names the client's public key (``cnf``, RFC 7800), and counts only
-beside a proof by that key over the very channel it arrives on. Format:
+beside a proof by that key over the very channel it arrives on. It may limit what its holder does
+(``models``, ``max_priority``), see `cloud_runtime.caller.permit`. Format:
 docs/reference/secure-channel.md, "Client authentication".
 
 PyJWT does all of JWT; it is imported when the first token is issued or checked.
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ DEFAULT_ISSUER = "nearfar-cloud"
 
 _MAX_ISSUERS = 16
 _MAX_FILE_BYTES = 1 << 20
+#: More than a server has; what is longer than a name is a mistake.
+MAX_MODELS = 64
+MAX_MODEL_CHARACTERS = 256
+#: `nearfar.wire.messages.Infer.priority`.
+HIGHEST_PRIORITY = 9
 _REQUIRED = ("iss", "aud", "sub", "iat", "exp", "cnf")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
@@ -116,6 +123,8 @@ def issue(
     client_key: ClientPublicKey,
     audience: str,
     lifetime_s: int = MAX_LIFETIME_S,
+    models: Sequence[str] | None = None,
+    max_priority: int | None = None,
     now_s: float | None = None,
 ) -> str:
     """A token for one client, signed with the state directory's key.
@@ -125,10 +134,12 @@ def issue(
         client_key: The key that the client proves to have.
         audience: The server's pin.
         lifetime_s: Up to 600.
+        models: Names of the models that it allows, or patterns (``chat-*``); `None` allows all.
+        max_priority: Highest priority that it allows, 0 to 9; `None` allows all.
         now_s: Wall clock; now when `None`.
 
     Raises:
-        ConfigError: There is no signing key, or tenant or lifetime do not fit.
+        ConfigError: There is no signing key, or tenant, lifetime or limits do not fit.
     """
     if not _TENANT.fullmatch(tenant):
         raise ConfigError(
@@ -142,6 +153,19 @@ def issue(
             field="minutes",
             fix=f"Choose up to {MAX_LIFETIME_S // 60} minutes",
         )
+    limits: dict[str, Any] = {}
+    if models is not None:
+        limits["models"] = list(models)
+    if max_priority is not None:
+        limits["max_priority"] = max_priority
+    try:
+        _limits_of(limits)
+    except NotAdmitted as exc:
+        raise ConfigError(
+            f"The limits do not fit into a token: {exc}",
+            field="models" if "models" in str(exc) else "max_priority",
+            fix=f"Name up to {MAX_MODELS} models, and a priority of 0 to {HIGHEST_PRIORITY}",
+        ) from None
     try:
         key = load_pem_private_key(state.token_key.read_bytes(), password=None)
     except FileNotFoundError as exc:
@@ -182,8 +206,16 @@ def issue(
         "nbf": issued_s,
         "exp": issued_s + lifetime_s,
         "cnf": {"jwk": msgspec.to_builtins(confirmation)},
+        **limits,
     }
-    return str(_jwt().encode(claims, key, algorithm=ALGORITHM))
+    token = str(_jwt().encode(claims, key, algorithm=ALGORITHM))
+    if len(token) > MAX_TOKEN_BYTES:
+        raise ConfigError(
+            f"The token would have {len(token)} bytes, and {MAX_TOKEN_BYTES} are accepted",
+            field="models",
+            fix="Use a pattern, such as chat-*, for models that are allowed together",
+        )
+    return token
 
 
 # Checking.
@@ -258,10 +290,12 @@ class TokenVerifier:
         issuer, claims = self._claims_of(token)
         lifetime_s = int(claims["exp"]) - int(claims["iat"])
         if not 0 < lifetime_s <= MAX_LIFETIME_S:
-            raise NotAdmitted(f"the token lives for {lifetime_s} s, not for {MAX_LIFETIME_S} s")
+            # Not how long: a JSON number may have thousands of digits.
+            raise NotAdmitted(f"the token does not live for 1 to {MAX_LIFETIME_S} s")
         tenant = claims["sub"]
         if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
             raise NotAdmitted("the token's sub cannot name a tenant")
+        models, max_priority = _limits_of(claims)
         client_key = _confirmation_key(claims["cnf"])
         if not client_key.verifies(proof, proof_message(exporter, token)):
             raise NotAdmitted("the proof is not by the token's key over this channel")
@@ -275,6 +309,8 @@ class TokenVerifier:
             scope=scope,
             issuer=issuer,
             expires_s=float(claims["exp"]) + CLOCK_TOLERANCE_S,
+            models=models,
+            max_priority=max_priority,
         )
 
     def is_accepted(self, issuer: Issuer) -> bool:
@@ -319,6 +355,32 @@ class TokenVerifier:
                 raise NotAdmitted(f"the token is malformed: {type(exc).__name__}") from None
             return issuer, claims
         raise NotAdmitted("the token is signed by no issuer that is known here")
+
+
+def _limits_of(claims: dict[str, Any]) -> tuple[tuple[str, ...] | None, int | None]:
+    """The claims ``models`` and ``max_priority``: `None` for one that is absent.
+
+    One that is there and cannot be understood admits nobody: it was meant to limit something.
+    """
+    models: tuple[str, ...] | None = None
+    if "models" in claims:
+        names = claims["models"]
+        if not (
+            isinstance(names, list)
+            and len(names) <= MAX_MODELS
+            and all(isinstance(name, str) and 0 < len(name) <= MAX_MODEL_CHARACTERS
+                    for name in names)
+        ):  # fmt: skip
+            raise NotAdmitted(f"the token's models is not a list of up to {MAX_MODELS} names")
+        models = tuple(names)
+    max_priority = claims.get("max_priority")
+    if "max_priority" in claims and not (
+        isinstance(max_priority, int)
+        and not isinstance(max_priority, bool)
+        and 0 <= max_priority <= HIGHEST_PRIORITY
+    ):
+        raise NotAdmitted(f"the token's max_priority is not a number of 0 to {HIGHEST_PRIORITY}")
+    return models, max_priority
 
 
 def _confirmation_key(confirmation: object) -> ClientPublicKey:

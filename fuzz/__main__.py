@@ -91,7 +91,7 @@ def _fuzz(name: str, engine_options: list[str]) -> int:
     import atheris
 
     logging.disable(logging.CRITICAL)
-    with atheris.instrument_imports(include=["nearfar", "sdk", "fuzz.targets"]):
+    with atheris.instrument_imports(include=["nearfar", "sdk", "cloud_runtime", "fuzz"]):
         from fuzz.targets import TARGETS
     atheris.Setup([sys.argv[0], *engine_options], TARGETS[name])
     atheris.Fuzz()

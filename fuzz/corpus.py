@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz import targets
-from fuzz.targets import joined
+from fuzz import state_corpus, targets, trust_corpus
+from fuzz.common import joined
 from nearfar.bundle.manifest import (
     FileEntry,
     HeadTailPreprocessing,
@@ -24,11 +24,18 @@ from nearfar.bundle.manifest import (
     Variant,
     encode_manifest,
 )
+from nearfar.secure import frames as layout
 from nearfar.secure.records import TYPE_MESSAGE
 from nearfar.wire import messages as wire
 
 ROOT = Path(__file__).resolve().parents[1]
 VECTORS = ROOT / "tests" / "vectors"
+
+#: Targets whose format is text: a fuzzer gets its words.
+TEXTS = (
+    "policy", "config", "manifest", "token", "issuers", "rotation", "trust_file", "signature",
+    "routing_memory", "state_file",
+)  # fmt: skip
 
 #: More is slower and finds nothing new.
 MAX_SEED_BYTES = 8192
@@ -107,6 +114,26 @@ def _handshakes(*names: str) -> Iterator[bytes]:
         yield joined(*(bytes.fromhex(vector[name]) for name in names))
 
 
+def _frames() -> Iterator[bytes]:
+    """Whole messages, several in a record, one in pieces, two in turns, and padding."""
+    short = [layout.frame((b"near",), 4), layout.frame((b"far!",), 4, 128)]
+    pieces: list[list[bytes]] = []
+    for number in (1, 2):
+        message = bytes(range(200)) * 2
+        long = layout.Pieces(
+            (message,), len(message), stream=number, number=number, record_bytes=128
+        )
+        pieces.append([long.take() for _ in range(long.count)])
+    yield joined(*short)
+    yield joined(b"".join(short))
+    yield joined(*pieces[0])
+    yield joined(*(piece for both in zip(*pieces, strict=True) for piece in both))
+    yield joined(pieces[0][0], *short, *pieces[0][1:])
+    yield joined(*pieces[0], *pieces[0])
+    yield joined(pieces[0][1])
+    yield joined(bytes(128))
+
+
 def _pins() -> Iterator[bytes]:
     content = json.loads((VECTORS / "pins.json").read_text())
     for vector in content["vectors"] + content["refused"]:
@@ -180,7 +207,20 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "session_server": lambda: _handshakes("hello"),
     "session_client": lambda: _prefixed(b"S-", _handshakes("configuration", "welcome")),
     "session_records": _records,
+    "frames": _frames,
     "pin": _pins,
+    "token": trust_corpus.tokens,
+    "issuers": trust_corpus.issuers,
+    "key_configuration": trust_corpus.key_configurations,
+    "key_ring": trust_corpus.key_ring_clocks,
+    "key_file": trust_corpus.key_files,
+    "public_key": trust_corpus.public_keys,
+    "rotation": trust_corpus.rotations,
+    "trust_file": trust_corpus.trust_files,
+    "signature": trust_corpus.signatures,
+    "routing_memory": state_corpus.memories,
+    "state_file": state_corpus.memories,
+    "decision": state_corpus.decisions,
     "manifest": _manifests,
     "policy": lambda: _toml("policy.md"),
     "config": lambda: _toml("configuration.md"),
@@ -204,8 +244,8 @@ def write(target: str, directory: Path) -> int:
 def write_dictionary(target: str, file: Path) -> bool:
     """Words of the text formats, which a fuzzer would take long to spell; whether there are any."""
     words: set[str] = set()
-    if target in ("policy", "config", "manifest"):
+    if target in TEXTS:
         for seed in seeds(target):
-            words |= set(re.findall(r"[A-Za-z_]{3,24}", seed.decode()))
+            words |= set(re.findall(r"[A-Za-z_]{3,24}", seed.decode("utf-8", "replace")))
     file.write_text("".join(f'"{word}"\n' for word in sorted(words)))
     return bool(words)

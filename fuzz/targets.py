@@ -6,21 +6,21 @@ A target returns when the code under test behaved, and raises when it did not. T
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from fuzz import state_targets, trust_targets
+from fuzz.common import IDENTITY, NOW_S, directory, joined, pieces
 from nearfar.bundle.bundle import read_manifest
 from nearfar.bundle.manifest import decode_manifest, encode_manifest
 from nearfar.errors import BundleError, ConfigError, RemoteProtocolError, SecurityError
 from nearfar.generation import GenerationOptions, Prompt
+from nearfar.secure import frames as frame_layout
 from nearfar.secure import records
-from nearfar.secure.identity import Pin, ServerIdentity
+from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
 from nearfar.session import ClientSession, ServerSession
 from nearfar.wire import messages as wire
@@ -30,28 +30,14 @@ from nearfar.wire.limits import Limits
 from sdk.config import parse_config
 from sdk.policy import parse_policy
 
-NOW_S = 1_800_000_000.0
-IDENTITY = ServerIdentity(bytes(range(32)))
+__all__ = ["TARGETS", "joined", "pieces"]
+
 LIMITS = Limits(
     max_message_bytes=1 << 16, max_header_bytes=1 << 14, max_unauthenticated_bytes=1 << 13,
     max_streams=8,
 )  # fmt: skip
 REQUEST_ID = bytes(range(16))
 TOKEN = "t"
-
-
-def pieces(data: bytes) -> Iterator[bytes]:
-    """Splits one input into messages: each a little-endian u16 length and so many bytes."""
-    position = 0
-    while position + 2 <= len(data):
-        size = int.from_bytes(data[position : position + 2], "little")
-        yield data[position + 2 : position + 2 + size]
-        position += 2 + size
-
-
-def joined(*messages: bytes) -> bytes:
-    """The input that `pieces` splits into these messages."""
-    return b"".join(len(message).to_bytes(2, "little") + message for message in messages)
 
 
 def raw(message: wire.Message, *tensors: np.ndarray) -> bytes:
@@ -198,10 +184,6 @@ def session_server(data: bytes) -> None:
     assert not server.is_ready
 
 
-#: What the identity signs its configurations for.
-_PURPOSE = b"nearfar/1 key configuration signature\x00"
-
-
 def session_client(data: bytes) -> None:
     """Whatever a server sends to a client; after an ``S`` the identity signs the first message.
 
@@ -211,7 +193,7 @@ def session_client(data: bytes) -> None:
     for number, message in enumerate(pieces(data[1:])):
         if number == 0 and data[:1] == b"S":
             body = message[:-64]
-            message = body + IDENTITY.sign(_PURPOSE + body)
+            message = body + IDENTITY.sign(trust_targets.CONFIGURATION_PURPOSE + body)
         _hear(client, message)
     assert not client.is_ready
 
@@ -251,6 +233,25 @@ def session_records(data: bytes) -> None:
         _hear(victim, bytes(sealer.seal(record_type, message[1:])))
 
 
+#: Of messages in pieces; small, so that a fuzzer finds what happens at the limit.
+FRAMES_MAX_BYTES = 4096
+
+
+def frames(data: bytes) -> None:
+    """Plaintexts of records, one after the other: what messages they bring."""
+    assembler = frame_layout.Assembler()
+    for plaintext in pieces(data):
+        try:
+            found = assembler.feed(plaintext, max_message_bytes=FRAMES_MAX_BYTES)
+        except RemoteProtocolError:
+            return
+        for arrived in found:
+            if arrived.message is not None:
+                assert len(arrived.message) <= FRAMES_MAX_BYTES
+        assert assembler.unfinished <= frame_layout.MAX_UNFINISHED
+        assert assembler.held_bytes <= FRAMES_MAX_BYTES
+
+
 def pin(data: bytes) -> None:
     """The pin as somebody typed it."""
     try:
@@ -265,16 +266,10 @@ def pin(data: bytes) -> None:
 
 @functools.cache
 def _directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="nearfar-fuzz-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    for name in (
-        "ca.pem",
-        "policy.toml",
-        "release.pub",
-        "client.key",
-    ):  # what the example configuration names
-        (directory / name).touch()
-    return directory
+    """With the files that the example configuration names."""
+    for name in ("ca.pem", "policy.toml", "release.pub", "client.key"):
+        (directory() / name).touch()
+    return directory()
 
 
 def manifest(data: bytes) -> None:
@@ -315,7 +310,20 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         session_server,
         session_client,
         session_records,
+        frames,
         pin,
+        trust_targets.token,
+        trust_targets.issuers,
+        trust_targets.key_configuration,
+        trust_targets.key_ring,
+        trust_targets.key_file,
+        trust_targets.public_key,
+        trust_targets.rotation,
+        trust_targets.trust_file,
+        trust_targets.signature,
+        state_targets.routing_memory,
+        state_targets.state_file,
+        state_targets.decision,
         manifest,
         policy,
         config,

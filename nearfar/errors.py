@@ -8,7 +8,7 @@
     ├── ModelNotFound           no such model, version or variant here
     ├── BundleError             a bundle is missing, corrupt, or not what its manifest says
     ├── PolicyDenied            policy forbids every route; never retried
-    ├── SecurityError           wrong pin, expired certificate, failed login; never retried
+    ├── SecurityError           wrong pin, certificate or login, or a token's limit; never retried
     ├── AgreementNotMet         an answer that may differ from the cloud's, and the app wants none
     ├── DeadlineExceeded        the absolute deadline passed first
     ├── CloudUnavailable        no cloud could be reached, or it went away
@@ -119,7 +119,10 @@ class PolicyDenied(NearfarError):
 
 
 class SecurityError(NearfarError):
-    """Authentication, pinning or decryption failed. Never retried, never downgraded."""
+    """Authentication, pinning or decryption failed, or a token does not allow the request.
+
+    Never retried, never downgraded.
+    """
 
     code = "security"
 

@@ -566,6 +566,10 @@ class ServerSession(_Session):
         if isinstance(message, Auth):
             self._shaping = strongest(self._shaping, message.shaping)
 
+    def expect_speed(self, tokens_per_s: float) -> None:
+        """As `Outbox.expect_speed`: the pace of shaped answers, known before their first token."""
+        self._outbox.expect_speed(tokens_per_s)
+
     def send(
         self, message: Message, tensors: Sequence[np.ndarray] = (), *, borrow: bool = False
     ) -> int:

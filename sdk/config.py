@@ -40,11 +40,13 @@ _ROUTING_KEYS = (
 )  # fmt: skip
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
-    "shaping",
+    "shaping", "attestation",
 )  # fmt: skip
 #: `nearfar.secure.identity.Pin.PREFIXES`, without importing cryptography.
 _PIN_PREFIXES = ("nf1:", "nf2:")
 _TRUST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+_PLUG_IN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_ATTESTATION_FIX = 'Write MODULE:NAME, as in attestation = "package.module:Verifier"'
 _SHAPING_FIX = 'Write a word in quotes, as in shaping = "balanced"'
 _CREDENTIALS_FIX = 'Write credentials = "file:PATH" or "env:NAME"; never the key itself'
 
@@ -100,7 +102,9 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
             which runs in a thread, or a coroutine function.
         trust_file: Where `identity` is looked up by name; ``~/.config/nearfar/trust.json`` when
             `None`.
-        verifier: In code only: demands the server's attestation, and checks it.
+        attestation: ``package.module:name`` of a plug-in that must accept the server's evidence;
+            imported when the first connection is made.
+        verifier: Instead of `attestation`, in code only: the plug-in itself.
         ca_file: PEM file of certificate authorities to trust; `None` uses the system's.
         region: Where it stands, for policy; `None` when not stated.
         shaping: How sizes and times of the traffic are hidden: ``off``, ``balanced``, ``strict``.
@@ -117,6 +121,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     key_file: Path | None = None
     token_provider: Callable[[], str | Awaitable[str]] | None = None
     trust_file: Path | None = None
+    attestation: str | None = None
     verifier: Verifier | None = None
     ca_file: Path | None = None
     region: str | None = None
@@ -170,6 +175,17 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
                 field="credentials",
                 fix=_CREDENTIALS_FIX,
             )
+        if self.attestation is not None:
+            # Never skipped because it cannot be understood: an empty one is refused, too.
+            problem = ""
+            if not _PLUG_IN.fullmatch(self.attestation):
+                problem = "does not name a plug-in"
+            elif self.verifier is not None:
+                problem = "stands beside 'verifier'"
+            if problem:
+                raise ConfigError(
+                    f"{where}: 'attestation' {problem}", field="attestation", fix=_ATTESTATION_FIX
+                )
         try:
             check_shaping(self.shaping)
         except ConfigError as exc:
@@ -441,6 +457,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
             shaping=check_shaping("balanced" if shaping is None else shaping),
+            attestation=table.text("attestation", fix=_ATTESTATION_FIX),
         )
         if not config.identity.startswith(_PIN_PREFIXES):
             config.pins(0.0)  # a name that is not known should be noticed now

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import corpus, targets
+from fuzz import corpus, state_targets, targets, trust_targets
+from nearfar.secure.keys import KeyConfiguration
 
 ROOT = Path(__file__).resolve().parents[1]
 DAMAGED = 60
@@ -53,6 +54,27 @@ def test_an_error_that_is_not_documented_gets_out(monkeypatch: pytest.MonkeyPatc
             patched.setattr(targets, place, broken)
             with pytest.raises(KeyError):
                 targets.TARGETS[name](corpus.seeds(name)[0])
+    for name, module, place in (
+        ("token", trust_targets.TokenVerifier, "verify"),
+        ("issuers", trust_targets, "read_issuers"),
+        ("key_configuration", trust_targets.KeyConfiguration, "parse"),
+        ("key_ring", trust_targets.KeyRing, "current"),
+        ("public_key", trust_targets.PublicKey, "parse"),
+        ("rotation", trust_targets.RotationStatement, "parse"),
+        ("trust_file", trust_targets.store, "read_trust"),
+        ("signature", trust_targets.bundle_signature, "check"),
+        ("routing_memory", state_targets, "recall"),
+        ("state_file", state_targets, "Knowledge"),
+        ("decision", state_targets, "decode_decision"),
+        ("frames", targets.frame_layout.Assembler, "feed"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, place, broken)
+            with pytest.raises(KeyError):
+                targets.TARGETS[name](corpus.seeds(name)[0])
+    monkeypatch.setitem(trust_targets._READERS, b"I", broken)
+    with pytest.raises(KeyError):
+        targets.TARGETS["key_file"](corpus.seeds("key_file")[0])
     monkeypatch.setattr("nearfar.wire.connection.decode", broken)
     for name in ("connection_server", "connection_client", "connection_new"):
         with pytest.raises(KeyError):
@@ -93,3 +115,29 @@ def test_seeds_of_the_files_are_good_ones() -> None:
     policies, configs = corpus.seeds("policy"), corpus.seeds("config")
     assert targets.parse_policy(policies[0].decode()).rules
     assert targets.parse_config(configs[0].decode(), base=targets._directory()).cloud
+
+
+def test_what_the_harness_signs_gets_behind_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the flawed ones some are refused there."""
+    came: dict[str, list[bool]] = {}
+
+    def watched(name: str, module: object, place: str) -> None:
+        real = getattr(module, place)
+
+        def call(*args: object, **kwargs: object) -> object:
+            came.setdefault(name, []).append(False)
+            result = real(*args, **kwargs)
+            came[name][-1] = True
+            return result
+
+        monkeypatch.setattr(module, place, call)
+
+    watched("token", trust_targets.TokenVerifier, "verify")
+    watched("key_configuration", KeyConfiguration, "verify")
+    watched("rotation", trust_targets.store, "adopt")
+    watched("signature", trust_targets.bundle_signature, "check")
+    for name in ("token", "key_configuration", "rotation", "signature"):
+        for seed in corpus.seeds(name):
+            if seed[:1] == b"S":
+                targets.TARGETS[name](seed)
+        assert set(came[name]) == {True, False}

@@ -31,7 +31,7 @@ from nearfar.secure.keys import (
 TYPE_HELLO = 2
 TYPE_WELCOME = 3
 
-#: What a server takes; HELLO with one suite is 2435 bytes.
+#: What a server takes; HELLO with two suites is 2435 bytes.
 MAX_HELLO_BYTES = 4096
 #: What a client takes: WELCOME with the longest evidence, and room.
 MAX_HANDSHAKE_MESSAGE_BYTES = 4096 + attestation.MAX_EVIDENCE_BYTES

@@ -19,23 +19,18 @@ from nearfar.secure.frames import (
     Pieces,
     frame,
 )
+from nearfar.secure.pace import MAX_BATCH_BYTES as MAX_BATCH_BYTES
+from nearfar.secure.pace import CreditPace, TokenPace
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
-from nearfar.secure.shaping import BUCKET_BYTES, Shaping, padded_bytes
+from nearfar.secure.shaping import Shaping, padded_bytes
 
-#: `balanced`: how often tokens leave; to a reader a tenth of a second is instant.
-BALANCED_TICK_S = 0.1
-#: `balanced`: how often the other end grants credit; at any other time it would tell how many
-#: tokens have come.
-CREDIT_TICK_S = 0.5
 #: `balanced`: plaintext of the record that ends an answer. Holds `Fin` and some last tokens.
 END_BYTES = 512
 #: `balanced`: a token with its headers is 24 or 32 bytes long, rarely more.
 _TOKEN_BYTES = 32
 #: `balanced`: ticks in a row with a backlog of more than one record before records get longer.
 _PATIENCE_TICKS = 3
-#: `balanced`: no batch is longer, unless a single token is.
-MAX_BATCH_BYTES = 8192
-#: `balanced`: empty records in a row (3 s) while an answer pauses.
+#: `balanced`: empty records in a row (3 s and more) while an answer pauses.
 _MAX_IDLE_TICKS = 30
 
 #: `strict`: one record of this plaintext every tick, 82 KB/s in each direction.
@@ -86,7 +81,6 @@ class Outbox:
 
     def __init__(self, shaping: Shaping = "off") -> None:
         self.shaping: Shaping = shaping
-        self._batch_tick_s = BALANCED_TICK_S
         self.max_unfinished_bytes = 0
         self._number = 0
         # in order, before all pieces but first ones; what nothing can stop is a mere plaintext
@@ -100,7 +94,7 @@ class Outbox:
         self._answering: set[int] = set()  # streams whose first token was sent, or has come
         self._backlog: deque[tuple[int, bytes]] = deque()  # stream, frame
         self._has_end = False
-        self._batch_bytes = BUCKET_BYTES
+        self._pace: TokenPace | CreditPace = TokenPace()
         self._crowded_ticks = 0
         self._idle_ticks = 0
         # strict
@@ -136,7 +130,9 @@ class Outbox:
                 self._backlog.append((stream, frame(parts, size_bytes)))
                 if traits.ends:
                     self._has_end = True
-                    self._answering.discard(stream)
+                    self._end_answer(stream)
+                else:
+                    self._pace.put()
                 return HEADER_BYTES + size_bytes
             padded = padded_bytes(HEADER_BYTES + size_bytes)
         elif shaping == "strict":  # padded when its record is put together
@@ -168,15 +164,23 @@ class Outbox:
     def answer_began(self, stream: int) -> None:
         """The first token of an answer came: what is said about it leaves on ticks from now on."""
         if self.shaping == "balanced" and stream not in self._answering:
-            self._batch_tick_s = CREDIT_TICK_S
-            self._answering.add(stream)
-            self._idle_ticks = 0
+            if not isinstance(self._pace, CreditPace):
+                self._pace = CreditPace()
+            self._begin_answer(stream)
 
     def answer_ended(self, stream: int) -> None:
         """Its end came: nothing more needs to be said."""
         if stream in self._answering:
-            self._answering.discard(stream)
+            self._end_answer(stream)
             self._backlog = deque(entry for entry in self._backlog if entry[0] != stream)
+
+    def expect_speed(self, tokens_per_s: float) -> None:
+        """The next answers will come at about that speed, all together; ahead of their first token.
+
+        `balanced` chooses ticks and records for it. It must come from other answers than these.
+        """
+        if isinstance(self._pace, TokenPace):
+            self._pace.expect(tokens_per_s)
 
     def _is_paced(self, size_bytes: int, stream: int, traits: Traits) -> bool:
         if traits.is_barrier:
@@ -187,11 +191,20 @@ class Outbox:
                 return True
             self._release_backlog()
             if traits.ends:
-                self._answering.discard(stream)
+                self._end_answer(stream)
         elif traits.is_paced:
-            self._answering.add(stream)  # the first leaves at once
-            self._idle_ticks = 0
+            self._begin_answer(stream)  # the first leaves at once
         return False
+
+    def _begin_answer(self, stream: int) -> None:
+        self._answering.add(stream)
+        self._idle_ticks = 0
+        self._pace.begin()
+
+    def _end_answer(self, stream: int) -> None:
+        self._answering.discard(stream)
+        if not self._answering:
+            self._pace.end()
 
     def _is_blocked(self, stream: int) -> bool:
         return stream != 0 and any(
@@ -311,17 +324,18 @@ class Outbox:
         if self._next_tick_s is None:
             # After a pause the first token leaves at once, as the first of all does.
             is_resumed = self._idle_ticks > _MAX_IDLE_TICKS
-            self._next_tick_s = now_s + (0.0 if is_resumed else self._batch_tick_s)
+            self._next_tick_s = now_s + (0.0 if is_resumed else self._pace.tick_s)
         if now_s < self._next_tick_s:
             return None
-        self._advance_tick(self._next_tick_s, now_s, self._batch_tick_s)
+        self._pace.tick(self._next_tick_s, is_needed=bool(self._backlog))
+        self._advance_tick(self._next_tick_s, now_s, self._pace.tick_s)
         self._idle_ticks = 0 if self._backlog else self._idle_ticks + 1
         if self._has_end and sum(len(framed) for _, framed in self._backlog) <= max(
-            END_BYTES, self._batch_bytes
+            END_BYTES, self._pace.batch_bytes
         ):
             self._has_end = False
-            return self._take_batch(max(END_BYTES, self._batch_bytes))
-        batch = self._take_batch(self._batch_bytes)
+            return self._take_batch(max(END_BYTES, self._pace.batch_bytes))
+        batch = self._take_batch(self._pace.batch_bytes)
         self._adapt()
         return batch
 
@@ -338,19 +352,12 @@ class Outbox:
         return b"".join((*taken, bytes(left_bytes)))
 
     def _adapt(self) -> None:
-        """Longer records when tokens keep piling up.
-
-        Judged by the number of tokens, not their bytes, and kept for the connection: the length
-        of records says how fast the server generates, not what.
-        """
-        per_batch = self._batch_bytes // _TOKEN_BYTES
+        """Longer records when tokens keep piling up, judged by their number, not by their bytes."""
+        per_batch = self._pace.batch_bytes // _TOKEN_BYTES
         self._crowded_ticks = self._crowded_ticks + 1 if len(self._backlog) > per_batch else 0
         if self._crowded_ticks >= _PATIENCE_TICKS:
             self._crowded_ticks = 0
-            while self._batch_bytes < MAX_BATCH_BYTES and 2 * (
-                self._batch_bytes // _TOKEN_BYTES
-            ) < len(self._backlog):
-                self._batch_bytes *= 2
+            self._pace.hurry(len(self._backlog))
 
     def _release_backlog(self) -> None:
         while self._backlog:

@@ -283,7 +283,7 @@ class Connection:
 
         from nearfar.session import ClientSession, max_sealed_bytes
         from nearfar.wire.limits import Limits
-        from sdk.cloud.credentials import credentials_of
+        from sdk.cloud.credentials import credentials_of, verifier_of
         from sdk.cloud.websocket import ClientWebsocket
 
         limits = Limits()
@@ -295,7 +295,7 @@ class Connection:
         session = ClientSession(
             pin=config.pins(time.time()),
             credentials=credentials,
-            verifier=config.verifier,
+            verifier=await verifier_of(config),
             client=client,
             limits=limits,
             shaping=config.shaping,

@@ -1,4 +1,4 @@
-"""What a connection authenticates with, fetched at the moment it is made."""
+"""What a connection authenticates with and demands, fetched at the moment it is made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nearfar.errors import CloudUnavailable, ConfigError, NearfarError
 
 if TYPE_CHECKING:
+    from nearfar.secure.attestation import Verifier
     from nearfar.secure.credentials import Credentials
     from sdk.config import CloudConfig
 
@@ -29,6 +30,25 @@ async def credentials_of(config: CloudConfig) -> Credentials:
     if config.key_file is None:
         return ApiKeyCredentials(token)
     return TokenCredentials(token, ClientKey.load(config.key_file))
+
+
+async def verifier_of(config: CloudConfig) -> Verifier | None:
+    """What must accept the cloud's evidence, as `config` demands; `None` when it demands none.
+
+    A plug-in that is named is imported when the first connection is made, in a thread; its class
+    or function is called anew for each connection.
+
+    Raises:
+        ConfigError: The plug-in cannot be used; nothing is connected to.
+    """
+    if config.attestation is None and config.verifier is None:
+        return None
+    from sdk.trust.attestation import CheckedVerifier, load_verifier
+
+    if config.attestation is not None:
+        return await asyncio.to_thread(load_verifier, config.attestation, cloud=config.name)
+    assert config.verifier is not None
+    return CheckedVerifier(config.verifier, "verifier")
 
 
 async def _provided(config: CloudConfig) -> str:

@@ -5,6 +5,8 @@ Why it decides as it does: docs/explanation/how-a-request-is-routed.md.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from nearfar.errors import InvalidInput
@@ -94,16 +96,33 @@ def decode_decision(record: bytes) -> RouteDecision:
     """Read the bytes of `RouteDecision.encode`.
 
     Raises:
-        InvalidInput: The bytes are not a decision record.
+        InvalidInput: The bytes are not a decision record, or of a decision that nobody made.
     """
     try:
-        return _DECODER.decode(record)
+        decision = _DECODER.decode(record)
+        if not _is_possible(decision.inputs):
+            raise msgspec.ValidationError("its figures do not fit together")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidInput(
             f"The bytes are not a decision record ({exc})",
             field="record",
             fix="Pass the bytes that RouteDecision.encode returned",
         ) from exc
+    return decision
+
+
+def _is_possible(inputs: DecisionInputs) -> bool:
+    """Whether the figures are such as the predictor gives; a damaged record may hold any."""
+    remaining_ms = inputs.remaining_ms
+    if not 0 < inputs.confidence <= 1 or not (remaining_ms is None or math.isfinite(remaining_ms)):
+        return False
+    for prediction in (inputs.edge.prediction, inputs.cloud.prediction):
+        _, *figures = msgspec.structs.astuple(prediction)
+        if (prediction.p50_ms is None) != (prediction.p95_ms is None) or not all(
+            figure is None or 0 <= figure < math.inf for figure in figures
+        ):
+            return False
+    return True
 
 
 _DECODER = msgspec.msgpack.Decoder(RouteDecision)

@@ -16,10 +16,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 
+import cloud_runtime.server
 from cloud_runtime.auth import Authenticator
 from cloud_runtime.models import ServedModels
 from cloud_runtime.provision import WEBSOCKET_PATH, provision
@@ -34,6 +37,75 @@ DIRECTORY = Path(__file__).parent
 PARALLELISM = 4
 #: The cases open more connections than a test machine has clients.
 SETTINGS = ServerSettings(max_connections=1000)
+#: The longest messages of the cases; records of the runtime have 68 KiB at most.
+MAX_ECHO_BYTES = 16 << 20
+
+
+class EchoConnection(GuardedConnection):
+    """The runtime's websocket, but text, which the runtime refuses, is collected and echoed."""
+
+    _text: bytearray | None = None
+
+    def _take(self, listener: Any, frame: Frame) -> None:
+        if frame.opcode is Opcode.TEXT:
+            self._text = bytearray()
+        elif frame.opcode is not Opcode.CONT or self._text is None:
+            super()._take(listener, frame)
+            return
+        assert self._text is not None
+        self._text += frame.data
+        if frame.fin:
+            whole, self._text = bytes(self._text), None
+            listener.echo(whole, is_text=True)
+
+
+class Echo:
+    """Sends back what comes (`nearfar.websocket.Listener`)."""
+
+    def __init__(self, websocket: EchoConnection) -> None:
+        self._websocket = websocket
+        self._waiting: collections.deque[tuple[bytes, bool]] = collections.deque()
+        self._closing: asyncio.Task[None] | None = None
+
+    def message_received(self, data: bytes | bytearray) -> None:
+        self.echo(bytes(data), is_text=False)
+
+    def echo(self, data: bytes, *, is_text: bool) -> None:
+        self._waiting.append((data, is_text))
+        self.writing_resumed()
+
+    def writing_resumed(self) -> None:
+        websocket = self._websocket
+        while self._waiting and websocket.is_writable:
+            data, is_text = self._waiting.popleft()
+            if not is_text:
+                websocket.write([data])
+            elif _is_utf8(data):
+                websocket.protocol.send_text(data)
+                websocket.write([])
+            else:
+                self._closing = asyncio.ensure_future(websocket.close(1007))
+
+    def text_received(self) -> None:
+        raise AssertionError("`EchoConnection` takes all text")
+
+    def message_began(self) -> None: ...
+
+    def message_ended(self) -> None: ...
+
+    def batch_ended(self) -> None: ...
+
+    def writing_paused(self) -> None: ...
+
+    def connection_ended(self, problem: ConnectionClosed) -> None: ...
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class EchoServer(CloudServer):
@@ -42,14 +114,19 @@ class EchoServer(CloudServer):
     Autobahn's cases expect an echo, and only with one do they get to what they test.
     """
 
+    async def start(self, host: str, port: int) -> int:
+        with mock.patch.multiple(
+            cloud_runtime.server,
+            GuardedConnection=EchoConnection,
+            max_sealed_bytes=lambda _: MAX_ECHO_BYTES,
+        ):
+            return await super().start(host, port)
+
     async def _handle(self, websocket: ServerConnection) -> None:
-        assert isinstance(websocket, GuardedConnection)
+        assert isinstance(websocket, EchoConnection)
         websocket.allowance_bytes = None
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                parts = [fragment async for fragment in websocket.recv_streaming()]
-                is_text = isinstance(parts[0], str)
-                await websocket.send("".join(parts) if is_text else b"".join(parts))  # type: ignore[arg-type]
+        websocket.listen(Echo(websocket))
+        await websocket.wait_closed()
 
 
 class Bridge:

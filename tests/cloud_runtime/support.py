@@ -30,6 +30,8 @@ from nearfar.bundle.manifest import Manifest, TensorSpec, Variant
 from nearfar.engines.base import CancelToken
 from nearfar.errors import CloudUnavailable, NearfarError, from_code
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt, Usage
+from nearfar.secure.attestation import Attester
+from nearfar.secure.credentials import Credentials
 from nearfar.secure.identity import ServerIdentity
 from nearfar.secure.keys import KeyRing
 from nearfar.session import ClientSession, Limits, max_sealed_bytes
@@ -181,11 +183,12 @@ async def running(
     *,
     allow_anonymous: bool = False,
     with_tokens: bool = False,
+    attester: Attester | None = None,
 ) -> AsyncIterator[Running]:
     identity = ServerIdentity.load(state.identity)
     server = CloudServer(
         models=models,
-        keys=KeyRing(identity, now_s=time.time()),
+        keys=KeyRing(identity, now_s=time.time(), attester=attester),
         authenticator=Authenticator(
             state.api_keys,
             allow_anonymous=allow_anonymous,
@@ -254,6 +257,7 @@ class WireClient:
         server: Running,
         *,
         token: str | None = None,
+        credentials: Credentials | None = None,
         pin: str | None = None,
         limits: Limits | None = None,
     ) -> AsyncIterator[WireClient]:
@@ -269,6 +273,7 @@ class WireClient:
             session = ClientSession(
                 pin=server.pin if pin is None else pin,
                 token=server.token if token is None else token,
+                credentials=credentials,
                 limits=limits,
                 now_s=time.time(),
             )

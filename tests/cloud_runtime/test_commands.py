@@ -304,6 +304,11 @@ def test_tokens_are_issued_by_command(tmp_path):
     assert (claims["iss"], claims["sub"]) == ("clinic-it", "clinic-2")
     assert claims["aud"] == state.pin.read_text().strip()
     assert claims["exp"] - claims["iat"] == 300
+    assert not {"models", "max_priority"} & set(claims)
+    limited = cloud(*order, "--model", "chat-*", "--model", "minilm", "--max-priority", 3)
+    claims = jwt.decode(limited.stdout.strip(), options={"verify_signature": False})
+    assert (claims["models"], claims["max_priority"]) == (["chat-*", "minilm"], 3)
+    assert cloud(*order, "--max-priority", 10).returncode == 2
     output = tmp_path / "token.txt"
     for _ in range(2):  # whatever renews it, runs this again and again
         done = cloud(*order, "--output", output)

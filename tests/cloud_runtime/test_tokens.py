@@ -148,8 +148,8 @@ WRONG_CLAIMS = {
     "expired": ({"iat": -700, "nbf": -700, "exp": -120}, "ExpiredSignature"),
     "not valid yet": ({"nbf": 300}, "ImmatureSignatureError"),
     "from the future": ({"iat": 300, "exp": 600}, "ImmatureSignatureError"),
-    "too long-lived": ({"exp": 3600}, "lives for"),
-    "ends before it begins": ({"iat": 50, "exp": 20}, "lives for"),
+    "too long-lived": ({"exp": 3600}, "does not live for"),
+    "ends before it begins": ({"iat": 50, "exp": 20}, "does not live for"),
     "endless": ({"exp": None}, "MissingRequiredClaimError"),
     "of no age": ({"iat": None}, "MissingRequiredClaimError"),
     "no key": ({"cnf": None}, "MissingRequiredClaimError"),
@@ -159,6 +159,15 @@ WRONG_CLAIMS = {
     "X25519 key": ({"cnf": {"jwk": {**jwk_of(CLIENT), "crv": "X25519"}}}, "cnf"),
     "short key": ({"cnf": {"jwk": {**jwk_of(CLIENT), "x": "AAAA"}}}, "cnf"),
     "key that is no text": ({"cnf": 7}, "cnf"),
+    "models that are one": ({"models": "chat"}, "models"),
+    "models that are nothing": ({"models": [""]}, "models"),
+    "models that are numbers": ({"models": [7]}, "models"),
+    "models that are too many": ({"models": ["m"] * 65}, "models"),
+    "priority that is text": ({"max_priority": "3"}, "max_priority"),
+    "priority that is yes": ({"max_priority": True}, "max_priority"),
+    "priority that is too high": ({"max_priority": 10}, "max_priority"),
+    "priority below all": ({"max_priority": -1}, "max_priority"),
+    "priority in between": ({"max_priority": 2.5}, "max_priority"),
     "nobody": ({"sub": None}, "MissingRequiredClaimError"),
     "name that would break a log line": ({"sub": "a\nb"}, "cannot name a tenant"),
 }
@@ -173,6 +182,32 @@ def test_claims_that_do_not_hold_are_refused_though_signed(state, name):
         for claim, value in changes.items()
     }
     assert reason in refused(state, forge(state, **moved))
+
+
+@pytest.mark.parametrize("exp", [10**2000, 1e308, 10.5e11])
+def test_what_the_log_says_of_a_token_does_not_grow_with_its_numbers(state, exp):
+    assert refused(state, forge(state, exp=exp)) == "the token does not live for 1 to 600 s"
+
+
+def test_limits_that_are_null_let_nobody_in(state):
+    """Whoever wrote them meant something by them."""
+    now_s = int(time.time())
+    key = load_pem_private_key(state.token_key.read_bytes(), password=None)
+    claims = {
+        "iss": tokens.DEFAULT_ISSUER, "sub": "clinic-2", "aud": AUDIENCE, "iat": now_s,
+        "exp": now_s + 600, "cnf": {"jwk": jwk_of(CLIENT)},
+    }  # fmt: skip
+    admit(state, jwt.encode(claims, key, algorithm="EdDSA"))
+    for name in ("models", "max_priority"):
+        token = jwt.encode({**claims, name: None}, key, algorithm="EdDSA")
+        assert name in refused(state, token)
+
+
+def test_limits_reach_the_caller(state):
+    caller = admit(state, issue(state, models=["chat-*", "minilm"], max_priority=3))
+    assert (caller.models, caller.max_priority) == (("chat-*", "minilm"), 3)
+    free = admit(state, issue(state))
+    assert (free.models, free.max_priority) == (None, None)
 
 
 def test_other_members_of_the_keys_jwk_do_not_matter(state):
@@ -273,7 +308,9 @@ def test_without_tokens_a_token_is_just_an_unknown_key(state):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [({"tenant": "a b"}, "cannot name a tenant"), ({"lifetime_s": 601}, "cannot live"),
-     ({"lifetime_s": 0}, "cannot live")],
+     ({"lifetime_s": 0}, "cannot live"), ({"models": [""]}, "models is not a list"),
+     ({"models": [str(n) * 100 for n in range(60)]}, "4096 are accepted"),
+     ({"max_priority": 10}, "max_priority is not")],
 )  # fmt: skip
 def test_unfit_orders_are_refused(state, changes, match):
     with pytest.raises(ConfigError, match=match):

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from nearfar.secure.frames import HEADER_BYTES, MAX_UNFINISHED, MAX_WHOLE_BYTES, Assembler
 from nearfar.secure.outbox import (
-    BALANCED_TICK_S,
     END_BYTES,
     STRICT_RECORD_BYTES,
     STRICT_RUN_TICKS,
@@ -14,6 +13,7 @@ from nearfar.secure.outbox import (
     Outbox,
     Traits,
 )
+from nearfar.secure.pace import FIRST_BATCH_BYTES, TOKEN_TICK_S
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import BUCKET_BYTES, Shaping
 
@@ -224,9 +224,9 @@ def test_first_token_leaves_at_once_and_the_others_in_one_record_per_tick() -> N
     assert reader.drain(box, 5.0).names == ["one"]
     answer(box, ["two", "three"])
     assert reader.drain(box, 5.05).names == ["one"]
-    assert box.next_flush_s() == pytest.approx(5.0 + BALANCED_TICK_S)
+    assert box.next_flush_s() == pytest.approx(5.0 + TOKEN_TICK_S)
     assert reader.drain(box, 5.1).names == ["one", "two", "three"]
-    assert reader.sizes == [BUCKET_BYTES, BUCKET_BYTES]
+    assert reader.sizes == [BUCKET_BYTES, FIRST_BATCH_BYTES]
 
 
 def test_tick_without_a_token_looks_like_one_with_some() -> None:
@@ -234,7 +234,7 @@ def test_tick_without_a_token_looks_like_one_with_some() -> None:
     answer(box, ["one"])
     reader.drain(box, 0.0).drain(box, 0.1).drain(box, 0.2)
     assert reader.names == ["one"]
-    assert reader.sizes == [BUCKET_BYTES] * 3
+    assert reader.sizes == [BUCKET_BYTES, FIRST_BATCH_BYTES, FIRST_BATCH_BYTES]
 
 
 def test_paused_answer_falls_silent_and_resumes_at_once() -> None:
@@ -243,7 +243,7 @@ def test_paused_answer_falls_silent_and_resumes_at_once() -> None:
     now_s = 0.0
     while box.next_flush_s() is not None or now_s == 0.0:
         reader.drain(box, now_s)
-        now_s += BALANCED_TICK_S
+        now_s += TOKEN_TICK_S
         assert now_s < 5.0
     count = len(reader.sizes)
     answer(box, ["two"])
@@ -280,7 +280,7 @@ def test_records_get_longer_when_tokens_pile_up_and_nothing_waits_for_long() -> 
     reader.drain(box, 0.0)
     for tick in range(1, 31):
         answer(box, [f"{tick}.{number}" for number in range(20)])  # 200 tokens a second
-        reader.drain(box, tick * BALANCED_TICK_S + 0.001)
+        reader.drain(box, tick * TOKEN_TICK_S + 0.001)
     assert reader.names[-1].startswith("30.")
     sizes = list(dict.fromkeys(reader.sizes))
     assert sizes == sorted(sizes)
@@ -385,4 +385,5 @@ def test_neither_tokens_nor_a_long_result_starve() -> None:
 
 def test_header_and_buckets_are_what_the_documentation_says() -> None:
     assert (HEADER_BYTES, BUCKET_BYTES, END_BYTES, STRICT_RECORD_BYTES) == (8, 128, 512, 4096)
-    assert (BALANCED_TICK_S, STRICT_TICK_S, STRICT_RUN_TICKS) == (0.1, 0.05, 32)
+    assert FIRST_BATCH_BYTES == 192
+    assert (TOKEN_TICK_S, STRICT_TICK_S, STRICT_RUN_TICKS) == (0.1, 0.05, 32)

@@ -340,6 +340,27 @@ def test_bytes_that_are_no_record_are_refused(data: bytes) -> None:
         replay(data)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"confidence": 2.0},
+        {"confidence": float("nan")},
+        {"confidence": 0.0},
+        {"remaining_ms": float("inf")},
+        {"edge": RouteState(prediction=Prediction(p50_ms=None, p95_ms=30.0))},
+        {"cloud": RouteState(prediction=Prediction(p50_ms=20.0, p95_ms=float("nan")))},
+        {"cloud": RouteState(prediction=Prediction(p50_ms=20.0, p95_ms=-1.0))},
+        {"cloud": RouteState(prediction=Prediction(queue_ms=float("inf")))},
+    ],
+)
+def test_a_record_of_figures_that_cannot_be_is_refused(damage: dict[str, object]) -> None:
+    decision = decide(inputs(FAST, SLOW, remaining_ms=16.0))
+    damaged = msgspec.structs.replace(decision.inputs, **damage)
+    record = msgspec.structs.replace(decision, inputs=damaged).encode()
+    with pytest.raises(InvalidInput, match="do not fit together"):
+        replay(record)
+
+
 def test_a_decision_is_readable_as_a_struct() -> None:
     decision = decide(inputs(FAST, SLOW))
     again = msgspec.msgpack.decode(decision.encode(), type=RouteDecision)
