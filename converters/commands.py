@@ -29,6 +29,14 @@ class TaskName(str, Enum):
     tensor = "tensor"
 
 
+class Int8Method(str, Enum):
+    """What is rounded to 8 bits, and when."""
+
+    weights = "weights"
+    dynamic = "dynamic"
+    static = "static"
+
+
 def convert(
     context: typer.Context,
     model: Annotated[
@@ -70,6 +78,22 @@ def convert(
         Path | None,
         typer.Option(help="ONNX: .npz with real inputs to verify with.", show_default=False),
     ] = None,
+    int8: Annotated[
+        Int8Method,
+        typer.Option(
+            help="ONNX and encoders: round weights only; activations too, in every call; or "
+            "activations with ranges found on samples (QDQ)."
+        ),
+    ] = Int8Method.weights,
+    max_quality_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most a compressed variant may lose, such as 1%: keeps sensitive nodes in full "
+            "precision until it holds, and leaves out a variant that is worse.",
+            show_default=False,
+        ),
+    ] = None,
     license_: Annotated[
         str,
         typer.Option("--license", help="SPDX expression. Default: what the source states."),
@@ -97,7 +121,8 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Do as this recipe says; options beside it win.",
+            help="Do as this recipe says, a file or the name of one that nearfar brings; options "
+            "beside it win.",
             show_default=False,
         ),
     ] = None,
@@ -160,14 +185,19 @@ def convert(
 
         nearfar convert digits.onnx -o again --recipe digits.toml
 
+    A sentence encoder in 8 bits that must keep 97 of 100 neighbours:
+
+        nearfar convert all-MiniLM-L6-v2/ -o models/minilm --max-quality-drop 3%
+
     Then look at it with `nearfar bundle inspect models/assistant`.
     """
+    import msgspec
     from rich.console import Console
 
     from converters.cache import default_root
     from converters.options import ConversionOptions
     from converters.pipeline import convert_model
-    from converters.recipe_file import options_of, overridden, read_recipe
+    from converters.recipe_file import find_recipe, options_of, overridden, read_recipe
     from converters.reporting import Reporter
     from nearfar.errors import ConfigError
 
@@ -191,9 +221,19 @@ def convert(
     }
     options, known = ConversionOptions(), None
     if recipe is not None:
+        recipe = find_recipe(recipe)
         known = read_recipe(recipe)
         options = options_of(known, recipe)
         stated = {key: value for key, value in stated.items() if _is_stated(context, key)}
+    settings = options.settings
+    if _is_stated(context, "int8"):
+        # Nodes that another method had to keep say nothing about this one.
+        chosen = msgspec.structs.replace(settings.int8, method=int8.value, keep=())
+        settings = msgspec.structs.replace(settings, int8=chosen)
+    if max_quality_drop is not None:
+        gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
+        settings = msgspec.structs.replace(settings, gates=gates)
+    stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
     options = replace(options, cache=None if no_cache else root)
     console = Console(highlight=False)
@@ -214,6 +254,24 @@ def convert(
             save_recipe=save_recipe,
         )
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
+
+
+def _share(stated: str) -> float:
+    """``1%`` or ``0.01`` as a share."""
+    from nearfar.errors import ConfigError
+
+    text = stated.strip()
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ConfigError(
+            f"{stated!r} is not a share between 0 and 1",
+            field="max_quality_drop",
+            fix="Write it as 1% or as 0.01",
+        )
+    return value
 
 
 def _is_stated(context: typer.Context, option: str) -> bool:

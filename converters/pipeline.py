@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from converters.cache import StepCache
@@ -100,7 +101,8 @@ def convert_model(
             else "✓ the files are those that the recipe states, by their SHA-256"
         )
     if save_recipe is not None:
-        write_recipe(recipe_of(source, options, bundle, save_recipe), save_recipe)
+        done = replace(options, settings=shop.settings_found)
+        write_recipe(recipe_of(source, done, bundle, save_recipe), save_recipe)
         reporter.say(f"✓ the recipe is in {save_recipe}")
     return bundle
 

@@ -30,6 +30,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 _MAX_BYTES = 4 << 20
+_BROUGHT = Path(__file__).parent / "recipes"
 #: Files beside a model that change what comes out of it.
 _BESIDE_ONNX = ("config.min.json", "tokenizer.json")
 
@@ -128,6 +129,25 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(
             f"Recipe {path} is not TOML ({exc})", field="recipe", fix="Correct that line"
         ) from exc
+
+
+def find_recipe(path: Path) -> Path:
+    """The file, or the recipe of that name that nearfar brings.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if path.exists():
+        return path
+    brought = sorted(_BROUGHT.glob("*.toml"))
+    for file in brought:
+        if str(path) == file.stem:
+            return file
+    raise ConfigError(
+        f"There is no recipe {path}",
+        field="recipe",
+        fix="Give a file, or one of: " + ", ".join(file.stem for file in brought),
+    )
 
 
 def options_of(recipe: Recipe, path: Path) -> ConversionOptions:

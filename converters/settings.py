@@ -9,10 +9,38 @@ import msgspec
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How weights become 8 bits.
+class CalibrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How ``static`` INT8 finds the range of every activation, and what it is made for.
 
     Attributes:
+        method: The range is the least and the greatest number seen (``minmax``), that which loses
+            the least information (``entropy``, Kullback-Leibler), or that which holds `percentile`
+            percent of all numbers.
+        percentile: For that method.
+        samples: How many inputs are run; they are never the ones that the variant is judged on.
+        target: ``cpu``: unsigned activations with a zero point, biases in INT32. ``tensorrt``:
+            signed and symmetric, biases left alone (`QuantizeBias=False`), as its parser wants.
+    """
+
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.999
+    samples: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 64
+    target: Literal["cpu", "tensorrt"] = "cpu"
+
+
+class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model becomes 8 bits.
+
+    Attributes:
+        method: ``weights``: weights in blocks (`MatMulNBits`), activations in float between the
+            operators. ``dynamic``: activations are rounded too, with a range found in every call.
+            ``static``: with a range found beforehand, on calibration data (QDQ).
+        keep: Nodes of the graph that stay in full precision, by name.
+        max_kept: How many nodes more may be kept to hold ``gates.max_quality_drop``: those whose
+            rounding harms the output most, and as few as are needed.
+        tables: Lookup tables of ``weights``: one scale for each ``row``, or one for the ``tensor``.
+        per_channel: ``dynamic`` and ``static``: one scale for each output channel of a weight.
+        calibration: For ``static``.
         block_size: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two
             AVX-512 VNNI cores: mean cosine to FP32, share of the ten nearest texts kept, median
             time for 64 tokens against FP32. Blocks of 32 in MatMul: 0.9995, 0.970, 83 %; blocks of
@@ -22,6 +50,12 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             it fast; 0 leaves that to ONNX Runtime.
     """
 
+    method: Literal["weights", "dynamic", "static"] = "weights"
+    keep: tuple[str, ...] = ()
+    max_kept: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 8
+    tables: Literal["row", "tensor"] = "row"
+    per_channel: bool = True
+    calibration: CalibrationSettings = CalibrationSettings()
     block_size: Literal[16, 32, 64, 128, 256] = 128
     accuracy_level: Literal[0, 1, 4] = 4
 
@@ -40,9 +74,15 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a variant must reach. Against absurd results: sound conversions are far inside.
+    """What a variant must reach.
+
+    All but the first are against absurd results: sound conversions are far inside.
 
     Attributes:
+        max_quality_drop: How much worse than its reference a compressed variant may be, as a share;
+            a worse one is left out of the bundle. Held against ``1 - top1_agreement`` of
+            classifiers, ``1 - recall_at_10`` of sentence encoders, ``relative_error`` of plain
+            tensors, and how much the perplexity of language models rises.
         max_optimise_error: An optimised graph may differ from its source by float rounding only.
         min_top1_agreement: A variant that disagrees more often is not the same classifier.
         min_cosine_to_source: Exported sentence encoder against the source; sound: 1.0000.
@@ -51,6 +91,7 @@ class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         max_perplexity_ratio: Compressed language model against the best variant; sound: 1.13.
     """
 
+    max_quality_drop: _Share | None = None
     max_optimise_error: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
     min_top1_agreement: _Share = 0.8
     min_cosine_to_source: _Share = 0.9999
@@ -64,9 +105,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         seed: Of the random inputs that a model is verified with when nobody gave samples.
+        passages: How many texts sentence encoders are verified on. With more of them the ten
+            nearest are nearer to each other, and `recall_at_10` is lower.
     """
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 20240607
+    passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 128
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
     gates: Gates = Gates()

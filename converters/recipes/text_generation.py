@@ -62,6 +62,13 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         _build(source, folder, targets, shop)
         step.note(", ".join(f"{key} {format_bytes(_size(path))}" for key, path in targets.items()))
     quality = _verify(shop, targets, token_windows, truth)
+    best = next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
+    ids = tuple(
+        variant_id
+        for variant_id in ids
+        if variant_id == ids[0]
+        or shop.accept(variant_id, quality[variant_id], reference_perplexity=best)
+    )
     latency: dict[str, tuple[LatencyFigure, int]] = {}
     if shop.options.measure:
         prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
