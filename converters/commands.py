@@ -42,7 +42,8 @@ def convert(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="GGUF file, Hugging Face folder with safetensors, or ONNX file.",
+            help="GGUF file, Hugging Face folder with safetensors, ONNX file, or a PyTorch "
+            "module as package.module:factory.",
             show_default=False,
         ),
     ] = None,
@@ -77,6 +78,21 @@ def convert(
     samples: Annotated[
         Path | None,
         typer.Option(help="ONNX: .npz with real inputs to verify with.", show_default=False),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch: example inputs, as package.module:function or an .npz. Default: "
+            "example_inputs beside the factory.",
+            show_default=False,
+        ),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch: free sizes, as NAME=AXIS or NAME=INPUT.AXIS. Default: batch=0.",
+            show_default=False,
+        ),
     ] = None,
     int8: Annotated[
         Int8Method,
@@ -160,7 +176,7 @@ def convert(
     """Convert a model into a bundle that edge and cloud can run.
 
     Every variant is compared with its source on real input, and the figures are written into the
-    bundle's manifest. Nothing is downloaded, and no code that comes with a model is run.
+    bundle's manifest. Nothing is downloaded, and no code is run but a factory that you name.
 
     A chat model, 4 bits for the device and full precision for the cloud:
 
@@ -173,6 +189,10 @@ def convert(
     A classifier that exists as ONNX, with its class names and real inputs to verify with:
 
         nearfar convert digits.onnx -o models/digits --labels digits.txt --samples digits.npz
+
+    A PyTorch module of your own, with example_inputs() beside its factory:
+
+        nearfar convert mypackage.nets:make_encoder -o models/encoder --axes batch=0,tokens=1
 
     A classifier of raw bytes (a magika model needs no options: its config file is read):
 
@@ -215,6 +235,8 @@ def convert(
         "labels": labels,
         "preprocessing": preprocessing,
         "samples": samples,
+        "inputs": inputs,
+        "axes": axes,
         "license": license_,
         "description": description,
         "measure": measure,
@@ -288,7 +310,7 @@ def _show_plan(console: Console, model: Path, options: ConversionOptions) -> Non
     from converters.sources.detect import open_source
     from nearfar.units import format_bytes
 
-    source = open_source(model)
+    source = open_source(model, inputs=options.inputs, axes=options.axes)
     planned = plan(source, options)
     table = Table(box=None)
     table.add_column("step")

@@ -59,7 +59,12 @@ class Meaning:
 
 
 def build(
-    source: OnnxSource, name: str, shop: Workshop, *, examples: Sequence[Feeds] = ()
+    source: OnnxSource,
+    name: str,
+    shop: Workshop,
+    *,
+    examples: Sequence[Feeds] = (),
+    tools: Sequence[str] = (),
 ) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
 
@@ -68,6 +73,7 @@ def build(
         name: The bundle's.
         shop: Where and how.
         examples: Inputs to verify with where no samples were given.
+        tools: Packages that made the model, for the lineage.
 
     Raises:
         ConversionError: A step refused or failed.
@@ -115,7 +121,7 @@ def build(
         task=meaning.task,
         description=shop.options.description,
         license=shop.options.license or source.license,
-        lineage=shop.lineage(source, *_TOOLS),
+        lineage=shop.lineage(source, *_TOOLS, *tools),
         inputs=source.inputs,
         outputs=source.outputs,
         preprocessing=meaning.preprocessing,
