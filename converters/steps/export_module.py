@@ -53,8 +53,8 @@ def export_module(source: TorchSource, path: Path) -> float:
     except Exception as exc:  # the exporter raises whatever the traced code raises
         raise ConversionError(
             f"torch.onnx cannot export {source.spec} ({_reason(exc)})",
-            fix="Express that part with operators that ONNX has, without branches on the data; if a "
-            "size cannot be free, leave it out of --axes",
+            fix="Express that part with operators that ONNX has, without branches on the data; if "
+            "a size cannot be free, leave it out of --axes",
         ) from exc
     return _compare(source, path)
 
