@@ -110,6 +110,14 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Hugging Face: read weights that exist as pickles only, with torch's loader for "
+            "weights. Only for files that you trust.",
+        ),
+    ] = False,
     license_: Annotated[
         str,
         typer.Option("--license", help="SPDX expression. Default: what the source states."),
@@ -257,6 +265,7 @@ def convert(
         settings = msgspec.structs.replace(settings, gates=gates)
     stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
+    options = replace(options, allow_pickle=allow_pickle)
     options = replace(options, cache=None if no_cache else root)
     console = Console(highlight=False)
     if dry_run:
@@ -310,7 +319,9 @@ def _show_plan(console: Console, model: Path, options: ConversionOptions) -> Non
     from converters.sources.detect import open_source
     from nearfar.units import format_bytes
 
-    source = open_source(model, inputs=options.inputs, axes=options.axes)
+    source = open_source(
+        model, inputs=options.inputs, axes=options.axes, allow_pickle=options.allow_pickle
+    )
     planned = plan(source, options)
     table = Table(box=None)
     table.add_column("step")

@@ -24,6 +24,7 @@ class ConversionOptions:
         inputs: Example inputs of a PyTorch module: ``package.module:function`` or an ``.npz``;
             `None` takes ``example_inputs`` beside the factory.
         axes: Its free sizes, such as ``batch=0,tokens=1``; `None` frees the first axis.
+        allow_pickle: Whether to read a folder's weights that exist as pickles only.
         license: SPDX expression; empty takes what the source states.
         description: One line for people.
         replace: Whether an existing bundle may be replaced.
@@ -43,6 +44,7 @@ class ConversionOptions:
     samples: Path | None = None
     inputs: str | None = None
     axes: str | None = None
+    allow_pickle: bool = False
     license: str = ""
     description: str = ""
     replace: bool = False

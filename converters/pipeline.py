@@ -75,7 +75,12 @@ def convert_model(
     signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
     with reporter.step(f"check {source_path.name}") as step:
-        source = open_source(source_path, inputs=options.inputs, axes=options.axes)
+        source = open_source(
+            source_path,
+            inputs=options.inputs,
+            axes=options.axes,
+            allow_pickle=options.allow_pickle,
+        )
         step.note(source.title)
     for line in check_source(recipe, source) if recipe is not None else ():
         reporter.say(f"! {line}: the files may differ from the recipe's")

@@ -15,13 +15,20 @@ _SUPPORTED = (
 )
 
 
-def open_source(path: Path, *, inputs: str | None = None, axes: str | None = None) -> Source:
+def open_source(
+    path: Path,
+    *,
+    inputs: str | None = None,
+    axes: str | None = None,
+    allow_pickle: bool = False,
+) -> Source:
     """Recognise and check a model.
 
     Args:
         path: A file or a folder, or ``package.module:factory``.
         inputs: Example inputs of a PyTorch module; see `torch_module.open_torch`.
         axes: Its free sizes.
+        allow_pickle: Take a folder's weights that exist as pickles only.
 
     Raises:
         ConversionError: Nothing there, not a model, damaged, of an unsafe or unsupported kind.
@@ -44,7 +51,7 @@ def open_source(path: Path, *, inputs: str | None = None, axes: str | None = Non
     if path.is_dir():
         from converters.sources.huggingface import open_huggingface
 
-        return open_huggingface(path)
+        return open_huggingface(path, allow_pickle=allow_pickle)
     if not path.is_file():
         raise ConversionError(f"{path} is not a regular file", fix=f"Give {_SUPPORTED}")
     try:

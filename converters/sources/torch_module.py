@@ -21,6 +21,7 @@ import numpy as np
 
 from converters.libraries import load
 from converters.sources.base import Source
+from converters.sources.weights import check_weights
 from nearfar.errors import ConversionError
 
 _SPEC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -98,7 +99,7 @@ def open_torch(spec: str, inputs: str | None = None, axes: str | None = None) ->
             fix="Name a function without arguments that returns the module",
         )
     module = module.eval().float().cpu()
-    _check_weights(spec, module, torch)
+    check_weights(module, spec)
     examples = _named(spec, module, _examples(spec, inputs), torch)
     outputs = _run(spec, module, examples, torch)
     return TorchSource(
@@ -237,15 +238,6 @@ def _named(spec: str, module: Any, examples: Any, torch: Any) -> dict[str, Any]:
     if not found:
         raise ConversionError(f"There are no example inputs for {spec}", fix="Give at least one")
     return found
-
-
-def _check_weights(spec: str, module: Any, torch: Any) -> None:
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ConversionError(
-                f"Weight {name!r} of {spec} has NaN or infinite numbers",
-                fix="Load weights of a training run that did not diverge",
-            )
 
 
 def _run(spec: str, module: Any, examples: Mapping[str, Any], torch: Any) -> dict[str, np.ndarray]:
