@@ -19,6 +19,11 @@ from nearfar.errors import ConversionError
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet"})
 
 _MAX_JSON_BYTES = 64 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+_ANY_TEXT = "The weather is good today, and water boils when it is hot enough."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +122,17 @@ def load_tokenizer(path: Path) -> Any:
     """The folder's tokenizer, as `AutoTokenizer` gives it.
 
     Raises:
-        ConversionError: There is none, or it cannot be read.
+        ConversionError: There is none, it cannot be read, or it knows no text.
     """
+    # transformers 5 makes an empty tokenizer of nothing, which a comparison of token ids passes.
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConversionError(
+            f"Folder {path} has no tokenizer", fix="Copy tokenizer.json into it from the model"
+        )
     transformers = load("transformers")
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
     except Exception as exc:  # the library's own errors have no common base
@@ -130,6 +140,13 @@ def load_tokenizer(path: Path) -> Any:
             f"The tokenizer in {path} cannot be loaded ({exc})",
             fix="The folder must have tokenizer.json or the files of a known tokenizer",
         ) from exc
+    ids = tokenizer(_ANY_TEXT, add_special_tokens=False).input_ids
+    if not ids or ids.count(tokenizer.unk_token_id) > len(ids) / 2:
+        raise ConversionError(
+            f"The tokenizer in {path} knows hardly any word of English text",
+            fix="It is empty or another model's; copy the right tokenizer.json into the folder",
+        )
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -165,8 +165,10 @@ def refused(source: Path, tmp_path: Path, **options: object) -> str:
 
 
 def test_a_missing_tokenizer(encoder: Path, tmp_path: Path):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (encoder / name).unlink()
+    (encoder / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refused(encoder, tmp_path)
+    # A vocabulary without words passes for a tokenizer in transformers.
+    (encoder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     assert "tokenizer" in refused(encoder, tmp_path)
 
 
