@@ -10,16 +10,18 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from converters.commands import convert as command
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
-from converters.recipe_file import read_recipe
+from converters.recipe_file import find_recipe, read_recipe
 from converters.settings import CalibrationSettings, Gates, Int8Settings, Settings
 from converters.steps.gate import UNFUSED, quality_drop, refusal
 from converters.steps.quantize import Int8Quantizer
 from converters.steps.sensitivity import Damage, choose, rank
 from nearfar.bundle import Bundle
 from nearfar.bundle.manifest import QualityFigure
-from nearfar.errors import ConversionError
+from nearfar.cli import run
+from nearfar.errors import ConfigError, ConversionError
 
 WIDTH = 64
 
@@ -232,3 +234,24 @@ def test_a_variant_that_saturates_on_this_cpu_is_left_out_and_the_model_not_blam
     assert said is not None
     assert "88.6%" in said
     assert "saturate" in said
+
+
+def test_the_command_line_takes_method_and_gate(model: Path, tmp_path: Path, capsys):
+    base = [str(model), "-o", str(tmp_path / "b"), "--variants", "int8,fp32", "--no-measure"]
+    recipe = tmp_path / "r.toml"
+    options = ["--int8", "static", "--max-quality-drop", "90%", "--save-recipe", str(recipe)]
+    assert run(command, [*base, *options], program="nearfar convert") == 0
+    settings = read_recipe(recipe).settings
+    assert (settings.int8.method, settings.gates.max_quality_drop) == ("static", 0.9)
+    assert run(command, [*base, "--max-quality-drop", "much"], program="nearfar convert") == 2
+    assert "Write it as 1% or as 0.01" in capsys.readouterr().err
+
+
+def test_recipes_that_nearfar_brings_are_found_by_name(model: Path, capsys):
+    for name in ("minilm-int8",):
+        assert read_recipe(find_recipe(Path(name))).settings.gates.max_quality_drop == 0.03
+    with pytest.raises(ConfigError, match="minilm-int8"):
+        find_recipe(Path("no-such-recipe"))
+    arguments = [str(model), "-o", "b", "--recipe", "minilm-int8"]
+    assert run(command, arguments, program="nearfar convert") == 1
+    assert "for a source of kind huggingface" in " ".join(capsys.readouterr().err.split())
