@@ -71,7 +71,7 @@ class Blocks:
             values = scales * (codes - np.float32(1 << (self.bits - 1)))
         else:
             values = scales * codes + self.minima.astype(np.float32)[..., None]
-        return values.reshape(len(codes), -1)
+        return np.asarray(values.reshape(len(codes), -1))
 
     def rows(self, order: np.ndarray) -> Blocks:
         """The same with its rows in another order."""
