@@ -272,11 +272,10 @@ class _Editor:
         source, codes, scales = node.input[:3]
         self._tensors[codes] = blocks.packed()
         self._widened(scales, blocks.scales)
-        if len(node.input) > 3 and node.input[3] and "lm_head" in node.name:
-            # The embedding reads the same zero points.
-            self._tensors[node.input[3]] = np.full(blocks.scales.shape, 128, np.uint8)
-        else:
-            del node.input[3:]
+        # Without zero points they are 8 or 128, here and for the embedding that shares the matrix.
+        for reader in self._model.graph.node:
+            if reader is node or scales in reader.input:
+                del reader.input[3:]
         for attribute in node.attribute:
             if attribute.name == "bits":
                 attribute.i = blocks.bits
