@@ -9,15 +9,18 @@ from pathlib import Path
 from benchmarks.baselines import GenaiLoop
 from benchmarks.harness import Bar, Direction, Figure, Run, interleave, per_round
 from benchmarks.subjects import Begin, Part
+from converters import texts
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.settings import Int4Settings, Settings
 from nearfar.bundle import Bundle
 from nearfar.engines.devices import physical_cores
+from nearfar.errors import EngineError
 
 MAX_SIZE, MIN_SPEED = 0.20, 3.0
 MAX_LOSS_TO_RTN, MAX_SIZE_TO_RTN = 0.5, 1.15
-_PROMPT = "Explain in simple words why the sky is blue, and why it is red in the evening."
+#: The beginning of a text to go on with: a question would end at once without a chat template.
+_PROMPT_CHARACTERS = 300
 
 
 def measure_llm(
@@ -78,6 +81,7 @@ def _speed(
     best: Bundle, rounded: Bundle, rounds: int, tokens: int, run: Run, begin: Begin
 ) -> dict[str, Figure]:
     """Tokens in a second after the first, against FP32 in the same round."""
+    prompt = texts.prose()[:_PROMPT_CHARACTERS]
     folders = {
         "fp32": best.variant_entry(best.variant("fp32")),
         "int4": best.variant_entry(best.variant("int4")),
@@ -86,8 +90,17 @@ def _speed(
 
     def side(folder: Path) -> Callable[[], float]:
         loop = GenaiLoop(folder, threads=physical_cores())
-        loop.generate(_PROMPT, tokens=8)  # the first answer also allocates
-        return lambda: loop.generate(_PROMPT, tokens=tokens).decode_tokens_per_s
+        loop.generate(prompt, tokens=8)  # the first answer also allocates
+
+        def timed() -> float:
+            answer = loop.generate(prompt, tokens=tokens)
+            if answer.tokens < tokens // 2:
+                raise EngineError(
+                    f"{folder.name} ends its answer after {answer.tokens} tokens: too few to time"
+                )
+            return answer.decode_tokens_per_s
+
+        return timed
 
     samples = interleave(
         {name: side(folder) for name, folder in folders.items()},
