@@ -1,7 +1,8 @@
 """Three networks of one's own, as they become bundles. From this folder:
 
     nearfar convert nets:make_mlp -o models/mlp --inputs nets:mlp_inputs
-    nearfar convert nets:make_cnn -o models/cnn --inputs nets:cnn_inputs --variants int8,fp32
+    nearfar convert nets:make_cnn -o models/cnn --inputs nets:cnn_inputs --variants int8,fp32 \
+        --int8 static
     nearfar convert nets:make_encoder -o models/encoder --inputs nets:encoder_inputs \
         --axes batch=0,tokens=1
 

@@ -92,7 +92,8 @@ class Int8Quantizer:
         if not any(tensor.data_type in bytes_ and tensor.dims for tensor in stored):
             raise ConversionError(
                 "The model has no matrix product or table with constant weights to quantize",
-                fix="Leave the int8 variant out: --variants fp32",
+                fix="Convolutions and Gemm need --int8 static; or leave the int8 variant out: "
+                "--variants fp32",
             )
 
     @cached_property
