@@ -178,4 +178,52 @@ def cascade(
     harness.conclude(report, json_path=json_file, check=check)
 
 
+@app.command()
+def convert(
+    sources: Annotated[
+        Path,
+        typer.Option(help="Folder with the models' files, such as `nearfar quickstart` unpacks."),
+    ] = Path(".nearfar/sources"),
+    parts: Annotated[
+        str, typer.Option(help="Which comparisons, separated by commas.")
+    ] = "encoder,llm",
+    rounds: Annotated[
+        int, typer.Option(min=2, max=1000, help="How often each side of a speed is measured.")
+    ] = 6,
+    tokens: Annotated[int, typer.Option(min=8, max=512, help="Length of each LLM answer.")] = 64,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep results of steps, for the next time.", show_default=False
+        ),
+    ] = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """What conversions of real models save, and what they keep of the quality.
+
+    Converts all-MiniLM-L6-v2 to INT8 plainly and by nearfar's recipe, and SmolLM2-135M to INT8,
+    INT4 rounded to the nearest and INT4 as nearfar makes it. Takes some ten minutes.
+    """
+    from benchmarks import harness
+    from benchmarks.convert import PARTS, Settings, measure
+    from nearfar.errors import InvalidInput
+
+    harness.check_json_path(json_file)
+    wished = tuple(part.strip() for part in parts.split(",") if part.strip())
+    if not wished or not set(wished) <= set(PARTS):
+        raise InvalidInput(
+            f"{parts!r} does not name comparisons",
+            field="--parts",
+            fix=f"Choose of {', '.join(PARTS)}",
+        )
+    settings = Settings(
+        sources=sources, parts=wished, rounds=rounds, tokens=tokens, cache=cache, seed=seed
+    )
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
 __all__ = ["app"]

@@ -29,12 +29,21 @@ class TaskName(str, Enum):
     tensor = "tensor"
 
 
+class Int8Method(str, Enum):
+    """What is rounded to 8 bits, and when."""
+
+    weights = "weights"
+    dynamic = "dynamic"
+    static = "static"
+
+
 def convert(
     context: typer.Context,
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="GGUF file, Hugging Face folder with safetensors, or ONNX file.",
+            help="GGUF file, Hugging Face folder with safetensors, ONNX file, or a PyTorch "
+            "module as package.module:factory.",
             show_default=False,
         ),
     ] = None,
@@ -70,6 +79,45 @@ def convert(
         Path | None,
         typer.Option(help="ONNX: .npz with real inputs to verify with.", show_default=False),
     ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch: example inputs, as package.module:function or an .npz. Default: "
+            "example_inputs beside the factory.",
+            show_default=False,
+        ),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch: free sizes, as NAME=AXIS or NAME=INPUT.AXIS. Default: batch=0.",
+            show_default=False,
+        ),
+    ] = None,
+    int8: Annotated[
+        Int8Method,
+        typer.Option(
+            help="ONNX and encoders: round weights only; activations too, in every call; or "
+            "activations with ranges found on samples (QDQ)."
+        ),
+    ] = Int8Method.weights,
+    max_quality_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most a compressed variant may lose, such as 1%: keeps sensitive nodes in full "
+            "precision until it holds, and leaves out a variant that is worse.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Hugging Face: read weights that exist as pickles only, with torch's loader for "
+            "weights. Only for files that you trust.",
+        ),
+    ] = False,
     license_: Annotated[
         str,
         typer.Option("--license", help="SPDX expression. Default: what the source states."),
@@ -97,7 +145,8 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Do as this recipe says; options beside it win.",
+            help="Do as this recipe says, a file or the name of one that nearfar brings; options "
+            "beside it win.",
             show_default=False,
         ),
     ] = None,
@@ -135,7 +184,7 @@ def convert(
     """Convert a model into a bundle that edge and cloud can run.
 
     Every variant is compared with its source on real input, and the figures are written into the
-    bundle's manifest. Nothing is downloaded, and no code that comes with a model is run.
+    bundle's manifest. Nothing is downloaded, and no code is run but a factory that you name.
 
     A chat model, 4 bits for the device and full precision for the cloud:
 
@@ -149,6 +198,10 @@ def convert(
 
         nearfar convert digits.onnx -o models/digits --labels digits.txt --samples digits.npz
 
+    A PyTorch module of your own, with example_inputs() beside its factory:
+
+        nearfar convert mypackage.nets:make_encoder -o models/encoder --axes batch=0,tokens=1
+
     A classifier of raw bytes (a magika model needs no options: its config file is read):
 
         nearfar convert bytes.onnx -o models/bytes --labels labels.txt --preprocessing
@@ -160,14 +213,19 @@ def convert(
 
         nearfar convert digits.onnx -o again --recipe digits.toml
 
+    A sentence encoder in 8 bits that must keep 97 of 100 neighbours:
+
+        nearfar convert all-MiniLM-L6-v2/ -o models/minilm --max-quality-drop 3%
+
     Then look at it with `nearfar bundle inspect models/assistant`.
     """
+    import msgspec
     from rich.console import Console
 
     from converters.cache import default_root
     from converters.options import ConversionOptions
     from converters.pipeline import convert_model
-    from converters.recipe_file import options_of, overridden, read_recipe
+    from converters.recipe_file import find_recipe, options_of, overridden, read_recipe
     from converters.reporting import Reporter
     from nearfar.errors import ConfigError
 
@@ -185,16 +243,29 @@ def convert(
         "labels": labels,
         "preprocessing": preprocessing,
         "samples": samples,
+        "inputs": inputs,
+        "axes": axes,
         "license": license_,
         "description": description,
         "measure": measure,
     }
     options, known = ConversionOptions(), None
     if recipe is not None:
+        recipe = find_recipe(recipe)
         known = read_recipe(recipe)
         options = options_of(known, recipe)
         stated = {key: value for key, value in stated.items() if _is_stated(context, key)}
+    settings = options.settings
+    if _is_stated(context, "int8"):
+        # Nodes that another method had to keep say nothing about this one.
+        chosen = msgspec.structs.replace(settings.int8, method=int8.value, keep=())
+        settings = msgspec.structs.replace(settings, int8=chosen)
+    if max_quality_drop is not None:
+        gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
+        settings = msgspec.structs.replace(settings, gates=gates)
+    stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
+    options = replace(options, allow_pickle=allow_pickle)
     options = replace(options, cache=None if no_cache else root)
     console = Console(highlight=False)
     if dry_run:
@@ -216,6 +287,24 @@ def convert(
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
 
 
+def _share(stated: str) -> float:
+    """``1%`` or ``0.01`` as a share."""
+    from nearfar.errors import ConfigError
+
+    text = stated.strip()
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ConfigError(
+            f"{stated!r} is not a share between 0 and 1",
+            field="max_quality_drop",
+            fix="Write it as 1% or as 0.01",
+        )
+    return value
+
+
 def _is_stated(context: typer.Context, option: str) -> bool:
     """Whether a person gave the option, so that it wins over the recipe."""
     parameter = "license_" if option == "license" else option
@@ -230,7 +319,9 @@ def _show_plan(console: Console, model: Path, options: ConversionOptions) -> Non
     from converters.sources.detect import open_source
     from nearfar.units import format_bytes
 
-    source = open_source(model)
+    source = open_source(
+        model, inputs=options.inputs, axes=options.axes, allow_pickle=options.allow_pickle
+    )
     planned = plan(source, options)
     table = Table(box=None)
     table.add_column("step")

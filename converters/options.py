@@ -21,6 +21,10 @@ class ConversionOptions:
         labels: Class names of an ONNX classifier, or a file with them: one a line, or a JSON list.
         preprocessing: JSON text, or a file with it, in the form the manifest has.
         samples: ``.npz`` with real inputs to verify an ONNX model with, one row each.
+        inputs: Example inputs of a PyTorch module: ``package.module:function`` or an ``.npz``;
+            `None` takes ``example_inputs`` beside the factory.
+        axes: Its free sizes, such as ``batch=0,tokens=1``; `None` frees the first axis.
+        allow_pickle: Whether to read a folder's weights that exist as pickles only.
         license: SPDX expression; empty takes what the source states.
         description: One line for people.
         replace: Whether an existing bundle may be replaced.
@@ -38,6 +42,9 @@ class ConversionOptions:
     labels: Path | tuple[str, ...] | None = None
     preprocessing: str | None = None
     samples: Path | None = None
+    inputs: str | None = None
+    axes: str | None = None
+    allow_pickle: bool = False
     license: str = ""
     description: str = ""
     replace: bool = False

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from converters.cache import StepCache
@@ -51,7 +52,7 @@ def convert_model(
     """Convert a model into a bundle; at `bundle_path` there is a whole bundle afterwards or none.
 
     Args:
-        source_path: GGUF file, Hugging Face folder, or ONNX file.
+        source_path: GGUF file, Hugging Face folder, ONNX file, or ``package.module:factory``.
         bundle_path: Folder to make.
         options: What to choose differently from the defaults.
         reporter: Where progress goes; `None` says nothing.
@@ -74,7 +75,12 @@ def convert_model(
     signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
     with reporter.step(f"check {source_path.name}") as step:
-        source = open_source(source_path)
+        source = open_source(
+            source_path,
+            inputs=options.inputs,
+            axes=options.axes,
+            allow_pickle=options.allow_pickle,
+        )
         step.note(source.title)
     for line in check_source(recipe, source) if recipe is not None else ():
         reporter.say(f"! {line}: the files may differ from the recipe's")
@@ -100,18 +106,22 @@ def convert_model(
             else "✓ the files are those that the recipe states, by their SHA-256"
         )
     if save_recipe is not None:
-        write_recipe(recipe_of(source, options, bundle, save_recipe), save_recipe)
+        done = replace(options, settings=shop.settings_found)
+        write_recipe(recipe_of(source, done, bundle, save_recipe), save_recipe)
         reporter.say(f"✓ the recipe is in {save_recipe}")
     return bundle
 
 
 def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
-    from converters.recipes import embedding, onnx_model, text_generation
+    from converters.recipes import embedding, onnx_model, text_generation, torch_module
     from converters.sources.gguf import GgufSource
     from converters.sources.huggingface import HuggingFaceSource
     from converters.sources.onnx_file import OnnxSource
+    from converters.sources.torch_module import TorchSource
 
     wished = shop.options.task
+    if isinstance(source, TorchSource):
+        return torch_module.build(source, name, shop)
     if isinstance(source, OnnxSource):
         return onnx_model.build(source, name, shop)
     task = source.task if isinstance(source, HuggingFaceSource) else "text-generation"

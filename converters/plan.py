@@ -13,6 +13,7 @@ from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import HuggingFaceSource
 from converters.sources.onnx_file import OnnxSource
+from converters.sources.torch_module import TorchSource
 from converters.steps.genai_build import PRECISIONS
 
 #: Size of a variant against the weights in 32 bits, and seconds per GiB of these on two AVX-512
@@ -70,6 +71,8 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
     Raises:
         ConversionError: A wished variant cannot be made of this model.
     """
+    if isinstance(source, TorchSource):
+        return _plan_module(source, options)
     if isinstance(source, OnnxSource):
         return _plan_onnx(source, options)
     if isinstance(source, HuggingFaceSource) and source.task == "embedding":
@@ -86,6 +89,19 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
         steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
     return _finished(ids, steps, lambda name: full * _SIZE[name] / _SIZE[own], options)
+
+
+def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
+    ids = _ids(options, ("fp32",), ("fp32", "int8"))
+    full = source.weights_bytes
+    steps = [
+        _step("export to ONNX and compare with torch", full, per_gib_s=100, start_s=6, disk=full),
+        _step("optimise the graph", full, per_gib_s=60, disk=full),
+    ]
+    if "int8" in ids:
+        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
+    return _finished(ids, steps, lambda name: full * _SIZE[name], options)
 
 
 def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
@@ -144,4 +160,5 @@ def _step(
 
 
 def _weights(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in files)

@@ -30,10 +30,11 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 _MAX_BYTES = 4 << 20
+_BROUGHT = Path(__file__).parent / "recipes"
 #: Files beside a model that change what comes out of it.
 _BESIDE_ONNX = ("config.min.json", "tokenizer.json")
 
-SourceKind = Literal["onnx", "gguf", "huggingface"]
+SourceKind = Literal["onnx", "gguf", "huggingface", "pytorch"]
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +75,8 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
         preprocessing: JSON that was given, "" when none was.
         samples: Path of the ``.npz``, relative to the recipe; "" when none was given.
         samples_sha256: Its digest.
+        inputs: Example inputs of a PyTorch module: a function, or a file relative to the recipe.
+        axes: Its free sizes; `None` is the first axis.
     """
 
     variants: tuple[str, ...] = ()
@@ -82,6 +85,8 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
     preprocessing: str = ""
     samples: str = ""
     samples_sha256: str = ""
+    inputs: str = ""
+    axes: str | None = None
 
 
 class Recipe(_Table, frozen=True, kw_only=True):
@@ -130,6 +135,25 @@ def read_recipe(path: Path) -> Recipe:
         ) from exc
 
 
+def find_recipe(path: Path) -> Path:
+    """The file, or the recipe of that name that nearfar brings.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if path.exists():
+        return path
+    brought = sorted(_BROUGHT.glob("*.toml"))
+    for file in brought:
+        if str(path) == file.stem:
+            return file
+    raise ConfigError(
+        f"There is no recipe {path}",
+        field="recipe",
+        fix="Give a file, or one of: " + ", ".join(file.stem for file in brought),
+    )
+
+
 def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
     """The options that repeat a recipe.
 
@@ -159,6 +183,8 @@ def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
         labels=steps.labels or None,
         preprocessing=steps.preprocessing or None,
         samples=samples,
+        inputs=_inputs_from(steps.inputs, path.parent),
+        axes=steps.axes,
         settings=recipe.settings,
     )
 
@@ -197,11 +223,25 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
             preprocessing=preprocessing,
             samples=samples,
             samples_sha256=samples_sha256,
+            inputs=_inputs_for(options.inputs, path.absolute().parent),
+            axes=options.axes,
         ),
         settings=options.settings,
         versions=manifest.lineage.tools,
         files=_hashes(bundle),
     )
+
+
+def _inputs_from(stated: str, folder: Path) -> str | None:
+    if not stated:
+        return None
+    return stated if ":" in stated else str(folder / stated)
+
+
+def _inputs_for(stated: str | None, folder: Path) -> str:
+    if stated is None or ":" in stated:
+        return stated or ""
+    return Path(os.path.relpath(stated, folder)).as_posix()
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
@@ -269,7 +309,10 @@ def kind_of(source: Source) -> SourceKind:
     """Which of the known forms the source has."""
     from converters.sources.gguf import GgufSource
     from converters.sources.onnx_file import OnnxSource
+    from converters.sources.torch_module import TorchSource
 
+    if isinstance(source, TorchSource):
+        return "pytorch"
     if isinstance(source, OnnxSource):
         return "onnx"
     return "gguf" if isinstance(source, GgufSource) else "huggingface"
@@ -279,10 +322,13 @@ def fingerprint(source: Source) -> str:
     """SHA-256 of everything that is read of a source.
 
     Of one file it is the file's own. Of several it is that of a list as `sha256sum` prints it:
-    digest, two spaces, name, line feed; sorted by name.
+    digest, two spaces, name, line feed; sorted by name. Of a PyTorch module: see its `digest`.
     """
     from converters.sources.onnx_file import OnnxSource
+    from converters.sources.torch_module import TorchSource
 
+    if isinstance(source, TorchSource):
+        return source.digest()
     folder = source.path if source.path.is_dir() else source.path.resolve().parent
     files = [source.path]
     if source.path.is_dir():

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
+
+#: Matrices of a layer, as the model builder names them.
+Matrix = Literal[
+    "qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]
 
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How weights become 8 bits.
+class CalibrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How ``static`` INT8 finds the range of every activation, and what it is made for.
 
     Attributes:
+        method: The range is the least and the greatest number seen (``minmax``), that which loses
+            the least information (``entropy``, Kullback-Leibler), or that which holds `percentile`
+            percent of all numbers.
+        percentile: For that method.
+        samples: How many inputs are run; they are never the ones that the variant is judged on.
+        target: ``cpu``: unsigned activations with a zero point, biases in INT32. ``tensorrt``:
+            signed and symmetric, biases left alone (`QuantizeBias=False`), as its parser wants.
+    """
+
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.999
+    samples: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 64
+    target: Literal["cpu", "tensorrt"] = "cpu"
+
+
+class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model becomes 8 bits.
+
+    Attributes:
+        method: ``weights``: weights in blocks (`MatMulNBits`), activations in float between the
+            operators. ``dynamic``: activations are rounded too, with a range found in every call.
+            ``static``: with a range found beforehand, on calibration data (QDQ).
+        keep: Nodes of the graph that stay in full precision, by name.
+        max_kept: How many nodes more may be kept to hold ``gates.max_quality_drop``: those whose
+            rounding harms the output most, and as few as are needed.
+        tables: Lookup tables of ``weights``: one scale for each ``row``, or one for the ``tensor``.
+            all-MiniLM-L6-v2, ten nearest of 1,024 passages kept: 0.9735 and 0.9670.
+        per_channel: ``dynamic`` and ``static``: one scale for each output channel of a weight.
+        calibration: For ``static``.
         block_size: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two
             AVX-512 VNNI cores: mean cosine to FP32, share of the ten nearest texts kept, median
             time for 64 tokens against FP32. Blocks of 32 in MatMul: 0.9995, 0.970, 83 %; blocks of
@@ -22,6 +56,12 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             it fast; 0 leaves that to ONNX Runtime.
     """
 
+    method: Literal["weights", "dynamic", "static"] = "weights"
+    keep: tuple[str, ...] = ()
+    max_kept: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 8
+    tables: Literal["row", "tensor"] = "row"
+    per_channel: bool = True
+    calibration: CalibrationSettings = CalibrationSettings()
     block_size: Literal[16, 32, 64, 128, 256] = 128
     accuracy_level: Literal[0, 1, 4] = 4
 
@@ -30,19 +70,30 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How weights of language models become 4 bits.
 
     Attributes:
-        algorithm: As onnxruntime-genai's model builder names it. ``k_quant_mixed`` is k-quant with
-            some layers in 8 bits, the scheme known as Q4_K_M elsewhere. Measured on SmolLM2-135M
-            against plain 4-bit rounding: perplexity 17.9 instead of 21.4 (FP32: 15.8), 30 % larger,
-            13 % slower.
+        algorithm: ``carry`` takes over the blocks of a GGUF file that is quantized already (Q4_0,
+            Q4_1, Q8_0), so that nothing is lost a second time. The others round, and are named as
+            onnxruntime-genai's model builder names them: ``rtn`` to the nearest, ``k_quant`` with
+            the best scale and zero point of each block, ``k_quant_last`` with the last matrix in 8
+            bits, ``k_quant_mixed`` with some layers in 8 bits too (Q4_K_M elsewhere). ``auto`` is
+            ``carry`` where it is possible, else ``k_quant_mixed``.
+        exact_minima: For ``carry``: matrices whose minima (Q4_1) are carried over too, each for a
+            little time; others of that type are rounded as by ``k_quant_last``.
     """
 
-    algorithm: Literal["k_quant_mixed", "k_quant_last"] = "k_quant_mixed"
+    algorithm: Literal["auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last"] = "auto"
+    exact_minima: tuple[Matrix, ...] = get_args(Matrix)
 
 
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a variant must reach. Against absurd results: sound conversions are far inside.
+    """What a variant must reach.
+
+    All but the first are against absurd results: sound conversions are far inside.
 
     Attributes:
+        max_quality_drop: How much worse than its reference a compressed variant may be, as a share;
+            a worse one is left out of the bundle. Held against ``1 - top1_agreement`` of
+            classifiers, ``1 - recall_at_10`` of sentence encoders, ``relative_error`` of plain
+            tensors, and how much the perplexity of language models rises.
         max_optimise_error: An optimised graph may differ from its source by float rounding only.
         min_top1_agreement: A variant that disagrees more often is not the same classifier.
         min_cosine_to_source: Exported sentence encoder against the source; sound: 1.0000.
@@ -51,6 +102,7 @@ class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         max_perplexity_ratio: Compressed language model against the best variant; sound: 1.13.
     """
 
+    max_quality_drop: _Share | None = None
     max_optimise_error: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
     min_top1_agreement: _Share = 0.8
     min_cosine_to_source: _Share = 0.9999
@@ -64,9 +116,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         seed: Of the random inputs that a model is verified with when nobody gave samples.
+        passages: How many texts sentence encoders are verified on. With more of them the ten
+            nearest are nearer to each other, and `recall_at_10` is lower.
     """
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 20240607
+    passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 128
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
     gates: Gates = Gates()

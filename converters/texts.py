@@ -1,13 +1,18 @@
 """Real English text for measuring quality: Python's own language documentation.
 
 It is part of every Python, so a conversion needs no download; it is licensed under the PSF licence
-and is only read, never copied into a bundle.
+and is only read, never copied into a bundle. Searches and calibration read other texts than
+verification does: documentation strings of the standard library.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
 
 #: Chapters that are mostly prose. Fixed, so that figures of two conversions can be compared.
 _CHAPTERS = ("objects", "import", "exceptions", "with", "class", "function", "lambda", "try")
@@ -35,13 +40,47 @@ def prose() -> str:
 
 
 def passages(count: int) -> list[str]:
-    """Distinct paragraphs of 120 to 900 characters, spread over all chapters, always the same."""
+    """Distinct paragraphs of 120 to 900 characters, spread over all chapters, always the same.
+
+    When there are not enough, documentation strings of every second module follow.
+    """
+    found = _paragraphs(_topics()[name] for name in sorted(_topics()))
+    if count > len(found):
+        more = _documentation(0)
+        return list(dict.fromkeys(found + more))[:count]
+    return _spread(found, count)
+
+
+def calibration_passages(count: int) -> list[str]:
+    """At most `count` documentation strings; none of them is among `passages`."""
+    judged = set(_paragraphs(_topics().values())) | set(_documentation(0))
+    return _spread([text for text in _documentation(1) if text not in judged], count)
+
+
+@functools.lru_cache(maxsize=2)
+def _documentation(parity: int) -> list[str]:
+    """Paragraphs of documentation strings of every second module of the standard library."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in sorted(folder.glob("*.py")) if file.name != "__future__.py"]
+    strings = []
+    for file in files[parity::2]:
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                strings.append(ast.get_docstring(node) or "")
+    return _paragraphs(strings)
+
+
+def _paragraphs(documents: Iterable[str]) -> list[str]:
     found: dict[str, None] = {}
-    for name in sorted(_topics()):
-        for paragraph in _topics()[name].split("\n\n"):
+    for document in documents:
+        for paragraph in document.split("\n\n"):
             text = re.sub(r"\s+", " ", paragraph).strip()
             if _MIN_CHARACTERS <= len(text) <= _MAX_CHARACTERS:
                 found[text] = None
-    texts = list(found)
-    step = max(1, len(texts) // count)
-    return texts[::step][:count]
+    return list(found)
+
+
+def _spread(found: list[str], count: int) -> list[str]:
+    step = max(1, len(found) // count)
+    return found[::step][:count]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from msgspec import to_builtins
+import msgspec
 
 from converters.cache import StepCache, digest_of_arrays, digest_of_path
 from converters.libraries import tool_versions
@@ -14,8 +15,8 @@ from converters.options import ConversionOptions
 from converters.reporting import Reporter
 from converters.settings import Settings
 from converters.sources.base import Source
+from converters.steps.gate import refusal
 from converters.steps.measure import measure
-from converters.steps.quantize import quantize_int8
 from nearfar.bundle.manifest import (
     EngineName,
     LatencyFigure,
@@ -43,6 +44,8 @@ class Workshop:
         options: What the person chose.
         reporter: Where progress goes.
         cache: Results of earlier steps.
+        kept: Nodes that a search left in full precision; filled while the bundle is made.
+        refused: Why variants were left out, in words; filled likewise.
     """
 
     writer: BundleWriter
@@ -50,11 +53,19 @@ class Workshop:
     options: ConversionOptions
     reporter: Reporter
     cache: StepCache
+    kept: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     @property
     def settings(self) -> Settings:
         """The numbers to go by."""
         return self.options.settings
+
+    @property
+    def settings_found(self) -> Settings:
+        """The numbers with what was found on the way, so that a recipe repeats it."""
+        int8 = msgspec.structs.replace(self.settings.int8, keep=tuple(self.kept))
+        return msgspec.structs.replace(self.settings, int8=int8)
 
     def variant_ids(self, default: Sequence[str], possible: Sequence[str]) -> tuple[str, ...]:
         """Wished variants, best quality first.
@@ -118,19 +129,43 @@ class Workshop:
             )
         return tuple(found)
 
-    def quantize_int8(self, source: Path, target: Path) -> None:
-        """Quantize, with a line of progress; see `converters.steps.quantize`.
+    def accept(
+        self,
+        variant_id: str,
+        figures: Sequence[QualityFigure],
+        *,
+        reference_perplexity: float | None = None,
+    ) -> bool:
+        """Whether a compressed variant stays in the bundle; says why when it does not.
+
+        Its files are removed then. See `Gates.max_quality_drop`.
 
         Raises:
-            ConversionError: The model cannot be quantized.
+            ConversionError: No other variant was asked for.
         """
-        with self.reporter.step("quantize to INT8"):
-            self.cache.output(
-                "quantize-int8",
-                {"source": digest_of_path(source), "settings": to_builtins(self.settings.int8)},
-                target,
-                lambda path: quantize_int8(source, path, self.work, self.settings.int8),
-                tools=("onnx", "onnxruntime"),
+        problem = refusal(
+            variant_id,
+            figures,
+            self.settings.gates.max_quality_drop,
+            reference_perplexity=reference_perplexity,
+        )
+        if problem is None:
+            return True
+        self.reporter.say(f"! {problem}")
+        shutil.rmtree(self.writer.folder / variant_id, ignore_errors=True)
+        self.refused.append(problem)
+        return False
+
+    def check_any(self, ids: Sequence[str]) -> None:
+        """Refuse to make a bundle without variants.
+
+        Raises:
+            ConversionError: All were refused.
+        """
+        if not ids:
+            raise ConversionError(
+                "No variant is good enough: " + "; ".join(self.refused),
+                fix="Add the full precision with --variants, or allow a greater --max-quality-drop",
             )
 
     def measure(

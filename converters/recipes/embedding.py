@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
+from converters import texts
 from converters.recipes.base import Workshop, summary
+from converters.recipes.int8 import make_int8
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
 from converters.sources.onnx_file import io_specs
 from converters.steps.export_encoder import (
@@ -13,6 +19,7 @@ from converters.steps.export_encoder import (
     read_pooling,
     sentence_encoder,
 )
+from converters.steps.gate import UNFUSED, quality_drop
 from converters.steps.optimise import slim
 from converters.steps.verify_embedding import EmbeddingCheck, may_mix
 from nearfar.bundle.manifest import (
@@ -54,7 +61,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         if not slim(exported, full):
             step.note("left as it is")
             full = exported
-    check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates)
+    count, limits = shop.settings.passages, shop.settings.gates
+    check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
     with shop.reporter.step("run the source on real passages"):
         truth = check.source_vectors(encoder)
     del encoder, model
@@ -65,11 +73,19 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         step.note(summary(quality["fp32"]))
     if "int8" in ids:
         path = shop.writer.file("int8/model.onnx")
-        shop.quantize_int8(full, path)
+        trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
+        make_int8(shop, full, path, calibration=trial.batches, judge=_judge(trial, full))
         with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
             reference = "fp32" if "fp32" in ids else source.label
-            quality["int8"] = check.against_reference(check.vectors(path), best, reference)
-            step.note(summary(quality["int8"]))
+            found = check.against_reference(check.vectors(path), best, reference)
+            if shop.settings.int8.method == "static":
+                vectors = check.vectors(path, is_unfused=True)
+                found += check.against_reference(vectors, best, reference, suffix=UNFUSED)
+            quality["int8"] = found
+            step.note(summary(found))
+        if not shop.accept("int8", quality["int8"]):
+            ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
+            shop.check_any(ids)
     if "fp32" in ids:
         shop.writer.add(full, "fp32/model.onnx")
 
@@ -98,6 +114,21 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
         ),
     )
+
+
+def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:
+    """Share of neighbours that a file loses; the reference runs once, and only if it is asked."""
+
+    @lru_cache(maxsize=1)
+    def best() -> np.ndarray:
+        return check.vectors(full)
+
+    def drop(path: Path) -> float:
+        found = quality_drop(check.against_reference(check.vectors(path), best(), "fp32"))
+        assert found is not None
+        return found[1]
+
+    return drop
 
 
 def _mixed(ids: tuple[str, ...], quality: dict[str, tuple[QualityFigure, ...]]) -> bool:

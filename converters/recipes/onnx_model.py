@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,8 +14,10 @@ import msgspec
 from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
+from converters.recipes.int8 import make_int8
 from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
+from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
 from converters.steps.verify_tensors import (
     Feeds,
@@ -39,6 +43,9 @@ _ENGINE: EngineName = "onnxruntime"
 _TOOLS = ("onnx", "onnxruntime", "onnxslim")
 #: How magika's published models describe their input and output, beside the model.
 _MAGIKA_CONFIG = "config.min.json"
+_SYNTHETIC = "synthetic inputs (real ones: --samples)"
+#: Fewer samples are all used for both, calibration and verification.
+_LEAST_TO_SPLIT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +58,22 @@ class Meaning:
     preprocessing: Preprocessing | None = None
 
 
-def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
+def build(
+    source: OnnxSource,
+    name: str,
+    shop: Workshop,
+    *,
+    examples: Sequence[Feeds] = (),
+    tools: Sequence[str] = (),
+) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
+
+    Args:
+        source: The model.
+        name: The bundle's.
+        shop: Where and how.
+        examples: Inputs to verify with where no samples were given.
+        tools: Packages that made the model, for the lineage.
 
     Raises:
         ConversionError: A step refused or failed.
@@ -61,7 +82,7 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
     possible = (own, "int8") if own == "fp32" else (own,)
     ids = shop.variant_ids((own,), possible)
     meaning = _meaning(source, shop)
-    samples, kind = _samples(source, meaning, shop)
+    samples, kind = _samples(source, meaning, shop, examples)
     full = _optimised(source, samples, shop)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
@@ -71,7 +92,14 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
         else:
             shutil.copyfile(full, paths[own])
     if "int8" in ids and own != "int8":
-        shop.quantize_int8(full or source.path, paths["int8"])
+        samples, calibration = _split(source, samples, kind, shop)
+        make_int8(
+            shop,
+            full or source.path,
+            paths["int8"],
+            calibration=calibration,
+            judge=partial(_drop, source, calibration, meaning),
+        )
     quality: dict[str, tuple[QualityFigure, ...]]
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
         quality = {
@@ -79,6 +107,8 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
             for variant_id, path in paths.items()
         }
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
+    ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
+    shop.check_any(ids)
     latency: dict[str, tuple[LatencyFigure, int]] = {}
     if shop.options.measure:
         for variant_id in ids:
@@ -91,7 +121,7 @@ def build(source: OnnxSource, name: str, shop: Workshop) -> Manifest:
         task=meaning.task,
         description=shop.options.description,
         license=shop.options.license or source.license,
-        lineage=shop.lineage(source, *_TOOLS),
+        lineage=shop.lineage(source, *_TOOLS, *tools),
         inputs=source.inputs,
         outputs=source.outputs,
         preprocessing=meaning.preprocessing,
@@ -216,18 +246,45 @@ def _check_head_tail(source: OnnxSource, spec: HeadTailPreprocessing) -> None:
         )
 
 
-def _samples(source: OnnxSource, meaning: Meaning, shop: Workshop) -> tuple[list[Feeds], str]:
+def _split(
+    source: OnnxSource, samples: list[Feeds], kind: str, shop: Workshop
+) -> tuple[list[Feeds], list[Feeds]]:
+    """Inputs to verify with, and others to calibrate and search with where that is needed."""
+    settings = shop.settings
+    if settings.int8.method != "static" and settings.gates.max_quality_drop is None:
+        return samples, samples
+    if kind == _SYNTHETIC:
+        return samples, synthetic_samples(source.inputs, settings.seed + 1)
+    if len(samples) < _LEAST_TO_SPLIT:
+        return samples, samples
+    others = [feeds for number, feeds in enumerate(samples) if number % 4]
+    return others, samples[::4]
+
+
+def _drop(source: OnnxSource, samples: Sequence[Feeds], meaning: Meaning, path: Path) -> float:
+    """Share of quality that a file loses, as it runs here."""
+    figures = verify_tensors(
+        source.path, {"trial": path}, samples,
+        source_name="source", label_output=meaning.label_output, min_top1_agreement=0.0,
+    )["trial"]  # fmt: skip
+    found = quality_drop(figures)
+    return found[1] if found is not None else 1.0
+
+
+def _samples(
+    source: OnnxSource, meaning: Meaning, shop: Workshop, examples: Sequence[Feeds]
+) -> tuple[list[Feeds], str]:
     if shop.options.samples is not None:
         return stored_samples(shop.options.samples, source.inputs), "samples"
+    if examples:
+        return list(examples), "examples"
     spec = meaning.preprocessing
     if isinstance(spec, HeadTailPreprocessing):
         batch = max(1, source.inputs[0].shape[0])
         return file_samples(source.inputs[0].name, spec, batch=batch), "real files"
     if isinstance(spec, TextPreprocessing):
         return _text_samples(shop.writer.folder / spec.tokenizer, spec), "real passages"
-    return synthetic_samples(
-        source.inputs, shop.settings.seed
-    ), "synthetic inputs (real ones: --samples)"
+    return synthetic_samples(source.inputs, shop.settings.seed), _SYNTHETIC
 
 
 def _text_samples(tokenizer: Path, spec: TextPreprocessing) -> list[Feeds]:
@@ -278,6 +335,7 @@ def _verified(
     path: Path,
 ) -> tuple[QualityFigure, ...]:
     gate = shop.settings.gates.min_top1_agreement
+    is_unfused = variant_id == "int8" and shop.settings.int8.method == "static"
     parts = {
         "source": fingerprint(source),
         "source_name": source.label,
@@ -285,12 +343,14 @@ def _verified(
         "samples": digest_of_arrays(samples),
         "label_output": meaning.label_output,
         "min_top1_agreement": gate,
+        "is_unfused": is_unfused,
     }
 
     def verify() -> tuple[QualityFigure, ...]:
         return verify_tensors(
             source.path, {variant_id: path}, samples,
             source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
+            is_unfused=is_unfused,
         )[variant_id]  # fmt: skip
 
     return shop.cache.value(

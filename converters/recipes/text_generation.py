@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs, to_builtins
+
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
+from converters.settings import Int4Settings
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource, load_gguf
 from converters.sources.huggingface import (
@@ -17,6 +20,7 @@ from converters.sources.huggingface import (
     load_tokenizer,
     read_json,
 )
+from converters.steps.carry_gguf import can_carry, carry_blocks
 from converters.steps.genai_build import PRECISIONS, build_genai
 from converters.steps.verify_generation import (
     SourceLogits,
@@ -31,6 +35,9 @@ from nearfar.units import format_bytes
 DEFAULT_VARIANTS = ("int4", "fp32")
 _ENGINE: EngineName = "onnxruntime-genai"
 _TOOLS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "gguf")
+#: What the model builder does to matrices that are not carried over; the last one, which is also
+#: the embedding, has 8 bits then, as it has in most GGUF files.
+_BASE = "k_quant_last"
 #: A prompt of usual length for timing the first token.
 _TIMED_PROMPT_TOKENS = 64
 
@@ -59,9 +66,17 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
     with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
-        _build(source, folder, targets, shop)
-        step.note(", ".join(f"{key} {format_bytes(_size(path))}" for key, path in targets.items()))
+        said = _build(source, folder, targets, shop)
+        sizes = (f"{key} {format_bytes(_size(path))}" for key, path in targets.items())
+        step.note(", ".join(sizes) + said)
     quality = _verify(shop, targets, token_windows, truth)
+    best = next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
+    ids = tuple(
+        variant_id
+        for variant_id in ids
+        if variant_id == ids[0]
+        or shop.accept(variant_id, quality[variant_id], reference_perplexity=best)
+    )
     latency: dict[str, tuple[LatencyFigure, int]] = {}
     if shop.options.measure:
         prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
@@ -94,13 +109,28 @@ def _load(source: Source) -> tuple[Any, Any]:
     return load_huggingface(source), load_tokenizer(source.path)
 
 
-def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Workshop) -> None:
-    """Build what was not built before, side by side; see `build_genai`."""
-    int4 = shop.settings.int4
+def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Workshop) -> str:
+    """Build what was not built before, side by side; see `build_genai`.
+
+    Returns:
+        What there is to say about it.
+    """
+    int4 = _resolved(source, shop.settings.int4)
+    said: list[str] = []
 
     def parts(precision: str) -> dict[str, object]:
-        algorithm = int4.algorithm if precision == "int4" else ""
-        return {"source": fingerprint(source), "precision": precision, "algorithm": algorithm}
+        settings = to_builtins(int4) if precision == "int4" else ""
+        return {"source": fingerprint(source), "precision": precision, "int4": settings}
+
+    def built(wished: dict[str, Path]) -> None:
+        algorithm = _BASE if int4.algorithm == "carry" else int4.algorithm
+        build_genai(folder, wished, shop.work, algorithm)
+        if "int4" in wished and int4.algorithm == "carry":
+            assert isinstance(source, GgufSource)
+            done = carry_blocks(wished["int4"], source, folder, minima=int4.exact_minima)
+            said.append(
+                f"{done.nodes} of {done.nodes + done.left} matrices have the file's own blocks"
+            )
 
     missing = {
         precision: target
@@ -108,11 +138,11 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
         if not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
     }
     if missing:
-        build_genai(folder, missing, shop.work, int4)
+        built(missing)
 
     def make(precision: str, target: Path) -> None:
         if precision not in missing:  # an entry that turned out to be damaged
-            build_genai(folder, {precision: target}, shop.work, int4)
+            built({precision: target})
 
     for precision, target in targets.items():
         shop.cache.output(
@@ -122,6 +152,24 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
             partial(make, precision),
             tools=_TOOLS,
         )
+    return "".join(f"; {line}" for line in said)
+
+
+def _resolved(source: Source, int4: Int4Settings) -> Int4Settings:
+    """The settings with ``auto`` decided.
+
+    Raises:
+        ConversionError: Blocks shall be carried over, and the source has none.
+    """
+    has_blocks = isinstance(source, GgufSource) and can_carry(source)
+    if int4.algorithm == "carry" and not has_blocks:
+        raise ConversionError(
+            f"{source.path} has no blocks of 4 bits that could be carried over (Q4_0, Q4_1)",
+            fix="Use another algorithm (int4.algorithm), such as k_quant_mixed",
+        )
+    if int4.algorithm != "auto":
+        return int4
+    return structs.replace(int4, algorithm="carry" if has_blocks else "k_quant_mixed")
 
 
 def _verify(

@@ -10,18 +10,40 @@ from nearfar.errors import ConversionError
 #: Formats that are Python pickles: loading one runs whatever code is in it.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 
-_SUPPORTED = "a GGUF file, a Hugging Face folder with safetensors, or an ONNX file"
+_SUPPORTED = (
+    "a GGUF file, a Hugging Face folder with safetensors, an ONNX file, or package.module:factory"
+)
 
 
-def open_source(path: Path) -> Source:
+def open_source(
+    path: Path,
+    *,
+    inputs: str | None = None,
+    axes: str | None = None,
+    allow_pickle: bool = False,
+) -> Source:
     """Recognise and check a model.
 
     Args:
-        path: A file or a folder.
+        path: A file or a folder, or ``package.module:factory``.
+        inputs: Example inputs of a PyTorch module; see `torch_module.open_torch`.
+        axes: Its free sizes.
+        allow_pickle: Take a folder's weights that exist as pickles only.
 
     Raises:
         ConversionError: Nothing there, not a model, damaged, of an unsafe or unsupported kind.
     """
+    from converters.sources.torch_module import is_spec
+
+    if is_spec(path):
+        from converters.sources.torch_module import open_torch
+
+        return open_torch(str(path), inputs, axes)
+    if inputs is not None or axes is not None:
+        raise ConversionError(
+            f"--inputs and --axes are for PyTorch modules, and {path} is none",
+            fix="Leave them out, or give the model as package.module:factory",
+        )
     if not path.exists():
         raise ConversionError(
             f"There is no model at {path}", fix=f"Check the path; it must be {_SUPPORTED}"
@@ -29,7 +51,7 @@ def open_source(path: Path) -> Source:
     if path.is_dir():
         from converters.sources.huggingface import open_huggingface
 
-        return open_huggingface(path)
+        return open_huggingface(path, allow_pickle=allow_pickle)
     if not path.is_file():
         raise ConversionError(f"{path} is not a regular file", fix=f"Give {_SUPPORTED}")
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from converters.libraries import load, quiet
 from converters.sources.base import Source, find_wheel, spdx
+from converters.sources.weights import check_weights
 from nearfar.errors import ConversionError
 
 #: How file names end by convention, such as ``.Q4_K_M`` or ``-F16``.
@@ -101,6 +102,7 @@ def load_gguf(source: GgufSource) -> tuple[Any, Any]:
     # The weights are plain float32 now; saving must not write that they are quantized.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
+    check_weights(model, source.path.name)
     return model.eval(), tokenizer
 
 

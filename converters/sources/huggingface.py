@@ -10,6 +10,7 @@ from typing import Any
 
 from converters.libraries import load, quiet
 from converters.sources.base import Source, find_wheel, sha256_file, spdx
+from converters.sources.weights import check_weights
 from nearfar.bundle.manifest import Task
 from nearfar.bundle.paths import path_problem
 from nearfar.errors import ConversionError
@@ -18,6 +19,11 @@ from nearfar.errors import ConversionError
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet"})
 
 _MAX_JSON_BYTES = 64 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+_ANY_TEXT = "The weather is good today, and water boils when it is hot enough."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +33,14 @@ class HuggingFaceSource(Source):
     Attributes:
         config: Contents of ``config.json``.
         task: What the architecture is for.
-        weights: The safetensors files.
+        weights: The safetensors files; the pickles where those were allowed.
+        is_pickled: Whether they are pickles.
     """
 
     config: dict[str, Any]
     task: Task
     weights: tuple[Path, ...]
+    is_pickled: bool = False
 
     @property
     def architecture(self) -> str:
@@ -42,8 +50,13 @@ class HuggingFaceSource(Source):
         return sha256_file(self.weights[0]) if len(self.weights) == 1 else ""
 
 
-def open_huggingface(path: Path) -> HuggingFaceSource:
+def open_huggingface(path: Path, *, allow_pickle: bool = False) -> HuggingFaceSource:
     """Check a folder without loading the weights.
+
+    Args:
+        path: The folder.
+        allow_pickle: Take weights that exist as pickles only. They are read with torch's loader
+            for weights, which runs no code of theirs that it knows of.
 
     Raises:
         ConversionError: Not a model folder, damaged weights, pickles, custom code, or an
@@ -60,7 +73,7 @@ def open_huggingface(path: Path) -> HuggingFaceSource:
             f"{path / 'config.json'} asks for Python code of its own (auto_map), which is not run",
             fix="Convert a model whose architecture is part of transformers",
         )
-    weights = _weights(path)
+    weights = _weights(path, allow_pickle=allow_pickle)
     wheel = find_wheel(path)
     return HuggingFaceSource(
         path=path,
@@ -69,6 +82,7 @@ def open_huggingface(path: Path) -> HuggingFaceSource:
         config=config,
         task=_task(path, config),
         weights=weights,
+        is_pickled=weights[0].suffix == ".bin",
     )
 
 
@@ -89,7 +103,8 @@ def load_huggingface(source: HuggingFaceSource) -> Any:
                 dtype=torch.float32,
                 # Plain attention exports to plain operators, which every engine can fuse.
                 attn_implementation="eager",
-                use_safetensors=True,
+                use_safetensors=not source.is_pickled,
+                weights_only=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
@@ -99,6 +114,7 @@ def load_huggingface(source: HuggingFaceSource) -> Any:
             f"({exc})",
             fix="Check the folder's files, or use a newer transformers",
         ) from exc
+    check_weights(model, source.path.name)
     return model.eval()
 
 
@@ -106,12 +122,17 @@ def load_tokenizer(path: Path) -> Any:
     """The folder's tokenizer, as `AutoTokenizer` gives it.
 
     Raises:
-        ConversionError: There is none, or it cannot be read.
+        ConversionError: There is none, it cannot be read, or it knows no text.
     """
+    # transformers 5 makes an empty tokenizer of nothing, which a comparison of token ids passes.
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConversionError(
+            f"Folder {path} has no tokenizer", fix="Copy tokenizer.json into it from the model"
+        )
     transformers = load("transformers")
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
     except Exception as exc:  # the library's own errors have no common base
@@ -119,6 +140,13 @@ def load_tokenizer(path: Path) -> Any:
             f"The tokenizer in {path} cannot be loaded ({exc})",
             fix="The folder must have tokenizer.json or the files of a known tokenizer",
         ) from exc
+    ids = tokenizer(_ANY_TEXT, add_special_tokens=False).input_ids
+    if not ids or ids.count(tokenizer.unk_token_id) > len(ids) / 2:
+        raise ConversionError(
+            f"The tokenizer in {path} knows hardly any word of English text",
+            fix="It is empty or another model's; copy the right tokenizer.json into the folder",
+        )
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _weights(path: Path) -> tuple[Path, ...]:
+def _weights(path: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         names = sorted({str(name) for name in (read_json(index).get("weight_map") or {}).values()})
@@ -155,12 +183,15 @@ def _weights(path: Path) -> tuple[Path, ...]:
     else:
         files = [path / "model.safetensors"]
     if not all(file.is_file() for file in files):
-        pickles = sorted(file.name for file in path.glob("*.bin"))
+        pickles = sorted(file.name for file in path.glob("pytorch_model*.bin"))
+        if pickles and allow_pickle:
+            return tuple(path / name for name in pickles)
         if pickles:
             raise ConversionError(
                 f"Folder {path} has its weights as pickles only ({', '.join(pickles)}), and "
                 "loading one would run whatever code is in it",
-                fix="Load it where you trust it, call save_pretrained, and convert that folder",
+                fix="Load it where you trust it, call save_pretrained, and convert that folder; "
+                "--allow-pickle reads it with torch's loader for weights",
             )
         missing = ", ".join(file.name for file in files if not file.is_file())
         raise ConversionError(

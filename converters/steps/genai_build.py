@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from converters.libraries import OFFLINE, load
-from converters.settings import Int4Settings
 from nearfar.errors import ConversionError
 
 PRECISIONS = ("int4", "int8", "fp32")
@@ -33,7 +32,7 @@ def build_genai(
     model_folder: Path,
     targets: Mapping[str, Path],
     work: Path,
-    int4: Int4Settings,
+    int4_algorithm: str,
 ) -> None:
     """Build one folder for each precision.
 
@@ -41,7 +40,7 @@ def build_genai(
         model_folder: Hugging Face folder.
         targets: Precision (``int4``, ``int8``, ``fp32``) to the folder to write.
         work: Folder for logs and the builder's temporary files.
-        int4: How weights become 4 bits.
+        int4_algorithm: How weights become 4 bits, as the builder names it.
 
     Raises:
         ConversionError: The builder refused or failed; the error quotes its last lines.
@@ -49,7 +48,7 @@ def build_genai(
     load("onnxruntime_genai")
     size_bytes = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
     commands = {
-        precision: _command(model_folder, precision, target, work, int4)
+        precision: _command(model_folder, precision, target, work, int4_algorithm)
         for precision, target in targets.items()
     }
     if size_bytes <= _SIDE_BY_SIDE_BYTES:
@@ -62,9 +61,9 @@ def build_genai(
 
 
 def _command(
-    model_folder: Path, precision: str, target: Path, work: Path, int4: Int4Settings
+    model_folder: Path, precision: str, target: Path, work: Path, int4_algorithm: str
 ) -> list[str]:
-    options = [f"{name}={int4.algorithm}" for name in _INT4_OPTIONS if precision == "int4"]
+    options = [f"{name}={int4_algorithm}" for name in _INT4_OPTIONS if precision == "int4"]
     return [
         sys.executable, "-m", "converters.steps.genai_builder",
         "-i", str(model_folder), "-o", str(target), "-p", precision, "-e", "cpu",

@@ -12,8 +12,13 @@ from converters.libraries import load
 from nearfar.errors import ConversionError
 
 
-def open_session(path: Path) -> Any:
+def open_session(path: Path, *, is_unfused: bool = False) -> Any:
     """CPU session on the cores this process may use.
+
+    Args:
+        path: The model.
+        is_unfused: Compute quantize-dequantize pairs as they are written, in float, rather than
+            with the CPU's 8-bit kernels, which saturate where it has no VNNI instructions.
 
     Raises:
         ConversionError: ONNX Runtime refuses the model.
@@ -24,6 +29,8 @@ def open_session(path: Path) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = physical_cores()
     options.log_severity_level = 3
+    if is_unfused:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception

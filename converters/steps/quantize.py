@@ -1,54 +1,173 @@
-"""Quantize the weights of an ONNX model to 8 bits with ONNX Runtime's own tools."""
+"""Quantize an ONNX model to 8 bits: weights alone, or activations too."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from converters.libraries import load, quiet
 from converters.settings import Int8Settings
+from converters.steps.quantize_static import OPERATORS, Calibrated, calibrate, quantize_static
+from converters.steps.quantize_tables import quantize_tables
 from nearfar.errors import ConversionError
 
+#: Operators with a constant weight that each method rounds.
+_CANDIDATES = {
+    "weights": ("MatMul", "Gather"),
+    "dynamic": ("MatMul", "Gather", "Gemm", "Conv"),
+    "static": OPERATORS,
+}
+#: Smaller constants are positions, scales and shapes: nothing to gain.
+_LEAST_WEIGHTS = 1024
 
-def quantize_int8(source: Path, target: Path, work: Path, settings: Int8Settings) -> None:
-    """Write an INT8 version: block-wise for matrix products, per tensor for lookup tables.
 
-    Raises:
-        ConversionError: ONNX Runtime cannot quantize the model, or there is nothing to quantize.
+class Int8Quantizer:
+    """Makes INT8 versions of one model, each with other nodes left in full precision.
+
+    Args:
+        source: FP32 model.
+        work: Folder for intermediate files.
+        settings: How.
+        calibration: Inputs of one call each; only the method ``static`` needs them.
     """
-    onnx = load("onnx")
-    load("onnxruntime")
-    quantization = load("onnxruntime.quantization")
-    nbits = load("onnxruntime.quantization.matmul_nbits_quantizer")
-    tables = work / f"{target.stem}-tables.onnx"
-    try:
-        with quiet():
+
+    def __init__(
+        self,
+        source: Path,
+        work: Path,
+        settings: Int8Settings,
+        calibration: Sequence[Mapping[str, np.ndarray]] = (),
+    ) -> None:
+        self._source = source
+        self._work = work
+        self._settings = settings
+        self._calibration = calibration
+
+    @cached_property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the nodes that would be rounded and have weights worth it."""
+        onnx = load("onnx")
+        graph = onnx.load(str(self._source)).graph
+        sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.initializer
+                 if tensor.data_type == onnx.TensorProto.FLOAT}  # fmt: skip
+        return tuple(
+            node.name
+            for node in graph.node
+            if node.op_type in _CANDIDATES[self._settings.method]
+            and node.name
+            and max((sizes.get(name, 0) for name in node.input), default=0) >= _LEAST_WEIGHTS
+        )
+
+    def write(self, target: Path, keep: Sequence[str] = ()) -> None:
+        """Write a version.
+
+        Args:
+            target: The file.
+            keep: Nodes to leave as they are, beside those of the settings.
+
+        Raises:
+            ConversionError: ONNX Runtime cannot quantize the model, there is nothing to quantize,
+                or a node to keep does not exist.
+        """
+        kept = frozenset((*keep, *self._settings.keep))
+        unknown = sorted(set(self._settings.keep) - self._node_names)
+        if unknown:
+            raise ConversionError(
+                f"The model has no node {unknown[0]!r}, which the recipe keeps (int8.keep)",
+                fix="Take it out of the recipe; names are those of the optimised graph",
+            )
+        if self._settings.method == "static":
+            quantize_static(self._calibrated, target, self._settings, kept)
+        elif self._settings.method == "dynamic":
+            self._dynamic(target, kept)
+        else:
+            self._weights(target, kept)
+        onnx = load("onnx")
+        stored = onnx.load(str(target)).graph.initializer
+        bytes_ = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        if not any(tensor.data_type in bytes_ and tensor.dims for tensor in stored):
+            raise ConversionError(
+                "The model has no matrix product or table with constant weights to quantize",
+                fix="Convolutions and Gemm need --int8 static; or leave the int8 variant out: "
+                "--variants fp32",
+            )
+
+    @cached_property
+    def _calibrated(self) -> Calibrated:
+        return calibrate(self._source, self._calibration, self._work, self._settings.calibration)
+
+    @cached_property
+    def _node_names(self) -> set[str]:
+        return {node.name for node in load("onnx").load(str(self._source)).graph.node}
+
+    def _dynamic(self, target: Path, keep: frozenset[str]) -> None:
+        quantization = load("onnxruntime.quantization")
+        try:
+            with quiet():
+                quantization.quantize_dynamic(
+                    str(self._source),
+                    str(target),
+                    per_channel=self._settings.per_channel,
+                    weight_type=quantization.QuantType.QInt8,
+                    nodes_to_exclude=sorted(keep),
+                )
+        except Exception as exc:  # the quantizer raises plain exceptions of every kind
+            raise _refused(exc) from exc
+
+    def _weights(self, target: Path, keep: frozenset[str]) -> None:
+        nbits = load("onnxruntime.quantization.matmul_nbits_quantizer")
+        settings = self._settings
+        try:
+            with quiet():
+                model = self._with_tables(target, keep)
+                algorithm = nbits.DefaultWeightOnlyQuantConfig(
+                    bits=8,
+                    block_size=settings.block_size,
+                    is_symmetric=True,
+                    accuracy_level=settings.accuracy_level,
+                    op_types_to_quantize=("MatMul",),
+                )
+                quantizer = nbits.MatMulNBitsQuantizer(
+                    model, algo_config=algorithm, nodes_to_exclude=sorted(keep)
+                )
+                quantizer.process()
+                quantizer.model.save_model_to_file(str(target))
+        except Exception as exc:  # the quantizers raise plain exceptions of every kind
+            raise _refused(exc) from exc
+
+    def _with_tables(self, target: Path, keep: frozenset[str]) -> Any:
+        """The model with its lookup tables in 8 bits."""
+        onnx = load("onnx")
+        if self._settings.tables == "row":
+            model = onnx.load(str(self._source))
+            quantize_tables(model, keep, least_weights=_LEAST_WEIGHTS)
+            return model
+        quantization = load("onnxruntime.quantization")
+        tables = self._work / f"{target.stem}-tables.onnx"
+        try:
             quantization.quantize_dynamic(
-                str(source),
+                str(self._source),
                 str(tables),
                 op_types_to_quantize=["Gather"],
                 weight_type=quantization.QuantType.QInt8,
+                nodes_to_exclude=sorted(keep),
             )
-            model = onnx.load(str(tables))
-            algorithm = nbits.DefaultWeightOnlyQuantConfig(
-                bits=8,
-                block_size=settings.block_size,
-                is_symmetric=True,
-                accuracy_level=settings.accuracy_level,
-                op_types_to_quantize=("MatMul",),
-            )
-            quantizer = nbits.MatMulNBitsQuantizer(model, algo_config=algorithm)
-            quantizer.process()
-            quantizer.model.save_model_to_file(str(target))
-            kinds = {node.op_type for node in onnx.load(str(target)).graph.node}
-    except Exception as exc:  # the quantizers raise plain exceptions of every kind
-        raise ConversionError(
-            f"ONNX Runtime cannot quantize the model to INT8 ({exc})",
-            fix="Leave the int8 variant out: --variants fp32",
-        ) from exc
-    finally:
-        tables.unlink(missing_ok=True)
-    if not kinds & {"MatMulNBits", "DequantizeLinear"}:
-        raise ConversionError(
-            "The model has no matrix product or table with constant weights to quantize",
-            fix="Leave the int8 variant out: --variants fp32",
-        )
+            return onnx.load(str(tables))
+        finally:
+            tables.unlink(missing_ok=True)
+
+
+def _refused(exc: Exception) -> ConversionError:
+    return ConversionError(
+        f"ONNX Runtime cannot quantize the model to INT8 ({exc})",
+        fix="Leave the int8 variant out: --variants fp32",
+    )
+
+
+def quantize_int8(quantizer: Int8Quantizer, target: Path, keep: Sequence[str]) -> None:
+    """Write the INT8 version that goes into the bundle; see `Int8Quantizer.write`."""
+    quantizer.write(target, keep)

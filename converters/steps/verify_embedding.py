@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from converters import texts
 from converters.libraries import load
 from converters.settings import Gates
 from converters.steps.export_encoder import OUTPUT
@@ -16,7 +15,6 @@ from converters.steps.onnx_session import check_finite, open_session, run
 from nearfar.bundle.manifest import QualityFigure, TextPreprocessing
 from nearfar.errors import ConversionError
 
-PASSAGES = 128
 NEIGHBOURS = 10
 _BATCH = 8
 
@@ -34,17 +32,29 @@ class EmbeddingCheck:
         tokenizer: ``tokenizer.json`` as it goes into the bundle.
         preprocessing: As it goes into the manifest.
         gates: What variants must reach.
+        passages: The texts.
+
+    Attributes:
+        samples: How many texts there are.
+        batches: Their inputs, a few texts to a call.
+        example: The input of one text of middling length.
     """
 
-    def __init__(self, tokenizer: Path, preprocessing: TextPreprocessing, gates: Gates) -> None:
+    def __init__(
+        self,
+        tokenizer: Path,
+        preprocessing: TextPreprocessing,
+        gates: Gates,
+        passages: Sequence[str],
+    ) -> None:
         from nearfar.processing.text import TextEncoder
 
         self._gates = gates
         encode = TextEncoder(tokenizer, preprocessing)
         # Texts of like length share a batch, so that little is padding; order does not matter.
-        passages = sorted(texts.passages(PASSAGES), key=len)
+        passages = sorted(passages, key=len)
         self.samples = len(passages)
-        self._batches = [
+        self.batches: list[dict[str, np.ndarray]] = [
             encode(passages[start : start + _BATCH]) for start in range(0, len(passages), _BATCH)
         ]
         self.example = encode([passages[len(passages) // 2]])
@@ -55,17 +65,17 @@ class EmbeddingCheck:
         with torch.no_grad():
             rows = [
                 encoder(*(torch.from_numpy(batch[name]) for name in encoder.input_names)).numpy()
-                for batch in self._batches
+                for batch in self.batches
             ]
         vectors = np.concatenate(rows)
         check_finite(vectors, "the source's vectors")
         return vectors
 
-    def vectors(self, path: Path) -> np.ndarray:
-        """Vectors of an ONNX model, float32 of shape (passages, width)."""
-        session = open_session(path)
+    def vectors(self, path: Path, *, is_unfused: bool = False) -> np.ndarray:
+        """Vectors of an ONNX model, float32 of shape (passages, width); see `open_session`."""
+        session = open_session(path, is_unfused=is_unfused)
         return np.concatenate(
-            [run(session, batch, name=path.parent.name)[OUTPUT] for batch in self._batches]
+            [run(session, batch, name=path.parent.name)[OUTPUT] for batch in self.batches]
         )
 
     def against_source(
@@ -93,9 +103,9 @@ class EmbeddingCheck:
         )
 
     def against_reference(
-        self, vectors: np.ndarray, best: np.ndarray, reference: str
+        self, vectors: np.ndarray, best: np.ndarray, reference: str, *, suffix: str = ""
     ) -> tuple[QualityFigure, ...]:
-        """Figures of a compressed variant.
+        """Figures of a compressed variant, their names with `suffix`.
 
         Raises:
             ConversionError: It is far off.
@@ -107,15 +117,14 @@ class EmbeddingCheck:
                 fix="Leave this variant out with --variants",
             )
         truth = _neighbours(best, best)
-        return tuple(
-            self._figures(
-                reference,
-                cosine_mean=(float(cosines.mean()), True),
-                cosine_min=(float(cosines.min()), True),
-                recall_at_10=(_recall(_neighbours(vectors, vectors), truth), True),
-                recall_at_10_mixed=(_recall(_neighbours(vectors, best), truth), True),
-            )
-        )
+        values = {
+            "cosine_mean": (float(cosines.mean()), True),
+            "cosine_min": (float(cosines.min()), True),
+            "recall_at_10": (_recall(_neighbours(vectors, vectors), truth), True),
+            "recall_at_10_mixed": (_recall(_neighbours(vectors, best), truth), True),
+        }
+        named = {name + suffix: value for name, value in values.items()}
+        return tuple(self._figures(reference, **named))
 
     def _figures(self, reference: str, **values: tuple[float, bool]) -> Iterator[QualityFigure]:
         for metric, (value, higher_is_better) in values.items():

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.steps.gate import UNFUSED
 from converters.steps.onnx_session import open_session, run
 from nearfar.bundle.manifest import HeadTailPreprocessing, QualityFigure, TensorSpec
 from nearfar.errors import ConversionError
 from nearfar.tensors import numpy_of
 
-MAX_SAMPLES = 200
+#: Of real files, and of rows that a person gave.
+MAX_SAMPLES, _MAX_ROWS = 200, 2000
 _SYNTHETIC_SAMPLES = 32
 _MAX_FILE_BYTES = 4 << 20
 _MAX_FILES_SEEN = 4000
@@ -86,7 +88,7 @@ def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
                 f"{path} has no array {spec.name!r} of type {spec.datatype}",
                 fix="Give one array for each input of the model, with its type",
             )
-        feeds = feeds or [{} for _ in range(min(MAX_SAMPLES, len(array)))]
+        feeds = feeds or [{} for _ in range(min(_MAX_ROWS, len(array)))]
         if len(array) < len(feeds):
             raise ConversionError(
                 f"{path}: {spec.name!r} has fewer rows than the other inputs",
@@ -131,6 +133,7 @@ def verify_tensors(
     source_name: str,
     label_output: str | None,
     min_top1_agreement: float,
+    is_unfused: bool = False,
 ) -> dict[str, tuple[QualityFigure, ...]]:
     """Run everything through the source and the variants.
 
@@ -141,9 +144,11 @@ def verify_tensors(
         source_name: What the source is called in the manifest.
         label_output: Output with class scores, for classifiers.
         min_top1_agreement: Gate for classifiers; a share.
+        is_unfused: Also judge the graphs as they are written, see `open_session`.
 
     Returns:
-        Variant id to figures: ``max_abs_error``, and ``top1_agreement`` for classifiers.
+        Variant id to figures: ``max_abs_error``, ``relative_error``, and ``top1_agreement`` for
+        classifiers.
 
     Raises:
         ConversionError: NaN, or a variant that is not the same model.
@@ -152,30 +157,53 @@ def verify_tensors(
     truth = [run(session, feeds, name="source") for feeds in samples]
     figures: dict[str, tuple[QualityFigure, ...]] = {}
     for variant_id, path in variants.items():
-        session = open_session(path)
-        worst, same, total = 0.0, 0, 0
-        for feeds, expected in zip(samples, truth):  # noqa: B905
-            outputs = run(session, feeds, name=variant_id)
-            for name, array in expected.items():
-                if array.size and array.dtype.kind in "fiu":
-                    difference = array.astype(np.float64) - outputs[name].astype(np.float64)
-                    worst = max(worst, float(np.abs(difference).max()))
-            if label_output is not None:
-                choice = outputs[label_output].argmax(axis=-1)
-                same += int((choice == expected[label_output].argmax(axis=-1)).sum())
-                total += choice.size
-        found = [_figure("max_abs_error", worst, len(samples), source_name, higher=False)]
-        if label_output is not None:
-            agreement = same / max(1, total)
-            if agreement < min_top1_agreement:
-                raise ConversionError(
-                    f"Variant {variant_id} gives the source's answer in {agreement:.0%} of "
-                    f"{total} cases only",
-                    fix="Leave this variant out with --variants",
-                )
-            found.insert(0, _figure("top1_agreement", agreement, total, source_name, higher=True))
+        found: list[QualityFigure] = []
+        for suffix in ("", UNFUSED) if is_unfused else ("",):
+            session = open_session(path, is_unfused=bool(suffix))
+            outputs = [run(session, feeds, name=variant_id) for feeds in samples]
+            found += _compared(outputs, truth, source_name, label_output, suffix)
+        agreements = [f.value for f in found if f.metric.startswith("top1_agreement")]
+        if agreements and max(agreements) < min_top1_agreement:
+            raise ConversionError(
+                f"Variant {variant_id} gives the source's answer in {max(agreements):.0%} of "
+                f"{len(samples)} cases only",
+                fix="Leave this variant out with --variants",
+            )
         figures[variant_id] = tuple(found)
     return figures
+
+
+def _compared(
+    outputs: Sequence[Mapping[str, np.ndarray]],
+    truth: Sequence[Mapping[str, np.ndarray]],
+    source_name: str,
+    label_output: str | None,
+    suffix: str,
+) -> list[QualityFigure]:
+    worst, same, total, lost, power = 0.0, 0, 0, 0.0, 0.0
+    for found, expected in zip(outputs, truth):  # noqa: B905
+        for name, array in expected.items():
+            if array.size and array.dtype.kind in "fiu":
+                wide = array.astype(np.float64)
+                difference = wide - found[name].astype(np.float64)
+                worst = max(worst, float(np.abs(difference).max()))
+                lost += float(np.square(difference).sum())
+                power += float(np.square(wide).sum())
+        if label_output is not None:
+            choice = found[label_output].argmax(axis=-1)
+            same += int((choice == expected[label_output].argmax(axis=-1)).sum())
+            total += choice.size
+    relative = float(np.sqrt(lost / power)) if power else float(lost > 0)
+    made = [
+        _figure("max_abs_error" + suffix, worst, len(truth), source_name, higher=False),
+        _figure("relative_error" + suffix, relative, len(truth), source_name, higher=False),
+    ]
+    if label_output is not None:
+        agreement = same / max(1, total)
+        made.insert(
+            0, _figure("top1_agreement" + suffix, agreement, total, source_name, higher=True)
+        )
+    return made
 
 
 def _figure(

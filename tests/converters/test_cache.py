@@ -19,7 +19,7 @@ from converters.cache import StepCache, clear, contents, digest_of_path
 from converters.commands import convert
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
-from converters.recipes import base, onnx_model
+from converters.recipes import base, int8, onnx_model
 from converters.settings import Gates, Int8Settings, Settings
 from nearfar.bundle import Bundle
 from nearfar.bundle.writer import BundleWriter
@@ -52,7 +52,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     watch(onnx_model, "slim")
     watch(onnx_model, "verify_tensors")
-    watch(base, "quantize_int8")
+    watch(int8, "quantize_int8")
     watch(base, "measure")
     return names
 

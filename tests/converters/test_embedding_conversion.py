@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
 
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
+from converters.settings import Gates, Int8Settings, Settings
 from converters.steps.verify_embedding import may_mix
 from nearfar.bundle import Bundle
 from nearfar.bundle.manifest import QualityFigure
@@ -103,3 +106,16 @@ def test_routes_are_mixed_only_when_measured_agreement_allows(recall, cosine, al
     best = [figure("cosine_min", 1.0)]
     small = [figure("cosine_min", cosine), figure("recall_at_10_mixed", recall)]
     assert may_mix([best, small]) is allowed
+
+
+def test_the_gate_counts_lost_neighbours_and_leaves_a_poor_variant_out(tiny_bert: Path, tmp_path):
+    plain = Int8Settings(method="dynamic", per_channel=False, max_kept=0)
+    settings = Settings(int8=plain, passages=64, gates=Gates(max_quality_drop=0.0))
+    options = ConversionOptions(measure=False, settings=settings)
+    refused = convert_model(tiny_bert, tmp_path / "refused", options)
+    assert [variant.id for variant in refused.manifest.variants] == ["fp32"]
+    kept = msgspec.structs.replace(settings, gates=Gates(max_quality_drop=0.9))
+    bundle = convert_model(tiny_bert, tmp_path / "kept", replace(options, settings=kept))
+    (recall,) = [f for f in bundle.variant("int8").quality if f.metric == "recall_at_10"]
+    assert 0.1 <= recall.value < 1.0
+    assert recall.samples == 64

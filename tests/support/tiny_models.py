@@ -96,8 +96,12 @@ def write_tiny_bert(path: Path, *, pooling: str = "mean", kind: str = "Bert") ->
     return path
 
 
-def write_tiny_gguf(path: Path) -> Path:
-    """A GGUF file with a one-layer Llama and a byte-level BPE tokenizer."""
+def write_tiny_gguf(path: Path, *, kind: str = "F32") -> Path:
+    """A GGUF file with a one-layer Llama and a byte-level BPE tokenizer.
+
+    With another `kind`, such as ``Q4_1``, its matrices are of that type and its embedding Q8_0, as
+    llama.cpp makes small models.
+    """
     import gguf
     import numpy as np
 
@@ -144,7 +148,13 @@ def write_tiny_gguf(path: Path) -> Path:
     }
     for name, shape in shapes.items():
         values = generator.standard_normal(shape) * 0.05
-        writer.add_tensor(name, (1 + values if len(shape) == 1 else values).astype(np.float32))
+        tensor = (1 + values if len(shape) == 1 else values).astype(np.float32)
+        if kind == "F32" or len(shape) == 1:
+            writer.add_tensor(name, tensor)
+            continue
+        stored = gguf.GGMLQuantizationType["Q8_0" if name == "token_embd.weight" else kind]
+        data = gguf.quants.quantize(tensor, stored)
+        writer.add_tensor(name, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

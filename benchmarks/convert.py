@@ -1,0 +1,101 @@
+"""`nearfar bench convert`: what conversions of real models keep, and what they save.
+
+Every figure of quality is taken from the manifest that the conversion wrote; sizes are those of the
+files; speed is measured here, both variants in turn.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.convert_encoder import measure_encoder
+from benchmarks.convert_llm import measure_llm
+from benchmarks.harness import Report, Run
+from benchmarks.subjects import Begin, Part
+from nearfar.errors import InvalidInput
+
+PARTS = ("encoder", "llm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is converted.
+
+    Attributes:
+        sources: Folder below which the models lie, as `nearfar quickstart` unpacks them.
+        parts: Which of `PARTS`.
+        rounds: How often each side of a comparison of speed is measured.
+        tokens: Length of each timed answer.
+        cache: Folder with results of earlier steps; `None` does everything.
+        seed: The order of the sides is drawn from it.
+    """
+
+    sources: Path
+    parts: tuple[str, ...] = PARTS
+    rounds: int = 6
+    tokens: int = 64
+    cache: Path | None = None
+    seed: int = 0
+
+
+def measure(settings: Settings, begin: Begin) -> Report:
+    """Convert and compare.
+
+    Args:
+        settings: What is converted.
+        begin: Shows progress.
+
+    Raises:
+        InvalidInput: A model is missing; says how to get it.
+        ConversionError: A conversion failed.
+    """
+    run = Run("convert", seed=settings.seed)
+    sources = {
+        "encoder": lambda: _one(settings.sources, "sentence encoder", "**/modules.json").parent,
+        "llm": lambda: _one(settings.sources, "GGUF file", "**/*.gguf"),
+    }
+    # Before minutes of converting, find out whether all are there.
+    found = {name: sources[name]() for name in settings.parts}
+    parts: list[Part] = []
+    with tempfile.TemporaryDirectory(prefix="nearfar-bench-") as folder:
+        for name, source in found.items():
+            work = Path(folder) / name
+            work.mkdir()
+            if name == "encoder":
+                parts.append(
+                    measure_encoder(source, work, settings.cache, settings.rounds, run, begin)
+                )
+            else:
+                parts.append(
+                    measure_llm(
+                        source, work, settings.cache, settings.rounds, settings.tokens, run, begin
+                    )
+                )
+    return run.report(
+        bars=[bar for part in parts for bar in part.bars],
+        figures=[figure for part in parts for figure in part.figures],
+        settings={
+            "parts": ",".join(settings.parts),
+            "rounds": settings.rounds,
+            "tokens": settings.tokens,
+            **{f"{name} source": path.name for name, path in found.items()},
+        },
+    )
+
+
+def _one(folder: Path, what: str, pattern: str) -> Path:
+    """The first path that fits, by name.
+
+    Raises:
+        InvalidInput: There is none.
+    """
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise InvalidInput(
+            f"There is no {what} below {folder}",
+            field="--sources",
+            fix="Fetch the models with `nearfar quickstart`, or name another folder",
+        )
+    return found[0]

@@ -1,0 +1,140 @@
+"""SmolLM2-135M in 4 and 8 bits: rounded to the nearest, and as nearfar makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.baselines import GenaiLoop
+from benchmarks.harness import Bar, Direction, Figure, Run, interleave, per_round
+from benchmarks.subjects import Begin, Part
+from converters import texts
+from converters.options import ConversionOptions
+from converters.pipeline import convert_model
+from converters.settings import Int4Settings, Settings
+from nearfar.bundle import Bundle
+from nearfar.engines.devices import physical_cores
+from nearfar.errors import EngineError
+
+MAX_SIZE, MIN_SPEED = 0.20, 3.0
+MAX_LOSS_TO_RTN, MAX_SIZE_TO_RTN = 0.5, 1.15
+#: The beginning of a text to go on with: a question would end at once without a chat template.
+_PROMPT_CHARACTERS = 300
+
+
+def measure_llm(
+    source: Path,
+    work: Path,
+    cache: Path | None,
+    rounds: int,
+    tokens: int,
+    run: Run,
+    begin: Begin,
+) -> Part:
+    """Convert to all precisions, and to INT4 rounded to the nearest.
+
+    Args:
+        source: The GGUF file.
+        work: Where the bundles go.
+        cache: Results of earlier steps.
+        rounds: Of the comparison of speed.
+        tokens: Length of each timed answer.
+        run: Draws the order of the sides.
+        begin: Shows progress.
+    """
+    step = begin("language model: conversions", 2)
+    options = ConversionOptions(
+        name="assistant", measure=False, cache=cache, variants=("int4", "int8", "fp32")
+    )
+    best = convert_model(source, work / "best", options)
+    step()
+    rounded = convert_model(
+        source,
+        work / "rtn",
+        replace(options, variants=("int4",), settings=Settings(int4=Int4Settings(algorithm="rtn"))),
+    )
+    step()
+    full = _perplexity(best, "fp32")
+    lost, lost_rtn = _perplexity(best, "int4") - full, _perplexity(rounded, "int4") - full
+    size, size_rtn = _size(best, "int4"), _size(rounded, "int4")
+    speed = _speed(best, rounded, rounds, tokens, run, begin)
+    bars = [
+        _bar("SmolLM2 INT4: size ÷ FP32", size / _size(best, "fp32"), MAX_SIZE),
+        speed["int4"].bar(MIN_SPEED, "at_least"),
+        _bar("SmolLM2 INT4: perplexity lost ÷ RTN's", lost / lost_rtn, MAX_LOSS_TO_RTN),
+        _bar("SmolLM2 INT4: size ÷ RTN", size / size_rtn, MAX_SIZE_TO_RTN),
+    ]
+    figures = [
+        _one("SmolLM2 FP32: perplexity", full),
+        _one("SmolLM2 INT8: perplexity", _perplexity(best, "int8")),
+        _one("SmolLM2 INT4: perplexity", _perplexity(best, "int4")),
+        _one("SmolLM2 INT4 RTN: perplexity", _perplexity(rounded, "int4")),
+        _one("SmolLM2 INT8: size ÷ FP32", _size(best, "int8") / _size(best, "fp32")),
+        _one("SmolLM2 INT4 RTN: size ÷ FP32", size_rtn / _size(best, "fp32")),
+        *speed.values(),
+    ]
+    return Part(tuple(bars), tuple(figures))
+
+
+def _speed(
+    best: Bundle, rounded: Bundle, rounds: int, tokens: int, run: Run, begin: Begin
+) -> dict[str, Figure]:
+    """Tokens in a second after the first, against FP32 in the same round."""
+    prompt = texts.prose()[:_PROMPT_CHARACTERS]
+    folders = {
+        "fp32": best.variant_entry(best.variant("fp32")),
+        "int4": best.variant_entry(best.variant("int4")),
+        "int4 rtn": rounded.variant_entry(rounded.variant("int4")),
+    }
+
+    def side(folder: Path) -> Callable[[], float]:
+        loop = GenaiLoop(folder, threads=physical_cores())
+        loop.generate(prompt, tokens=8)  # the first answer also allocates
+
+        def timed() -> float:
+            answer = loop.generate(prompt, tokens=tokens)
+            if answer.tokens < tokens // 2:
+                raise EngineError(
+                    f"{folder.name} ends its answer after {answer.tokens} tokens: too few to time"
+                )
+            return answer.decode_tokens_per_s
+
+        return timed
+
+    samples = interleave(
+        {name: side(folder) for name, folder in folders.items()},
+        rounds=rounds,
+        random=run.random,
+        on_round=begin("language model: speed", rounds),
+    )
+    return {
+        name: Figure.of_rounds(
+            f"SmolLM2 {name.upper()}: decode tokens/s ÷ FP32", "",
+            per_round(lambda small, full: small / full, samples[name], samples["fp32"]),
+        )
+        for name in ("int4", "int4 rtn")
+    } | {
+        f"{name} alone": Figure.of_rounds(
+            f"SmolLM2 {name.upper()}: decode", "tokens/s", samples[name]
+        )
+        for name in folders
+    }  # fmt: skip
+
+
+def _perplexity(bundle: Bundle, variant_id: str) -> float:
+    figures = bundle.variant(variant_id).quality
+    return next(figure.value for figure in figures if figure.metric == "perplexity")
+
+
+def _size(bundle: Bundle, variant_id: str) -> int:
+    return bundle.variant(variant_id).size_bytes
+
+
+def _bar(name: str, value: float, limit: float) -> Bar:
+    direction: Direction = "at_most"
+    return Bar(name=name, value=value, limit=limit, direction=direction, unit="")
+
+
+def _one(name: str, value: float) -> Figure:
+    return Figure.of_rounds(name, "", [value])

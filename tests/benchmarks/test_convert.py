@@ -1,0 +1,39 @@
+"""`nearfar bench convert`: what it needs is asked for first, and bars are what manifests say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.convert import PARTS, Settings, measure
+from benchmarks.convert_encoder import _changed, _figure, _has_int8
+from nearfar.bundle import open_bundle
+from nearfar.errors import InvalidInput
+from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
+
+
+def begin(title: str, steps: int):
+    raise AssertionError("nothing is measured before all models are found")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_model_is_asked_for_before_anything_runs(tmp_path: Path, part: str):
+    with pytest.raises(InvalidInput, match="There is no") as caught:
+        measure(Settings(sources=tmp_path, parts=(part,)), begin)
+    assert "quickstart" in (caught.value.fix or "")
+
+
+def test_files_that_came_out_differently_are_counted(tmp_path: Path):
+    one = write_tiny_tensor_bundle(tmp_path / "one")
+    other = write_tiny_tensor_bundle(tmp_path / "other")
+    assert _changed(one, one) == _changed(one, open_bundle(other.path)) == 0
+    third = write_tiny_classifier_bundle(tmp_path / "third")
+    files = {e.path for b in (one, third) for v in b.manifest.variants for e in v.files}
+    assert _changed(one, third) == len(files)
+
+
+def test_a_figure_that_is_not_there_is_not_a_number(tmp_path: Path):
+    bundle = write_tiny_tensor_bundle(tmp_path / "one")
+    assert _has_int8(bundle)
+    assert _figure(bundle, "no_such_metric") != _figure(bundle, "no_such_metric")

@@ -1,0 +1,145 @@
+"""A GGUF file's own blocks, carried over bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from converters.steps.carry_gguf import BLOCK, _Editor, _order, read_blocks
+
+gguf = pytest.importorskip("gguf")
+
+ROWS, COLUMNS = 64, 96
+
+
+def stored(kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes as in a GGUF file, and what gguf's own code reads from them."""
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal((ROWS, COLUMNS)).astype(np.float32) + np.float32(0.3)
+    data = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[kind])
+    return data, gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_are_the_same_numbers(kind: str):
+    data, expected = stored(kind)
+    blocks = read_blocks(kind, data)
+    assert blocks is not None
+    np.testing.assert_array_equal(blocks.dequantized(), expected)
+    assert (blocks.minima is not None) == (kind == "Q4_1")
+    assert blocks.packed().shape == (ROWS, COLUMNS // BLOCK, 4 * blocks.bits)
+
+
+def test_types_without_an_equal_are_left_alone():
+    assert read_blocks("Q6_K", np.zeros((1, 210), np.uint8)) is None
+
+
+def node_model(bits: int, *, table: bool) -> onnx.ModelProto:
+    """`MatMulNBits` as the model builder writes it, with zero points; with `table` a shared one."""
+    blocks = COLUMNS // BLOCK
+    packed = np.zeros((ROWS, blocks, 4 * bits), np.uint8)
+    name = "/lm_head/MatMul_Q8" if table else "/model/layers.0/mlp/down_proj/MatMul_Q4"
+    nodes = [
+        helper.make_node(
+            "MatMulNBits", ["x", "w", "down.weight_scale", "zp"], ["y"], name=name,
+            domain="com.microsoft", K=COLUMNS, N=ROWS, bits=bits, block_size=BLOCK,
+            accuracy_level=1,
+        )
+    ]  # fmt: skip
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", ROWS])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", COLUMNS])]
+    initializers = [
+        numpy_helper.from_array(packed, "w"),
+        numpy_helper.from_array(np.ones((ROWS, blocks), np.float32), "down.weight_scale"),
+        numpy_helper.from_array(np.zeros((ROWS, (blocks * bits + 7) // 8), np.uint8), "zp"),
+    ]
+    if table:
+        shape = np.array([ROWS, COLUMNS])
+        initializers.append(numpy_helper.from_array(shape, "shape"))
+        nodes += [
+            helper.make_node("Reshape", ["w", "shape"], ["flat"], name="flat"),
+            helper.make_node(
+                "GatherBlockQuantized", ["flat", "ids", "down.weight_scale", "zp"], ["rows"],
+                name="embed", domain="com.microsoft", bits=8, block_size=BLOCK, gather_axis=0,
+                quantize_axis=1,
+            ),
+        ]  # fmt: skip
+        inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["tokens"]))
+        outputs.append(helper.make_tensor_value_info("rows", TensorProto.FLOAT, None))
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets)
+    model.ir_version = 9
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_the_graph_computes_with_the_weights_of_the_file(kind: str):
+    data, weights = stored(kind)
+    blocks = read_blocks(kind, data)
+    assert blocks is not None
+    # The builder may have chosen 4 bits where the file has 8.
+    model = node_model(4 if kind == "Q8_0" else blocks.bits, table=False)
+    editor = _Editor(onnx, model)
+    editor.replace(model.graph.node[0], blocks)
+    editor.finish()
+    onnx.checker.check_model(model)
+    x = np.random.default_rng(1).standard_normal((1, 5, COLUMNS)).astype(np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(["y"], {"x": x})
+    np.testing.assert_allclose(found, x @ weights.T, rtol=1e-4, atol=1e-4)
+    halves = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16]
+    assert len(halves) == (2 if kind == "Q4_1" else 1)
+    assert "zp" not in {tensor.name for tensor in model.graph.initializer}
+
+
+def test_matrices_with_one_input_share_the_sums_of_its_blocks():
+    data, _ = stored("Q4_1")
+    blocks = read_blocks("Q4_1", data)
+    assert blocks is not None
+    model = node_model(4, table=False)
+    second = onnx.NodeProto()
+    second.CopyFrom(model.graph.node[0])
+    second.name, second.output[0], second.input[2] = "/model/layers.0/up", "z", "other.weight_scale"
+    model.graph.node.append(second)
+    scales = onnx.TensorProto()
+    scales.CopyFrom(model.graph.initializer[1])
+    scales.name = "other.weight_scale"
+    model.graph.initializer.append(scales)
+    editor = _Editor(onnx, model)
+    for node in list(model.graph.node):
+        editor.replace(node, blocks)
+    editor.finish()
+    operators = [node.op_type for node in model.graph.node]
+    assert (operators.count("ReduceSum"), operators.count("MatMulNBits")) == (1, 2)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    assert session.get_outputs()[0].name == "y"
+
+
+def test_an_embedding_that_shares_the_matrix_reads_the_same_numbers():
+    data, weights = stored("Q8_0")
+    blocks = read_blocks("Q8_0", data)
+    assert blocks is not None
+    model = node_model(8, table=True)
+    editor = _Editor(onnx, model)
+    editor.replace(model.graph.node[0], blocks)
+    editor.finish()
+    ids = np.array([3, 60, 3])
+    feeds = {"x": np.zeros((1, 3, COLUMNS), np.float32), "ids": ids}
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (rows,) = session.run(["rows"], feeds)
+    np.testing.assert_array_equal(rows, weights[ids])
+
+
+def test_rows_are_found_by_their_numbers():
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((8, 4)).astype(np.float32)
+    rows[3] = -0.0
+    order = random.permutation(8)
+    wanted = np.abs(rows[order]) * np.sign(rows[order])
+    np.testing.assert_array_equal(_order(rows, wanted), order)
+    assert _order(rows, rows + 1) is None
+    assert _order(rows, rows[:4]) is None
