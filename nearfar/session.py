@@ -94,9 +94,13 @@ def max_sealed_bytes(limits: Limits) -> int:
     return _max_record_bytes(limits.max_message_bytes)
 
 
+#: With ordinary limits.
+_MAX_RECORD_BYTES = MAX_PLAINTEXT_BYTES + records.OVERHEAD_BYTES
+
+
 def _max_record_bytes(max_message_bytes: int) -> int:
     if max_message_bytes >= MAX_WHOLE_BYTES:
-        return MAX_PLAINTEXT_BYTES + records.OVERHEAD_BYTES
+        return _MAX_RECORD_BYTES
     # Short limits must not refuse what shaping adds.
     longest_bytes = max(padded_bytes(HEADER_BYTES + max_message_bytes), MAX_BATCH_BYTES)
     return longest_bytes + records.OVERHEAD_BYTES
@@ -148,7 +152,7 @@ class _Session(abc.ABC):
         """
         if self._failure is not None:
             raise self._failure
-        if self.is_closed:
+        if self._connection.state is ConnectionState.CLOSED:
             return []
         try:
             if self._opener is None:
@@ -174,9 +178,12 @@ class _Session(abc.ABC):
         connection = self._connection
         max_message_bytes = connection.max_message_bytes
         # Checked before decryption spends memory on it.
-        if len(data) > (allowed_bytes := _max_record_bytes(max_message_bytes)):
+        if len(data) > _MAX_RECORD_BYTES or (
+            max_message_bytes < MAX_WHOLE_BYTES and len(data) > _max_record_bytes(max_message_bytes)
+        ):
             raise RemoteProtocolError(
-                f"The peer sent a record of {len(data)} bytes where {allowed_bytes} are allowed",
+                f"The peer sent a record of {len(data)} bytes where "
+                f"{_max_record_bytes(max_message_bytes)} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
             )
         record_type, plaintext = opener.open(data)
@@ -193,7 +200,7 @@ class _Session(abc.ABC):
                 connection.announce(announced_stream or 0)
                 continue
             incoming = connection.receive(data_of, announced_stream=announced_stream)
-            if connection.has_outgoing:
+            if connection.outgoing:
                 self._flush_connection()
                 self._count_reply()
             if incoming is not None:

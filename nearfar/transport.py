@@ -150,12 +150,15 @@ class Transport:
 
     def flush(self) -> None:
         """Write what the session has for now, and come back when it says so."""
-        if self._is_closed or (self._due_s is None and self._session.is_quiet):
+        session = self._session
+        if self._is_closed or (self._due_s is None and session.is_quiet):
             return
         self._waiting = 0
         has_more = self._write(time.monotonic())
-        self._session.own_borrowed()
-        due_s = 0.0 if has_more else self._session.next_flush_s()
+        if has_more is None and self._due_s is None:
+            return  # the usual case
+        session.own_borrowed()
+        due_s = 0.0 if has_more else session.next_flush_s()
         if due_s != self._due_s:
             self._due_s = due_s
             if self._timer is not None:
@@ -172,27 +175,31 @@ class Transport:
     async def flush_all(self) -> None:
         """Write everything, also what waits for a tick, as fast as the other end reads."""
         websocket = self._websocket
-        while not self._is_closed:
-            has_more = self._write(None)
-            if websocket.is_writable and not has_more:
+        while not self._is_closed and websocket.is_open:
+            if not self._write(None) and websocket.is_writable:
                 return
             await asyncio.sleep(0)
             await websocket.until_writable()
 
-    def _write(self, now_s: float | None) -> bool:
-        """Write while the other end reads; whether it was stopped to let others have a turn."""
+    def _write(self, now_s: float | None) -> bool | None:
+        """Write while the other end reads.
+
+        Returns:
+            `True` when it was stopped to let others have a turn, `False` when the other end or a
+            tick must be waited for, `None` when everything has left.
+        """
         session, websocket = self._session, self._websocket
-        turns = 0
-        while websocket.is_writable:
+        for _ in range(_TURN_BATCHES):
+            if not websocket.is_writable:
+                return False
             records = session.records_to_send(now_s, _BATCH_BYTES)
             if records:
                 websocket.write(records)
-            if session.is_quiet or not records:
-                break
-            turns += 1
-            if turns == _TURN_BATCHES:
-                return True
-        return False
+            if session.is_quiet:
+                return None
+            if not records:
+                return False
+        return True
 
     # Called by the websocket (`nearfar.websocket.Listener`)
 

@@ -104,6 +104,11 @@ class DirectConnection(Connection):
             listener.connection_ended(self.close_exc)
 
     @property
+    def is_open(self) -> bool:
+        """Whether neither end has begun to close it."""
+        return self.protocol.state is State.OPEN
+
+    @property
     def is_writable(self) -> bool:
         """Whether `write` may be called: open, and the other end keeps up."""
         return self._is_writable and self.protocol.state is State.OPEN
@@ -142,8 +147,8 @@ class DirectConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._early: list[Frame] = []  # what came before `listen`
-        self._begun: list[bytes] = []  # a whole binary message of which the end is missing
-        self._missing_bytes = 0
+        self._begun = bytearray()  # a whole binary message of which the end is missing
+        self._wanted_bytes = 0
         self._masks = self.protocol.side is Side.CLIENT
         self.protocol.reader.__class__ = _Reader  # its parser holds the object already
         super().connection_made(transport)
@@ -154,12 +159,10 @@ class DirectConnection(Connection):
             super().data_received(data)
             return
         if self._begun:
-            self._begun.append(data)
-            self._missing_bytes -= len(data)
-            if self._missing_bytes > 0:
+            self._begun += data
+            if len(self._begun) < self._wanted_bytes:
                 return
-            data = b"".join(self._begun)
-            self._begun.clear()
+            data, self._begun = bytes(self._begun), bytearray()
         if self._is_between_frames:
             data = self._take_whole(listener, data)
         if data:
@@ -193,8 +196,8 @@ class DirectConnection(Connection):
             if (second >= _MASKED) is not is_masked or length > _MAX_LENGTH:
                 break
             if end > total:
-                self._begun.append(data[position:])
-                self._missing_bytes = end - total
+                self._begun += data[position:]
+                self._wanted_bytes = end - position
                 return b""
             message = data[start:end]
             if is_masked:

@@ -10,6 +10,7 @@ The private key file has mode 0600::
 
 from __future__ import annotations
 
+import abc
 import base64
 import binascii
 import hashlib
@@ -117,7 +118,7 @@ class PublicKeyText:
         return True
 
 
-class PrivateKeyFile:
+class PrivateKeyFile(abc.ABC):
     """The private half, and the file it lives in.
 
     Args:
@@ -143,9 +144,9 @@ class PrivateKeyFile:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._public_text()})"
 
+    @abc.abstractmethod
     def _public_text(self) -> str:
         """The public key as its file names it."""
-        raise NotImplementedError
 
     def _public_bytes(self) -> bytes:
         return self._key.public_key().public_bytes_raw()

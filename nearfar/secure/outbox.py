@@ -304,6 +304,8 @@ class Outbox:
             self._large.append(queued)
         else:
             self._under_way.remove(queued)
+            if not self._under_way and not self._held:
+                self._borrowed.clear()
             held, self._held = self._held, deque()
             for other in held:
                 self._enqueue(other)

@@ -213,6 +213,7 @@ class Connection:
         role: As given.
         state: What the connection has seen.
         max_message_bytes: Largest plaintext message that may be sent or received now.
+        outgoing: What `take` would give.
     """
 
     def __init__(self, role: Role, limits: Limits) -> None:
@@ -227,7 +228,7 @@ class Connection:
         self._last_stream = MAX_STREAM  # lowered by GoAway
         self._pings_sent: set[int] = set()
         self._arriving: set[int] = set()  # streams announced by the first piece of their request
-        self._outgoing: list[Outgoing] = []
+        self.outgoing: list[Outgoing] = []
 
     # What is known
 
@@ -244,11 +245,6 @@ class Connection:
     def is_open(self, stream: int) -> bool:
         """Whether the stream was opened and has not ended."""
         return stream in self._streams
-
-    @property
-    def has_outgoing(self) -> bool:
-        """Whether `take` has something to give."""
-        return bool(self._outgoing)
 
     @property
     def next_stream(self) -> int:
@@ -308,7 +304,7 @@ class Connection:
             LocalProtocolError: It is illegal now or too large; nothing changed.
             InvalidInput: A tensor cannot be sent.
         """
-        self._outgoing.append(Outgoing(message, *self.prepare(message, tensors)))
+        self.outgoing.append(Outgoing(message, *self.prepare(message, tensors)))
 
     def prepare(
         self, message: Message, tensors: Sequence[np.ndarray] = ()
@@ -359,12 +355,12 @@ class Connection:
         if problem is not None and self.role is Role.SERVER:
             texts = [_sendable(text) for text in (problem.problem, problem.fix)]
             error = Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1])
-            self._outgoing.append(Outgoing(error, *self._prepare(error)))
+            self.outgoing.append(Outgoing(error, *self._prepare(error)))
         self.state = ConnectionState.CLOSED
 
     def take(self) -> list[Outgoing]:
         """What was queued by `send`, and by this end itself, in order; empties the queue."""
-        outgoing, self._outgoing = self._outgoing, []
+        outgoing, self.outgoing = self.outgoing, []
         return outgoing
 
     def data_to_send(self) -> list[bytes]:
@@ -407,7 +403,22 @@ class Connection:
         if self.state is ConnectionState.CLOSED:
             return None
         try:
-            return self._receive(data, announced_stream)
+            if len(data) > self.max_message_bytes:
+                raise _Violation(
+                    f"a message of {len(data)} bytes where {self.max_message_bytes} are allowed"
+                )
+            message, tensors = decode(data, self._limits)
+            stream: int = getattr(message, "stream", 0)
+            if announced_stream is not None and announced_stream != stream:
+                raise _Violation(
+                    f"a message announced for stream {announced_stream} is for another"
+                )
+            # An open stream is not over: the usual case.
+            if stream not in self._streams and self._is_crossing(message):
+                return None
+            next_state = self._judge(self._peer, message)
+            self._advance(message, next_state)
+            return (message, tensors) if self._concerns_caller(message, next_state) else None
         except _Violation as violation:
             error = RemoteProtocolError(
                 f"The {self._peer.value} broke the wire protocol: {violation.problem}",
@@ -418,30 +429,18 @@ class Connection:
         self.close(error)
         raise error
 
-    def _receive(
-        self, data: bytes | memoryview, announced_stream: int | None
-    ) -> tuple[Message, tuple[np.ndarray, ...]] | None:
-        if len(data) > self.max_message_bytes:
-            raise _Violation(
-                f"a message of {len(data)} bytes where {self.max_message_bytes} are allowed"
-            )
-        message, tensors = decode(data, self._limits)
-        if announced_stream is not None and announced_stream != getattr(message, "stream", 0):
-            raise _Violation(f"a message announced for stream {announced_stream} is for another")
-        # An open stream is not over: the usual case.
-        if getattr(message, "stream", 0) not in self._streams and self._is_crossing(message):
-            return None
-        next_state = self._judge(self._peer, message)
-        self._advance(message, next_state)
-        if type(message) is Token:
-            return None if next_state in _CANCELLED_STATES else (message, tensors)
-        if type(message) is Ping:
+    def _concerns_caller(self, message: Message, state: State) -> bool:
+        """Take note of what the connection itself asked or must answer."""
+        kind = type(message)
+        if kind is Token:
+            return state not in _CANCELLED_STATES
+        if isinstance(message, Ping):
             pong = Pong(id=message.id)
-            self._outgoing.append(Outgoing(pong, *self._prepare(pong)))
-            return None
-        if type(message) is Pong:
+            self.outgoing.append(Outgoing(pong, *self._prepare(pong)))
+            return False
+        if isinstance(message, Pong):
             self._pings_sent.remove(message.id)
-        return message, tensors
+        return True
 
     def _is_crossing(self, message: Message) -> bool:
         stream: int = getattr(message, "stream", 0)

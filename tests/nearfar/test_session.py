@@ -56,7 +56,7 @@ def smuggle(session: ClientSession, message: wire.Message) -> None:
     """Queue a message past the rules of the sender's own side."""
     parts = encode(message)
     size_bytes = sum(len(part) for part in parts)
-    session._connection._outgoing.append(Outgoing(message, parts, size_bytes))
+    session._connection.outgoing.append(Outgoing(message, parts, size_bytes))
     session._flush_connection()
 
 
