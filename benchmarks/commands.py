@@ -151,6 +151,31 @@ def routing(
 
 
 @app.command()
+def handover(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    model: Annotated[str, typer.Option(help="Text generation model in it.")] = "assistant",
+    tokens: Annotated[int, typer.Option(min=2, max=512, help="Length of the answer.")] = 64,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """Whether an answer comes out the same when its route dies after any of its tokens.
+
+    Device and cloud run the same variant, and each dies once after each token of a greedy answer;
+    the other one goes on. Takes some three minutes.
+    """
+    from benchmarks import harness
+    from benchmarks.handover import Settings, measure
+
+    harness.check_json_path(json_file)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(Settings(models=models, model=model, tokens=tokens), begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
+@app.command()
 def cascade(
     models: Annotated[
         Path,

@@ -1,0 +1,230 @@
+"""`nearfar bench handover`: an answer whose route dies after each of its tokens.
+
+The same variant on both routes, so that a greedy answer must come out the same wherever it was
+continued. The dying is real from the router's point of view (the engine raises, the cloud sends its
+error), and exact: after so many tokens and no other number, which no killed process would give.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import Figure, Report, Run
+from benchmarks.overhead_llm import PROMPT
+from benchmarks.subjects import Begin, Part
+from cloud_runtime.auth import Authenticator
+from cloud_runtime.executor import ModelExecutor
+from cloud_runtime.models import ServedModel, ServedModels
+from cloud_runtime.provision import provision, url_of
+from cloud_runtime.server import CloudServer, tls_context
+from cloud_runtime.state import StateDir
+from edge_runtime import EdgeRuntime
+from nearfar.bundle import BundleStore
+from nearfar.engines.base import CancelToken
+from nearfar.engines.model import LoadedModel
+from nearfar.errors import EngineError, InvalidInput
+from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
+from nearfar.secure.identity import ServerIdentity
+from nearfar.secure.keys import KeyRing
+from sdk import Client, parse_policy
+from sdk.background import BackgroundLoop
+from sdk.config import CloudConfig
+from sdk.results import RouteName
+from sdk.routing import Mode
+
+_POLICY = parse_policy('version = 1\n[[rule]]\nid = "all"\nwhen = {}\neffect = "cloud_ok"\n')
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        models: Folder of bundles.
+        model: A text generation model in it.
+        tokens: Length of the answer.
+    """
+
+    models: Path
+    model: str = "assistant"
+    tokens: int = 64
+
+
+def measure(settings: Settings, begin: Begin) -> Report:
+    """Let each route die after each token.
+
+    Args:
+        settings: What is measured.
+        begin: Shows progress.
+
+    Raises:
+        InvalidInput: The folder of bundles is not there.
+        ModelNotFound: The model is not in it.
+        EngineError: The model answers with fewer tokens than asked for.
+    """
+    if not settings.models.is_dir():
+        raise InvalidInput(
+            f"There is no model store {settings.models}",
+            field="--models",
+            fix="Make the models with `nearfar quickstart`, or name another folder: --models DIR",
+        )
+    run = Run("handover")
+    with tempfile.TemporaryDirectory(prefix="nearfar-bench-") as folder:
+        bench = _Bench(Path(folder), settings)
+        try:
+            reference = bench.reference()
+            parts = [
+                bench.way("cloud", "edge", reference, begin),
+                bench.way("edge", "cloud", reference, begin),
+            ]
+        finally:
+            bench.close()
+    return run.report(
+        bars=[bar for part in parts for bar in part.bars],
+        figures=[figure for part in parts for figure in part.figures],
+        settings={"model": settings.model, "tokens": settings.tokens},
+    )
+
+
+class MortalModel(LoadedModel):
+    """A model whose answers end with an error after so many tokens, if it is told to.
+
+    Attributes:
+        dies_after: How many; `None` for a model that lives.
+    """
+
+    dies_after: int | None = None
+
+    def generate(
+        self, prompt: Prompt, options: GenerationOptions, cancel: CancelToken | None = None
+    ) -> Generator[GenerationChunk, None, None]:
+        """As `LoadedModel.generate`."""
+        return self._until_death(super().generate(prompt, options, cancel))
+
+    def _until_death(
+        self, chunks: Generator[GenerationChunk, None, None]
+    ) -> Generator[GenerationChunk, None, None]:
+        try:
+            for count, chunk in enumerate(chunks):
+                if count == self.dies_after:
+                    raise EngineError("The model died, as this benchmark asked it to")
+                yield chunk
+        finally:
+            chunks.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+    path: str
+    marked_at: tuple[int, ...]
+    tokens: int
+    total_ms: float
+
+
+class _Bench:
+    """A cloud and a client in this process, with the same variant of the model on both."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._settings = settings
+        bundle = BundleStore(settings.models).open(settings.model)
+        with EdgeRuntime(BundleStore(settings.models)) as device:
+            variant = device.describe(settings.model).variant.id
+        self._loop = BackgroundLoop()
+        self._models: dict[RouteName, MortalModel] = {
+            "edge": MortalModel(bundle, variant),
+            "cloud": MortalModel(bundle, variant),
+        }
+        there = self._models["cloud"]
+        state = StateDir(folder)
+        provision(state, ("localhost", _HOST))
+        self._server = CloudServer(
+            models=ServedModels([ServedModel(there, ModelExecutor(there))]),
+            keys=KeyRing(ServerIdentity.load(state.identity), now_s=time.time()),
+            authenticator=Authenticator(state.api_keys),
+            tls=tls_context(state.server_chain, state.server_key),
+        )
+        port = self._loop.call(self._server.start(_HOST, 0))
+        self._client = Client(
+            cloud=CloudConfig(
+                url=url_of(_HOST, port),
+                identity=state.pin.read_text(encoding="ascii").strip(),
+                credentials=f"file:{state.client_key}",
+                ca_file=state.ca_certificate,
+            ),
+            models=settings.models,
+            policy=_POLICY,
+            sensitivity="public",
+        )
+        # The one seam for it: whatever the device has loaded is what it runs.
+        assert self._client._edge is not None
+        self._client._edge.runtime._host(settings.model, None).loaded = self._models["edge"]
+
+    def close(self) -> None:
+        """End client, server and models."""
+        self._client.close()
+        self._loop.call(self._server.close())
+        self._loop.close()
+        self._models["cloud"].engine.close()
+
+    def answer(self, mode: Mode, tokens: int = 0) -> _Answer:
+        """One greedy answer."""
+        started_s = time.perf_counter()
+        stream = self._client.generate(
+            self._settings.model, PROMPT, max_new_tokens=tokens or self._settings.tokens, mode=mode
+        )
+        chunks = list(stream)
+        return _Answer(
+            text="".join(chunk.text for chunk in chunks),
+            path=stream.route.path,
+            marked_at=tuple(chunk.index for chunk in chunks if chunk.handover),
+            tokens=stream.usage.completion_tokens if stream.usage is not None else 0,
+            total_ms=(time.perf_counter() - started_s) * 1e3,
+        )
+
+    def reference(self) -> _Answer:
+        """The uninterrupted answer, the same on both routes.
+
+        Raises:
+            EngineError: It is not the same, or shorter than asked for.
+        """
+        here, there = self.answer("edge_only"), self.answer("cloud_only")
+        if here.text != there.text or here.tokens != self._settings.tokens:
+            raise EngineError(
+                f"The model gives {here.tokens} and {there.tokens} tokens where "
+                f"{self._settings.tokens} were asked for, or not the same ones on both routes",
+                fix="Ask for a shorter answer: --tokens 32",
+            )
+        return here
+
+    def way(self, first: RouteName, other: RouteName, reference: _Answer, begin: Begin) -> Part:
+        """Let the first route die after each token."""
+        name = f"{first} → {other}"
+        step = begin(name, self._settings.tokens)
+        mortal = self._models[first]
+        mode: Mode = "prefer_edge" if first == "edge" else "prefer_cloud"
+        wrong, unmarked, times_ms = [], [], []
+        for count in range(self._settings.tokens):
+            mortal.dies_after = count
+            answer = self.answer(mode)
+            mortal.dies_after = None
+            if answer.text != reference.text:
+                wrong.append(count)
+            # Before the first token there is nothing to hand over: the other route just answers,
+            # and if the first was late as well, it is not even named.
+            if answer.marked_at != ((count,) if count else ()) or (count and answer.path != name):
+                unmarked.append(count)
+            times_ms.append(answer.total_ms - reference.total_ms)
+            self.answer("cloud_only", tokens=1)  # one failure after the other opens the breaker
+            step()
+        different = Figure.of_rounds(f"{name}: answers that differ", "", [float(len(wrong))])
+        lost = Figure.of_rounds(
+            f"{name}: handovers not marked where they were", "", [float(len(unmarked))]
+        )
+        took = Figure.of_rounds(f"{name}: longer than the uninterrupted answer", "ms", times_ms)
+        return Part((different.bar(0.0, "at_most"), lost.bar(0.0, "at_most")), (took,))
