@@ -101,7 +101,7 @@ class DirectConnection(Connection):
             self._take(listener, self._early.pop(0))
         listener.batch_ended()
         if self.protocol.state is State.CLOSED:
-            listener.connection_ended(self.close_exc)
+            listener.connection_ended(self.protocol.close_exc)
 
     @property
     def is_open(self) -> bool:
@@ -230,7 +230,9 @@ class DirectConnection(Connection):
         super().connection_lost(exc)
         listener, self._listener = self._listener, None
         if listener is not None:
-            listener.connection_ended(self.close_exc)
+            problem = self.protocol.close_exc
+            problem.__cause__ = exc or problem.__cause__
+            listener.connection_ended(problem)
 
     def _take(self, listener: Listener, frame: Frame) -> None:
         data: Union[bytes, bytearray, memoryview] = frame.data
