@@ -157,6 +157,7 @@ def handover(
         typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
     ] = Path(".nearfar/models"),
     model: Annotated[str, typer.Option(help="Text generation model in it.")] = "assistant",
+    variant: Annotated[str, typer.Option(help="Its variant, on both routes.")] = "fp32",
     tokens: Annotated[int, typer.Option(min=2, max=512, help="Length of the answer.")] = 64,
     json_file: JsonFile = None,
     check: Check = False,
@@ -164,14 +165,15 @@ def handover(
     """Whether an answer comes out the same when its route dies after any of its tokens.
 
     Device and cloud run the same variant, and each dies once after each token of a greedy answer;
-    the other one goes on. Takes some three minutes.
+    the other one goes on. Takes some ten minutes.
     """
     from benchmarks import harness
     from benchmarks.handover import Settings, measure
 
     harness.check_json_path(json_file)
     with harness.progress(is_quiet=check) as begin:
-        report = measure(Settings(models=models, model=model, tokens=tokens), begin)
+        settings = Settings(models=models, model=model, variant=variant, tokens=tokens)
+        report = measure(settings, begin)
     harness.conclude(report, json_path=json_file, check=check)
 
 

@@ -211,7 +211,7 @@ class Laboratory:
         question = {
             "a": "Name three things a weather station measures.",
             "b": "Write a short reminder for Anna Keller, born 4 May 1961: pills at 8.",
-            "c": "What is the capital of France?",
+            "c": "What is the capital of Germany?",
             "d": "Explain in two sentences why the sky is blue.",
             "e": "Summarise our plans for next quarter.",
         }[situation.key]

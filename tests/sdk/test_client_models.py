@@ -26,7 +26,7 @@ when = { sensitivity = "personal" }
 effect = "edge_only"
 """
 )
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "What is the capital of Germany?"}]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def client(cloud, bundles_dir):
 @pytest.mark.parametrize("mode", ["edge_only", "cloud_only"])
 def test_the_assistant_answers_on_both_routes(client, mode):
     stream = client.chat("assistant", QUESTION, max_new_tokens=24, mode=mode)
-    assert "Paris" in stream.text()
+    assert "Berlin" in stream.text()
     assert stream.finish_reason in ("stop", "length")
     assert stream.usage.prompt_tokens > 5
     assert 0 < stream.timings.ttft_ms <= stream.timings.total_ms
@@ -152,4 +152,4 @@ def test_an_async_client_streams_from_both_routes_at_once(cloud, bundles_dir):
             return await asyncio.gather(ask("edge_only"), ask("cloud_only"))
 
     answers = asyncio.run(asyncio.wait_for(body(), 120))
-    assert all("Paris" in answer for answer in answers)
+    assert all("Berlin" in answer for answer in answers)
