@@ -27,7 +27,7 @@ from nearfar.wire import messages as wire
 from nearfar.wire.codec import decode, encode
 from nearfar.wire.connection import Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
-from sdk.config import parse_config
+from sdk.config_file import parse_config
 from sdk.policy import parse_policy
 
 __all__ = ["TARGETS", "joined", "pieces"]

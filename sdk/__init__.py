@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from nearfar.generation import ChatMessage, Usage
     from sdk.aio import AsyncClient
     from sdk.client import Client
-    from sdk.config import CloudConfig, Config, load_config
+    from sdk.config import CloudConfig, Config
+    from sdk.config_file import load_config
     from sdk.jobs import AsyncJob, GenerateResult, Job, JobsConfig
     from sdk.policy import Policy, load_policy, parse_policy
     from sdk.results import (
@@ -66,7 +67,8 @@ _MODULE_OF = {
     **dict.fromkeys(("ChatMessage", "Usage"), "nearfar.generation"),
     "AsyncClient": "sdk.aio",
     "Client": "sdk.client",
-    **dict.fromkeys(("CloudConfig", "Config", "load_config"), "sdk.config"),
+    **dict.fromkeys(("CloudConfig", "Config"), "sdk.config"),
+    "load_config": "sdk.config_file",
     **dict.fromkeys(("AsyncJob", "GenerateResult", "Job", "JobsConfig"), "sdk.jobs"),
     **dict.fromkeys(("Policy", "load_policy", "parse_policy"), "sdk.policy"),
     **dict.fromkeys(

@@ -11,7 +11,7 @@ from nearfar.errors import BundleError, ConfigError, InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
 from nearfar.units import Deadline
 from sdk import requests
-from sdk.config import CloudConfig, Config, load_config
+from sdk.config import CloudConfig, Config
 from sdk.core import Completed, Core
 from sdk.knowledge import Knowledge
 from sdk.plans import Plans
@@ -147,6 +147,8 @@ class Calls:
         if config is None:
             config = Config()
         elif not isinstance(config, Config):
+            from sdk.config_file import load_config
+
             config = load_config(config)
         self._mode: Mode = mode or config.routing.mode
         self._objective: Objective = objective or config.routing.objective

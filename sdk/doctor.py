@@ -92,7 +92,7 @@ def examine(config_path: Path) -> Iterator[Finding]:
         )
         return
     from nearfar.errors import NearfarError
-    from sdk.config import load_config
+    from sdk.config_file import load_config
 
     try:
         config = load_config(config_path)

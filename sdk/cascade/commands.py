@@ -82,7 +82,7 @@ def calibrate(
     from sdk.cascade.run import file_of
     from sdk.cascade.scores import CLASS_SCORES
     from sdk.client import Client
-    from sdk.config import load_config
+    from sdk.config_file import load_config
 
     if not 0.0 < min_agreement < 1.0:
         raise InvalidInput(

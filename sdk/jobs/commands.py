@@ -12,7 +12,7 @@ import typer
 
 from nearfar.errors import ConfigError, InvalidInput
 from nearfar.units import format_bytes
-from sdk.config import load_config
+from sdk.config_file import load_config
 from sdk.jobs.desk import no_such_job
 from sdk.jobs.store import ENDED, JobInfo, JobStore
 

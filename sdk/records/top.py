@@ -151,7 +151,7 @@ def _print_once(view: View, *, json: bool) -> None:
 
 
 def _file_of(config: Path) -> Path:
-    from sdk.config import load_config
+    from sdk.config_file import load_config
 
     record = load_config(config).routing.record
     if record is None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfar.errors import ConfigError
-from sdk.config import CloudConfig, Config, RoutingConfig, load_config, parse_config
+from sdk.config import CloudConfig, Config, RoutingConfig
+from sdk.config_file import load_config, parse_config
 
 PIN = "nf1:9k2fexample"
 GOOD = f"""

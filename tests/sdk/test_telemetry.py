@@ -22,7 +22,7 @@ from nearfar.units import Deadline
 from nearfar.wire import messages as wire
 from nearfar.wire.codec import decode, encode
 from sdk import AsyncClient, CacheConfig, Client, CloudConfig, parse_policy
-from sdk.config import parse_config
+from sdk.config_file import parse_config
 from tests.cloud_runtime.support import ScriptedModel, make_state, running, served
 from tests.support.scripted_cloud import STORY, TENSOR, Abort, ScriptedCloud, tell
 from tests.support.scripted_edge import ScriptedEdge, put_into

@@ -6,7 +6,7 @@ import pytest
 
 from nearfar.errors import ConfigError
 from sdk import JobsConfig
-from sdk.config import parse_config
+from sdk.config_file import parse_config
 
 
 def test_the_section_is_read(tmp_path):

@@ -19,7 +19,7 @@ from nearfar.errors import (
 )
 from nearfar.wire import messages as wire
 from sdk import AsyncClient, CacheConfig, Client, parse_policy
-from sdk.config import parse_config
+from sdk.config_file import parse_config
 from tests.support.scripted_cloud import EMBEDDING, STORY, TENSOR, ScriptedCloud, obliging
 from tests.support.scripted_edge import ScriptedEdge, put_into
 

@@ -13,7 +13,8 @@ from nearfar.errors import ConfigError, NearfarError, SecurityError
 from nearfar.secure.attestation import AttestedFacts
 from nearfar.units import Deadline
 from sdk.cloud.link import CloudLink
-from sdk.config import CloudConfig, parse_config
+from sdk.config import CloudConfig
+from sdk.config_file import parse_config
 from sdk.trust.attestation import CheckedVerifier, load_verifier
 from tests.cloud_runtime.support import ScriptedModel, make_state, run, running, served
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from nearfar.errors import ConfigError, SecurityError
 from nearfar.secure.identity import RotationStatement, ServerIdentity
-from sdk.config import CloudConfig, parse_config
+from sdk.config import CloudConfig
+from sdk.config_file import parse_config
 from sdk.trust import store
 from sdk.trust.commands import app, client_key_app
 
