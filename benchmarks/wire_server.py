@@ -117,9 +117,7 @@ class _SessionEcho:
     def __init__(self, websocket: ServerWebsocket, session: ServerSession, limits: Limits) -> None:
         self._limits = limits
         self._websocket = websocket
-        self._transport = Transport(
-            websocket, session, self, message_timeout_s=30.0, waits_for_reader=True
-        )
+        self._transport = Transport(websocket, session, self, message_timeout_s=30.0)
         self._transport.start()
 
     def on_received(self, received: Received) -> None:

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,6 @@ class Connection:
             self,
             message_timeout_s=self._settings.message_timeout_s,
             write_timeout_s=self._settings.write_timeout_s,
-            waits_for_reader=True,
         )
         self._over: asyncio.Future[int] = self._loop.create_future()  # gets the close code
         self._tasks: set[asyncio.Task[None]] = set()
@@ -298,9 +297,7 @@ class Connection:
                 started_s=time.monotonic(),
             )
             self._streams[message.stream] = stream
-            task = self._loop.create_task(self._answer(stream, message, received.tensors))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._answer(stream, message, received.tensors))
         elif isinstance(message, Credit):
             found = self._streams.get(message.stream)
             if found is not None and found.on_credit is not None:
@@ -311,8 +308,7 @@ class Connection:
                 found.abort(Cancelled("The client cancelled the request"))
         elif isinstance(message, ListModels):
             self._last_stream = message.stream
-            offers = visible(self.key, self._services.models.offers())
-            self._send(Models(stream=message.stream, models=offers))
+            self._spawn(self._list(message))
         elif isinstance(message, Auth):
             self._admit(message)
 
@@ -344,6 +340,17 @@ class Connection:
 
     # Answering.
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _list(self, request: ListModels) -> None:
+        await self._transport.until_writable()
+        offers = visible(self.key, self._services.models.offers())
+        with contextlib.suppress(LocalProtocolError):  # the connection has ended meanwhile
+            self._send(Models(stream=request.stream, models=offers))
+
     async def _answer(
         self, stream: _Stream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
     ) -> None:
@@ -351,6 +358,8 @@ class Connection:
         status = "ok"
         try:
             permit(self.key, request)
+            if not self._transport.is_writable:  # streams bound what can wait here
+                await self._transport.until_writable()
             if isinstance(request, Infer):
                 await self._infer(request, tensors, stream)
             elif isinstance(request, Generate):
@@ -507,7 +516,7 @@ class Connection:
                     token = Token(stream=number, index=index, text=text)
                     stream.out_bytes += self._transport.send(token, flush=False)
                 self._transport.flush()
-                await self._websocket.until_writable()
+                await self._transport.until_writable()
             if not isinstance(outcome, Completion):
                 has_ended = True
                 raise outcome

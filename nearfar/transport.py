@@ -68,8 +68,6 @@ class Transport:
         message_timeout_s: From the first fragment, or piece, of a message to its last.
         write_timeout_s: For how long the peer may not read; `None` for a client, whose requests
             have deadlines.
-        waits_for_reader: Read no more while the peer does not read what it asked for. For servers
-            only: if both ends did so, each would wait for the other.
     """
 
     def __init__(
@@ -80,12 +78,10 @@ class Transport:
         *,
         message_timeout_s: float,
         write_timeout_s: float | None = None,
-        waits_for_reader: bool = False,
     ) -> None:
         self._websocket = websocket
         self._session = session
         self._owner = owner
-        self._waits_for_reader = waits_for_reader
         self._loop = asyncio.get_running_loop()
         self._has_failed = False
         self._is_closed = False
@@ -181,6 +177,19 @@ class Transport:
             await asyncio.sleep(0)
             await websocket.until_writable()
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the other end keeps up.
+
+        Reading goes on when it does not, so that its pings are answered and it can cancel; what it
+        asks for must then wait, or answers would pile up.
+        """
+        return self._websocket.is_writable
+
+    async def until_writable(self) -> None:
+        """Wait until the other end has read most of what was written, or the connection ended."""
+        await self._websocket.until_writable()
+
     def _write(self, now_s: float | None) -> bool | None:
         """Write while the other end reads.
 
@@ -246,14 +255,10 @@ class Transport:
     def writing_paused(self) -> None:
         if self._writing is not None:
             self._writing.begin()
-        if self._waits_for_reader:
-            self._websocket.transport.pause_reading()
 
     def writing_resumed(self) -> None:
         if self._writing is not None:
             self._writing.end()
-        if self._waits_for_reader:
-            self._websocket.transport.resume_reading()
         self.flush()
 
     def connection_ended(self, problem: ConnectionClosed) -> None:

@@ -140,7 +140,7 @@ class DirectConnection(Connection):
     async def until_writable(self) -> None:
         """Wait until the other end has read most of what was written, or the connection ended."""
         if not self._is_writable:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(Exception):  # what ended it: the listener is told
                 await self.drain()
 
     # Called by asyncio and websockets

@@ -35,7 +35,7 @@ from nearfar.errors import (
 from nearfar.generation import Prompt
 from nearfar.secure.identity import ServerIdentity
 from nearfar.session import Limits
-from nearfar.wire.messages import GoAway, ListModels, Token
+from nearfar.wire.messages import Cancel, GoAway, ListModels, Token
 from nearfar.wire.retention import RetentionLimits
 from tests.cloud_runtime.support import (
     ScriptedModel,
@@ -731,6 +731,30 @@ def test_a_client_that_never_reads_is_dropped_and_frees_its_slot(state):
                 client.websocket.transport.abort()
             async with WireClient.connect(server) as client:
                 await client.infer("scripted", {"x": X})
+
+    run(main())
+
+
+def test_requests_wait_while_their_client_does_not_read_and_can_be_cancelled(state):
+    class Large(ScriptedModel):
+        def infer(self, feeds):
+            self.runs += 1
+            return {"y": np.zeros(15 << 20, np.uint8)}
+
+    async def main() -> None:
+        model = Large()
+        async with running(served(model), state) as server, WireClient.connect(server) as client:
+            client.websocket.transport.pause_reading()
+            await client.start_infer("scripted", {"x": X})
+            (connection,) = server.server.connections
+            await until(lambda: not connection._transport.is_writable)
+            streams = [await client.start_infer("scripted", {"x": X}) for _ in range(3)]
+            await until(lambda: len(connection._streams) == 3)
+            await client.send(Cancel(stream=streams[0]))
+            await until(lambda: connection._streams[streams[0]].aborted is not None)
+            assert model.runs == 1
+            client.websocket.transport.resume_reading()
+            await until(lambda: model.runs == 3)
 
     run(main())
 

@@ -25,7 +25,6 @@ class Wire:
         self.is_writable = self.is_open = True
         self.batches: list[list[bytes]] = []
         self.listener: Any = None
-        self.reading = True
         self.transport = self
 
     def listen(self, listener: Any) -> None:
@@ -36,12 +35,6 @@ class Wire:
 
     async def until_writable(self) -> None:
         await asyncio.sleep(0)
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
 
 
 class End:
@@ -159,19 +152,6 @@ def test_what_waits_for_a_slow_reader_is_no_longer_the_callers_array() -> None:
         for batch in client.wire.batches:
             server.take(batch)
         assert np.array_equal(server.received[0].tensors[0], LARGE)
-
-    run(body())
-
-
-def test_a_server_reads_no_more_while_its_client_does_not_read() -> None:
-    async def body() -> None:
-        client, server, _ = ends(waits_for_reader=True)
-        for end in (client, server):
-            end.wire.listener.writing_paused()
-        assert client.wire.reading  # else each would wait for the other
-        assert not server.wire.reading
-        server.wire.listener.writing_resumed()
-        assert server.wire.reading
 
     run(body())
 
