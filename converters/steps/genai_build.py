@@ -16,13 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.libraries import OFFLINE, load
+from converters.libraries import OFFLINE, load, tool_versions
 from nearfar.errors import ConversionError
 
 PRECISIONS = ("int4", "int8", "fp32")
 
 #: Both spellings are given: versions before and after the option's renaming each ignore the other.
 _INT4_OPTIONS = ("int4_algo_config", "algo_config")
+
+#: Before that version `rtn` leaves an initializer out where head and embedding share weights.
+_RTN_SINCE = (0, 17)
 
 #: Two builders at once need about eight times the weights' size in memory.
 _SIDE_BY_SIDE_BYTES = 2 << 30
@@ -46,6 +49,8 @@ def build_genai(
         ConversionError: The builder refused or failed; the error quotes its last lines.
     """
     load("onnxruntime_genai")
+    if "int4" in targets:
+        _refuse_broken(int4_algorithm)
     size_bytes = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
     commands = {
         precision: _command(model_folder, precision, target, work, int4_algorithm)
@@ -58,6 +63,16 @@ def build_genai(
             _run({precision: command}, work)
     for target in targets.values():
         normalise_genai_folder(target)
+
+
+def _refuse_broken(int4_algorithm: str) -> None:
+    installed = tool_versions("onnxruntime-genai").get("onnxruntime-genai", "")
+    parts = re.findall(r"\d+", installed)[:2]
+    if int4_algorithm == "rtn" and parts and tuple(map(int, parts)) < _RTN_SINCE:
+        raise ConversionError(
+            f"onnxruntime-genai {installed} makes models that do not load with algorithm 'rtn'",
+            fix="Use another one (int4.algorithm), or Python 3.11 and onnxruntime-genai 0.17",
+        )
 
 
 def _command(

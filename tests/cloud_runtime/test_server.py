@@ -35,7 +35,7 @@ from nearfar.errors import (
 from nearfar.generation import Prompt
 from nearfar.secure.identity import ServerIdentity
 from nearfar.session import Limits
-from nearfar.wire.messages import Cancel, GoAway, ListModels, Token
+from nearfar.wire.messages import Cancel, GoAway, ListModels, Result, Token
 from nearfar.wire.retention import RetentionLimits
 from tests.cloud_runtime.support import (
     ScriptedModel,
@@ -754,7 +754,10 @@ def test_requests_wait_while_their_client_does_not_read_and_can_be_cancelled(sta
             await until(lambda: connection._streams[streams[0]].aborted is not None)
             assert model.runs == 1
             client.websocket.transport.resume_reading()
-            await until(lambda: model.runs == 3)
+            for stream in streams[1:]:
+                message, _ = await client.next(stream)
+                assert isinstance(message, Result)
+            assert model.runs == 3
 
     run(main())
 

@@ -18,6 +18,7 @@ import pytest
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.settings import Int4Settings, Settings
+from converters.steps import genai_build
 from converters.steps.genai_build import normalise_genai_folder
 from converters.steps.verify_generation import GenaiLogits
 from nearfar.bundle import Bundle
@@ -89,7 +90,7 @@ def test_a_quantized_gguf_file_is_not_rounded_a_second_time(tmp_path: Path):
     source = write_tiny_gguf(tmp_path / "Tiny.Q4_1.gguf", kind="Q4_1")
     options = ConversionOptions(variants=("int4", "fp32"), measure=False)
     bundle = convert_model(source, tmp_path / "carried", options)
-    rounding = Settings(int4=Int4Settings(algorithm="rtn"))
+    rounding = Settings(int4=Int4Settings(algorithm="k_quant_last"))
     rounded = convert_model(source, tmp_path / "rtn", replace(options, settings=rounding))
     ids = np.random.default_rng(0).integers(3, 512, 64)
 
@@ -105,6 +106,13 @@ def test_a_quantized_gguf_file_is_not_rounded_a_second_time(tmp_path: Path):
     ).graph.node
     assert sum(node.op_type == "ReduceSum" and "blocksums" in node.name for node in nodes) == 4
     assert source.stat().st_size < bundle.variant("fp32").size_bytes
+
+
+def test_a_builder_that_cannot_round_to_the_nearest_is_not_asked_to(tmp_path: Path, monkeypatch):
+    versions = {"onnxruntime-genai": "0.11.4"}
+    monkeypatch.setattr(genai_build, "tool_versions", lambda *_: versions)
+    with pytest.raises(ConversionError, match=r"0\.11\.4.*'rtn'"):
+        genai_build.build_genai(tmp_path, {"int4": tmp_path / "int4"}, tmp_path, "rtn")
 
 
 def test_blocks_cannot_be_carried_from_full_precision(tiny_gguf: Path, tmp_path: Path):
