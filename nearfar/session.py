@@ -226,9 +226,7 @@ class _Session(abc.ABC):
     def _heed(self, message: Message) -> None:
         """Take note of what a message says about the session itself."""
 
-    def next_to_send(
-        self, now_s: float | None = None, *, bulk: bool = True
-    ) -> bytes | bytearray | None:
+    def next_to_send(self, now_s: float | None = None) -> bytes | bytearray | None:
         """The websocket binary message that leaves next; `None` when none does now.
 
         Sealed only now, so that what is queued while the one before is being sent can overtake
@@ -237,15 +235,13 @@ class _Session(abc.ABC):
         Args:
             now_s: Any steady clock (`time.monotonic()`), always the same one; `None` does not wait
                 for ticks of shaped traffic.
-            bulk: Whether pieces of long messages may leave too. A shell with several writers
-                leaves those to the writer of the long message.
         """
         if self._outgoing:
             return self._outgoing.popleft()
         if self._sealer is not None:
             outbox = self._outbox
             is_busy = outbox.shaping == "strict" and self._connection.in_flight > 0
-            plaintext = outbox.next(now_s, is_busy=is_busy, bulk=bulk)
+            plaintext = outbox.next(now_s, is_busy=is_busy)
             if plaintext is not None:
                 return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
         if not self._outbox.has_ready:
@@ -254,14 +250,14 @@ class _Session(abc.ABC):
 
     def records_to_send(self, now_s: float | None, at_most_bytes: int) -> list[bytes | bytearray]:
         """Several at once: as many as may leave now, until they are that long together."""
-        records: list[bytes | bytearray] = []
+        sealed: list[bytes | bytearray] = []
         while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
-            records.append(record)
+            sealed.append(record)
             at_most_bytes -= len(record)
             if self.is_quiet:
                 self._unsent_replies = 0
                 break
-        return records
+        return sealed
 
     @property
     def is_quiet(self) -> bool:
