@@ -346,7 +346,7 @@ class Connection:
         task.add_done_callback(self._tasks.discard)
 
     async def _list(self, request: ListModels) -> None:
-        await self._transport.until_writable()
+        await self._transport.until_idle()
         offers = visible(self.key, self._services.models.offers())
         with contextlib.suppress(LocalProtocolError):  # the connection has ended meanwhile
             self._send(Models(stream=request.stream, models=offers))
@@ -359,7 +359,7 @@ class Connection:
         try:
             permit(self.key, request)
             if not self._transport.is_writable:  # streams bound what can wait here
-                await self._transport.until_writable()
+                await self._transport.until_idle()
             if isinstance(request, Infer):
                 await self._infer(request, tensors, stream)
             elif isinstance(request, Generate):

@@ -187,8 +187,16 @@ class Transport:
         return self._websocket.is_writable
 
     async def until_writable(self) -> None:
-        """Wait until the other end has read most of what was written, or the connection ended."""
+        """Wait until the other end has read most of what was written, or the connection ended.
+
+        What is queued behind that may have filled it up again; see `until_idle`.
+        """
         await self._websocket.until_writable()
+
+    async def until_idle(self) -> None:
+        """Wait until nothing waits for the other end any more, or the connection ended."""
+        while self._websocket.is_open and not self._websocket.is_writable:
+            await self._websocket.until_writable()
 
     def _write(self, now_s: float | None) -> bool | None:
         """Write while the other end reads.

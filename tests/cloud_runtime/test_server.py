@@ -744,6 +744,9 @@ def test_requests_wait_while_their_client_does_not_read_and_can_be_cancelled(sta
     async def main() -> None:
         model = Large()
         async with running(served(model), state) as server, WireClient.connect(server) as client:
+            # Much less than an answer, whatever this machine's buffers grow to.
+            socket_ = client.websocket.transport.get_extra_info("socket")
+            socket_.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
             client.websocket.transport.pause_reading()
             await client.start_infer("scripted", {"x": X})
             (connection,) = server.server.connections
