@@ -18,6 +18,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from benchmarks.wire_server import MODEL
+from benchmarks.wire_timed import TimedClientSession
 from cloud_runtime.provision import provision, url_of
 from cloud_runtime.state import StateDir
 from nearfar.errors import EngineError
@@ -68,6 +69,10 @@ class Server:
     def cpu_s(self) -> float:
         """Processor time of its process so far."""
         return float(self._ask("cpu"))
+
+    def handshakes_s(self) -> float:
+        """Processor time of its timed sessions so far."""
+        return float(self._ask("handshakes"))
 
     def memory_bytes(self) -> int:
         """Resident memory of its process."""
@@ -170,6 +175,8 @@ class Raw:
 class Session:
     """`ClientSession` and its transport with the least owner."""
 
+    kind = ClientSession
+
     def __init__(self, websocket: ClientWebsocket, session: ClientSession) -> None:
         self._websocket = websocket
         self._session = session
@@ -181,7 +188,7 @@ class Session:
 
     @classmethod
     async def open(cls, config: CloudConfig, tls: ssl.SSLContext) -> Session:
-        session = ClientSession(
+        session = cls.kind(
             pin=config.identity, token=config.token(), limits=Limits(), now_s=time.time()
         )
         websocket = await _connect(config, tls, create_connection=ClientWebsocket)
@@ -239,6 +246,12 @@ class Session:
 
     def on_ended(self, problem: ConnectionClosed) -> None:
         self.on_failed(problem)
+
+
+class Timed(Session):
+    """The same with a session that keeps time of its handshake."""
+
+    kind = TimedClientSession
 
 
 class Runtime:

@@ -23,10 +23,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from benchmarks.machine import resident_bytes
+from benchmarks.wire_timed import CLOCK, TimedServerSession
 from cloud_runtime.auth import Authenticator
 from cloud_runtime.connection import ServerWebsocket
 from cloud_runtime.executor import InferOutcome, InferWork, Ticket
@@ -99,14 +100,17 @@ async def echo_raw(websocket: ServerConnection) -> None:
 class SessionEcho:
     """`ServerSession` and its transport with the least owner: answers each request at once."""
 
-    def __init__(self, keys: KeyRing, limits: Limits) -> None:
+    def __init__(
+        self, keys: KeyRing, limits: Limits, kind: type[ServerSession] = ServerSession
+    ) -> None:
         self._keys = keys
         self._limits = limits
+        self._kind = kind
 
     async def serve(self, websocket: ServerConnection) -> None:
         """Serve one websocket until it closes."""
         assert isinstance(websocket, ServerWebsocket)
-        session = ServerSession(keys=self._keys, limits=self._limits, now_s=time.time())
+        session = self._kind(keys=self._keys, limits=self._limits, now_s=time.time())
         _SessionEcho(websocket, session, self._limits)
         await websocket.wait_closed()
 
@@ -184,10 +188,18 @@ async def main(state: StateDir, *, max_connections: int) -> None:
             create_connection=ServerWebsocket,
             **options,
         ) as session,
+        serve(
+            SessionEcho(keys, limits, TimedServerSession).serve,
+            "127.0.0.1",
+            0,
+            create_connection=ServerWebsocket,
+            **options,
+        ) as timed,
     ):
         ports = {
-            "raw": next(iter(raw.sockets)).getsockname()[1],
-            "session": next(iter(session.sockets)).getsockname()[1],
+            "raw": _port(raw),
+            "session": _port(session),
+            "timed": _port(timed),
             "runtime": await runtime.start("127.0.0.1", 0),
         }
         _say(ports)
@@ -198,8 +210,15 @@ async def main(state: StateDir, *, max_connections: int) -> None:
             if question.strip() == "memory":
                 gc.collect()
                 _say(resident_bytes())
+            elif question.strip() == "handshakes":
+                _say(CLOCK.spent_s)
             else:
                 _say(time.process_time())
+
+
+def _port(server: Server) -> int:
+    port: int = next(iter(server.sockets)).getsockname()[1]
+    return port
 
 
 def allow_files(count: int) -> None:

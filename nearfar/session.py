@@ -18,6 +18,7 @@ and docs/reference/wire.md.
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Sequence
@@ -55,7 +56,6 @@ from nearfar.secure.keys import KeyRing
 from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Outbox, Traits
 from nearfar.secure.records import RecordOpener, RecordSealer
 from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
-from nearfar.wire.codec import encode
 from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
@@ -70,6 +70,13 @@ from nearfar.wire.messages import (
 )
 
 __all__ = ["ClientSession", "Limits", "Received", "ServerSession", "max_sealed_bytes"]
+
+
+#: Of `Auth` beside the texts of its sender, at most.
+_AUTH_BYTES = 256
+
+#: Kept, as a client connects to the same server again and again.
+_pin_of = functools.lru_cache(maxsize=16)(Pin.parse)
 
 
 class Received(NamedTuple):
@@ -463,7 +470,7 @@ class ClientSession(_Session):
         super().__init__(Role.CLIENT, limits)
         self._shaping = shaping
         self._handshake = ClientHandshake(
-            Pin.parse(pin) if isinstance(pin, str) else pin, verifier=verifier
+            _pin_of(pin) if isinstance(pin, str) else pin, verifier=verifier
         )
         self._said_hello = False
         self._credentials = credentials or ApiKeyCredentials(token)
@@ -474,8 +481,8 @@ class ClientSession(_Session):
             shaping=shaping,
         )
         try:
-            size_bytes = sum(len(part) for part in encode(self._auth))
-        except LocalProtocolError as exc:
+            size_bytes = _AUTH_BYTES + len(self._auth.token.encode()) + len(client.encode())
+        except UnicodeEncodeError as exc:
             raise ConfigError("The token is not valid Unicode", field="credentials") from exc
         if size_bytes > limits.max_unauthenticated_bytes:
             raise ConfigError(

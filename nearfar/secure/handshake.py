@@ -209,7 +209,7 @@ class ClientHandshake:
             )
         )
         info = _CLIENT_SEED + _Transcript(message, head).digest()
-        sealed = kem.seal(seed, configuration.public_key, info)
+        sealed = kem.seal(seed, configuration.public_key, info, keep_key=True)
         if sealed is None:
             raise handshake_failed()
         hello = head + sized(sealed)

@@ -6,6 +6,8 @@ either of the two holds. HPKE (RFC 9180) base mode, HKDF-SHA256, AES-256-GCM.
 
 from __future__ import annotations
 
+import functools
+
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -65,22 +67,37 @@ class KemPrivateKey:
             return None
 
 
-def seal(plaintext: bytes, public_bytes: bytes, info: bytes) -> bytes | None:
+def seal(
+    plaintext: bytes, public_bytes: bytes, info: bytes, *, keep_key: bool = False
+) -> bytes | None:
     """Seal to an X-Wing public key; `None` when it is not a usable key.
+
+    Args:
+        plaintext: A seed.
+        public_bytes: As `KemPrivateKey.public_bytes`.
+        info: Must be the same when it is opened.
+        keep_key: The key is sealed to again and again: keep its parsed form.
 
     Raises:
         SecurityError: The installed ``cryptography`` has no ML-KEM.
     """
     try:
-        key = MLKEM768X25519PublicKey(
-            MLKEM768PublicKey.from_public_bytes(public_bytes[:MLKEM_PUBLIC_KEY_BYTES]),
-            X25519PublicKey.from_public_bytes(public_bytes[MLKEM_PUBLIC_KEY_BYTES:]),
-        )
+        key = (_kept_public_key if keep_key else _public_key)(public_bytes)
         return _SUITE.encrypt(plaintext, key, info=info)
     except UnsupportedAlgorithm as exc:
         raise _no_mlkem() from exc
     except ValueError:  # wrong length, coefficients out of range, or an X25519 point of low order
         return None
+
+
+def _public_key(public_bytes: bytes) -> MLKEM768X25519PublicKey:
+    return MLKEM768X25519PublicKey(
+        MLKEM768PublicKey.from_public_bytes(public_bytes[:MLKEM_PUBLIC_KEY_BYTES]),
+        X25519PublicKey.from_public_bytes(public_bytes[MLKEM_PUBLIC_KEY_BYTES:]),
+    )
+
+
+_kept_public_key = functools.lru_cache(maxsize=16)(_public_key)
 
 
 def _no_mlkem() -> SecurityError:

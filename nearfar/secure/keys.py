@@ -138,8 +138,11 @@ class KeyConfiguration:
         )
 
     @classmethod
+    @functools.lru_cache(maxsize=16)
     def parse(cls, message: bytes) -> KeyConfiguration:
         """Read the layout; proves nothing yet, see `verify`.
+
+        The last ones are kept, as a client that reconnects is shown the same for hours.
 
         Raises:
             SecurityError: The bytes are not a key configuration.
@@ -210,7 +213,7 @@ class KeyConfiguration:
 
 @functools.lru_cache(maxsize=16)
 def _is_signed(message: bytes, identity: Pin, pin: Pin) -> bool:
-    """Kept, as a client that reconnects is shown the same configuration for hours."""
+    """Kept, as `KeyConfiguration.parse` is."""
     signature_bytes = COSIGNED_SIGNATURE_BYTES if identity.cosigner_hash else SIGNATURE_BYTES
     body, signature = message[:-signature_bytes], message[-signature_bytes:]
     return pin.verifies(signature, _SIGNATURE_PURPOSE + body)

@@ -52,7 +52,9 @@ class Randomness:
         self.key_seeds.append(self.bytes(32))
         return key_from_seed(self.key_seeds[-1])
 
-    def seal(self, plaintext: bytes, public_key: bytes, info: bytes) -> bytes:
+    def seal(
+        self, plaintext: bytes, public_key: bytes, info: bytes, *, keep_key: bool = False
+    ) -> bytes:
         randomness = self.bytes(64)
         sealed = independent.hpke_seal(plaintext, public_key, info, randomness)
         self.seals.append(Seal(plaintext, public_key, info, randomness, sealed))
