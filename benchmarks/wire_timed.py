@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from nearfar.secure.records import Buffer
     from nearfar.wire.messages import Message
 
 
@@ -46,25 +47,31 @@ CLOCK = HandshakeClock()
 
 
 class _Timed:
-    """Mixed in before a session; it is used for a handshake and nothing else."""
+    """Mixed in before a session, which is used for a handshake and nothing else."""
 
     def __init__(self, **options: Any) -> None:
         with CLOCK:
             super().__init__(**options)
 
-    def receive(self, data: bytes | bytearray, *, now_s: float) -> list[Received]:
+    def receive(self, data: Buffer, *, now_s: float) -> list[Received]:
         with CLOCK:
-            return super().receive(data, now_s=now_s)  # type: ignore[misc]
+            came: list[Received] = super().receive(data, now_s=now_s)  # type: ignore[misc]
+        return came
 
     def send(
         self, message: Message, tensors: Sequence[np.ndarray] = (), *, borrow: bool = False
     ) -> int:
         with CLOCK:
-            return super().send(message, tensors, borrow=borrow)  # type: ignore[misc]
+            size_bytes: int = super().send(message, tensors, borrow=borrow)  # type: ignore[misc]
+        return size_bytes
 
-    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> list[bytes | bytearray]:
+    def records_to_send(
+        self, now_s: float | None, at_most_bytes: int
+    ) -> tuple[list[bytes | bytearray], bool]:
         with CLOCK:
-            return super().records_to_send(now_s, at_most_bytes)  # type: ignore[misc]
+            leave = super().records_to_send  # type: ignore[misc]
+            leaving: tuple[list[bytes | bytearray], bool] = leave(now_s, at_most_bytes)
+        return leaving
 
 
 class TimedClientSession(_Timed, ClientSession):

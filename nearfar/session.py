@@ -54,7 +54,7 @@ from nearfar.secure.handshake import (
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
 from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Outbox, Traits
-from nearfar.secure.records import RecordOpener, RecordSealer
+from nearfar.secure.records import Buffer, RecordOpener, RecordSealer
 from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
 from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
@@ -142,7 +142,7 @@ class _Session(abc.ABC):
 
     # Bytes
 
-    def receive(self, data: bytes | bytearray, *, now_s: float) -> list[Received]:
+    def receive(self, data: Buffer, *, now_s: float) -> list[Received]:
         """Take one websocket binary message.
 
         Pings are answered and not returned; tokens of a cancelled stream are checked and not
@@ -150,7 +150,7 @@ class _Session(abc.ABC):
         true from then on. What comes after a clean end is ignored.
 
         Args:
-            data: The whole message.
+            data: The whole message; not kept.
             now_s: Wall clock (`time.time()`).
 
         Raises:
@@ -181,7 +181,7 @@ class _Session(abc.ABC):
     def _shake_hands(self, data: bytes, now_s: float) -> None:
         """Take one handshake message; queue the answer; install the secrets when it is the last."""
 
-    def _receive_record(self, opener: RecordOpener, data: bytes | bytearray) -> list[Received]:
+    def _receive_record(self, opener: RecordOpener, data: Buffer) -> list[Received]:
         connection = self._connection
         max_message_bytes = connection.max_message_bytes
         # Checked before decryption spends memory on it.
@@ -255,16 +255,22 @@ class _Session(abc.ABC):
             self._unsent_replies = 0
         return None
 
-    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> list[bytes | bytearray]:
-        """Several at once: as many as may leave now, until they are that long together."""
+    def records_to_send(
+        self, now_s: float | None, at_most_bytes: int
+    ) -> tuple[list[bytes | bytearray], bool]:
+        """Several at once: as many as may leave now, until they are that long together.
+
+        Returns:
+            The records, and whether they are all: `is_quiet`.
+        """
         sealed: list[bytes | bytearray] = []
         while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
             sealed.append(record)
             at_most_bytes -= len(record)
             if self.is_quiet:
                 self._unsent_replies = 0
-                break
-        return sealed
+                return sealed, True
+        return sealed, not sealed and self.is_quiet
 
     @property
     def is_quiet(self) -> bool:

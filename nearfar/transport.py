@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from websockets.exceptions import ConnectionClosed
 
     from nearfar.session import ClientSession, Received, ServerSession
-    from nearfar.websocket import DirectConnection
+    from nearfar.websocket import Buffer, DirectConnection
     from nearfar.wire.messages import Message
 
 #: Sealed at once and given to the socket together.
@@ -209,10 +209,10 @@ class Transport:
         for _ in range(_TURN_BATCHES):
             if not websocket.is_writable:
                 return False
-            records = session.records_to_send(now_s, _BATCH_BYTES)
+            records, were_all = session.records_to_send(now_s, _BATCH_BYTES)
             if records:
                 websocket.write(records)
-            if session.is_quiet:
+            if were_all:
                 return None
             if not records:
                 return False
@@ -220,7 +220,7 @@ class Transport:
 
     # Called by the websocket (`nearfar.websocket.Listener`)
 
-    def message_received(self, data: bytes | bytearray) -> None:
+    def message_received(self, data: Buffer) -> None:
         if self._has_failed or self._is_closed:
             return
         self._in_batch = True

@@ -30,6 +30,8 @@ try:
 except ImportError:  # the library was built without its C module
     from websockets.utils import apply_mask
 
+Buffer = Union[bytes, bytearray, memoryview]
+
 #: First byte of the frame that is a whole binary message.
 _WHOLE_BINARY = 0x82
 #: In the second byte: whether a client masked it, and its length; two lengths say that the real one
@@ -47,8 +49,8 @@ _HEAD_BYTES = _HEAD_64.size + _MASK_BYTES
 class Listener(Protocol):
     """Whoever takes what comes on a websocket. None of its methods may raise."""
 
-    def message_received(self, data: bytes | bytearray) -> None:
-        """A binary message came, whole."""
+    def message_received(self, data: Buffer) -> None:
+        """A binary message came, whole; a view is valid until this returns."""
         ...
 
     def text_received(self) -> None:
@@ -158,27 +160,25 @@ class DirectConnection(Connection):
         if listener is None:
             super().data_received(data)
             return
+        came: bytes | bytearray = data
         if self._begun:
             self._begun += data
             if len(self._begun) < self._wanted_bytes:
                 return
-            data, self._begun = bytes(self._begun), bytearray()
-        if self._is_between_frames:
-            data = self._take_whole(listener, data)
-        if data:
-            super().data_received(data)
+            came, self._begun = self._begun, bytearray()
+        # Whether the next byte begins a frame that belongs to no message begun before.
+        protocol = self.protocol
+        reader: _Reader = protocol.reader  # type: ignore[assignment]
+        if reader.waits_for_frame and self._fragments is None and protocol.state is State.OPEN:
+            came = self._take_whole(listener, came)
+        if came:
+            super().data_received(bytes(came))
         listener.batch_ended()
 
-    @property
-    def _is_between_frames(self) -> bool:
-        """Whether the next byte begins a frame that belongs to no message begun before."""
-        reader: _Reader = self.protocol.reader  # type: ignore[assignment]
-        is_open = self.protocol.state is State.OPEN
-        return reader.waits_for_frame and self._fragments is None and is_open
-
-    def _take_whole(self, listener: Listener, data: bytes) -> bytes:
+    def _take_whole(self, listener: Listener, data: bytes | bytearray) -> bytes | bytearray:
         """Take the whole binary messages at the beginning; returns what the library must read."""
         position, total = 0, len(data)
+        view = memoryview(data)  # long messages are read where they lie
         is_masked = not self._masks
         while position + _HEAD_BYTES <= total and data[position] == _WHOLE_BINARY:
             second = data[position + 1]
@@ -199,7 +199,7 @@ class DirectConnection(Connection):
                 self._begun += data[position:]
                 self._wanted_bytes = end - position
                 return b""
-            message = data[start:end]
+            message: Buffer = view[start:end]
             if is_masked:
                 message = apply_mask(message, data[start - _MASK_BYTES : start])
             position = end
@@ -235,9 +235,9 @@ class DirectConnection(Connection):
             listener.connection_ended(problem)
 
     def _take(self, listener: Listener, frame: Frame) -> None:
-        data: Union[bytes, bytearray, memoryview] = frame.data
+        data: Buffer = frame.data
         if frame.fin and frame.opcode is Opcode.BINARY:
-            listener.message_received(data)  # type: ignore[arg-type]
+            listener.message_received(data)
         elif frame.opcode is Opcode.TEXT:
             listener.text_received()
         elif frame.opcode is Opcode.BINARY:

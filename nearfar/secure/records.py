@@ -185,7 +185,7 @@ class RecordOpener:
         self._sequence = 0
         self._limits = limits
 
-    def open(self, record: bytes | bytearray) -> tuple[int, bytes]:
+    def open(self, record: Buffer) -> tuple[int, bytes]:
         """Type and plaintext of the next record.
 
         Raises:

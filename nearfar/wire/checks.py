@@ -41,8 +41,7 @@ def problem_in(message: Message) -> str | None:
     stream = getattr(message, "stream", 1)
     if not 0 <= stream <= MAX_STREAM:
         return f"{kind.__name__}.stream is {stream}"
-    # By type, not by a row of questions: this runs for every message, at both ends.
-    check = _CHECKS.get(kind)
+    check = CHECKS.get(kind)
     if check is None or (problem := check(message)) is None:
         return None
     return f"{kind.__name__}{problem}"
@@ -66,20 +65,13 @@ def _in_ready(message: Ready) -> str | None:
     return None
 
 
-def _in_infer(message: Infer) -> str | None:
-    if message.form != "tensors" and (
-        [(tensor.name, tensor.datatype, len(tensor.shape)) for tensor in message.tensors]
-        != [("input", "BYTES", 1)]
-    ):
-        return f" of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
-    return _in_request(message)
-
-
 def _in_generate(message: Generate) -> str | None:
     return _in_credit_of(message) or _in_request(message)
 
 
 def _in_request(message: Infer | Generate) -> str | None:
+    if type(message) is Infer and message.form != "tensors" and not _is_raw(message):
+        return f" of form {message.form} needs one BYTES tensor `input` of shape (batch,)"
     if len(message.request_id) != REQUEST_ID_BYTES:
         return _of_request_id(message)
     if not 0 <= message.priority <= 9:
@@ -88,6 +80,11 @@ def _in_request(message: Infer | Generate) -> str | None:
         return ".trace is not a trace id of 16 bytes and a span id of 8, neither all zeros"
     deadline_ms = message.deadline_ms
     return None if deadline_ms is None else _in_times(deadline_ms)
+
+
+def _is_raw(message: Infer) -> bool:
+    tensors = [(tensor.name, tensor.datatype, len(tensor.shape)) for tensor in message.tensors]
+    return tensors == [("input", "BYTES", 1)]
 
 
 def _is_trace(trace: bytes) -> bool:
@@ -153,10 +150,10 @@ def _in_times(*times_ms: float) -> str | None:
 
 
 #: Message -> the check of its fields, which says what follows its name; most have one.
-_CHECKS: dict[type[Message], Callable[[Any], str | None]] = {
+CHECKS: dict[type[Message], Callable[[Any], str | None]] = {
     Auth: _in_auth,
     Ready: _in_ready,
-    Infer: _in_infer,
+    Infer: _in_request,
     Result: _in_result,
     Generate: _in_generate,
     Token: _in_token,

@@ -6,6 +6,7 @@ UINT4, which lie otherwise in memory, are copied both ways.
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ MAX_DIMENSIONS = 32
 _LENGTH = struct.Struct("<I")
 #: A copy of a shorter tensor costs less than a view of it.
 _SHORT_BYTES = 4096
+#: Datatypes whose bytes on the wire are the array's own, whatever they are: nearly all.
+_PLAIN = frozenset(NUMPY_OF) - PACKED - {"BYTES", "BOOL"}
 _PADDINGS = tuple(b"\x00" * size for size in range(ALIGNMENT_BYTES))
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -50,9 +53,9 @@ def describe(arrays: Mapping[str, np.ndarray]) -> tuple[TensorHeader, ...]:
     headers = []
     for name, array in arrays.items():
         datatype = datatype_of(array)
-        headers.append(
-            TensorHeader(name, datatype, array.shape, _size_bytes(name, datatype, array))
-        )
+        is_plain = datatype in _PLAIN
+        size_bytes = array.nbytes if is_plain else _size_bytes(name, datatype, array)
+        headers.append(TensorHeader(name, datatype, array.shape, size_bytes))
     return tuple(headers)
 
 
@@ -88,7 +91,10 @@ def encode(message: Message, tensors: Sequence[np.ndarray] = ()) -> list[bytes |
     parts: list[bytes | memoryview] = [lead]
     for header, array in zip(headers, tensors, strict=True):
         datatype = datatype_of(array)
-        data = _data_of(header.name, datatype, array)
+        if datatype in _PLAIN and array.nbytes <= _SHORT_BYTES:
+            data: bytes | memoryview = array.tobytes()
+        else:
+            data = _data_of(header.name, datatype, array)
         size_bytes = len(data)
         if (
             header.datatype != datatype
@@ -143,13 +149,16 @@ def decode(
         if len(headers) > limits.max_tensors:
             raise _bad(f"it has {len(headers)} tensors and {limits.max_tensors} are allowed")
         for header in headers:
-            dtype = NUMPY_OF.get(header.datatype) or _dtype_of(header.datatype)
-            count = _check(header, dtype, limits)
             end = position + header.size_bytes
             if end > total:
                 raise _bad("it ends inside a tensor")
-            tensors.append(_array(header, dtype, count, view[position:end]))
-            position = _skip_padding(view, end)
+            data_of = view[position:end]
+            array = _plain_array(header, data_of)
+            if array is None:
+                dtype = NUMPY_OF.get(header.datatype) or _dtype_of(header.datatype)
+                array = _array(header, dtype, _check(header, dtype, limits), data_of)
+            tensors.append(array)
+            position = _skip_padding(view, end) if end % ALIGNMENT_BYTES else end
     if position != total:
         raise _bad("bytes follow its last tensor")
     return message, tuple(tensors)
@@ -222,11 +231,25 @@ def _data_of(name: str, datatype: str, array: np.ndarray) -> bytes | memoryview:
         )
     if datatype in PACKED:
         return pack_4bit(array).data
-    if array.nbytes <= _SHORT_BYTES:
-        return array.tobytes()
     # Copies only what is not C-contiguous (reshape alone would leave `array[::2]` as it lies); the
     # uint8 view makes len() count bytes.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _plain_array(header: TensorHeader, data: memoryview) -> np.ndarray | None:
+    """The usual tensor, whose sizes and bytes fit each other; `None` for all others."""
+    shape = header.shape
+    if header.datatype not in _PLAIN or not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
+        return None
+    dtype = NUMPY_OF[header.datatype]
+    if math.prod(shape) * dtype.itemsize != len(data):
+        return None
+    array = np.frombuffer(data, dtype)
+    if len(shape) > 1:
+        array = array.reshape(shape)
+    if not data.readonly:
+        array.flags.writeable = False
+    return array
 
 
 def _check(header: TensorHeader, dtype: np.dtype[np.generic], limits: Limits) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Union
 import numpy as np
 
 from nearfar.errors import LocalProtocolError, NearfarError, RemoteProtocolError
-from nearfar.wire.checks import MAX_CREDIT, MAX_STREAM, problem_in
+from nearfar.wire.checks import CHECKS, MAX_CREDIT, MAX_STREAM, problem_in
 from nearfar.wire.codec import decode, encode
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
@@ -140,6 +140,8 @@ StreamMessage = Union[
 #: Messages of the client that open a stream.
 OPENERS = (ListModels, Infer, Generate, Resume)
 _CANCELLED_STATES = (_S.LISTING_CANCELLED, _S.INFERRING_CANCELLED, _S.GENERATING_CANCELLED)
+#: What the connection itself asked for, must answer or keeps from its caller.
+_NOTED = frozenset((Token, Ping, Pong))
 _MAX_UNANSWERED_PINGS = 64
 _MAX_ERROR_CHARACTERS = 2000
 
@@ -307,9 +309,14 @@ class Connection:
         self.outgoing.append(Outgoing(message, *self.prepare(message, tensors)))
 
     def prepare(
-        self, message: Message, tensors: Sequence[np.ndarray] = ()
+        self, message: Message, tensors: Sequence[np.ndarray] = (), *, is_own: bool = False
     ) -> tuple[list[bytes | memoryview], int]:
         """As `send`, for a caller that sends the message itself, before anything else.
+
+        Args:
+            message: As `send`.
+            tensors: As `send`.
+            is_own: The connection itself has something to say.
 
         Returns:
             `Outgoing.parts` and `Outgoing.size_bytes`.
@@ -317,13 +324,8 @@ class Connection:
         Raises:
             LocalProtocolError, InvalidInput: As `send`.
         """
-        if type(message) is Pong:
+        if type(message) is Pong and not is_own:
             raise LocalProtocolError("Pong is sent by the connection itself", field="Pong")
-        return self._prepare(message, tensors)
-
-    def _prepare(
-        self, message: Message, tensors: Sequence[np.ndarray] = ()
-    ) -> tuple[list[bytes | memoryview], int]:
         try:
             next_state = self._judge(self.role, message)
         except _Violation as violation:
@@ -355,7 +357,7 @@ class Connection:
         if problem is not None and self.role is Role.SERVER:
             texts = [_sendable(text) for text in (problem.problem, problem.fix)]
             error = Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1])
-            self.outgoing.append(Outgoing(error, *self._prepare(error)))
+            self.outgoing.append(Outgoing(error, *self.prepare(error, is_own=True)))
         self.state = ConnectionState.CLOSED
 
     def take(self) -> list[Outgoing]:
@@ -418,7 +420,9 @@ class Connection:
                 return None
             next_state = self._judge(self._peer, message)
             self._advance(message, next_state)
-            return (message, tensors) if self._concerns_caller(message, next_state) else None
+            if type(message) in _NOTED and not self._concerns_caller(message, next_state):
+                return None
+            return message, tensors
         except _Violation as violation:
             error = RemoteProtocolError(
                 f"The {self._peer.value} broke the wire protocol: {violation.problem}",
@@ -436,7 +440,7 @@ class Connection:
             return state not in _CANCELLED_STATES
         if isinstance(message, Ping):
             pong = Pong(id=message.id)
-            self.outgoing.append(Outgoing(pong, *self._prepare(pong)))
+            self.outgoing.append(Outgoing(pong, *self.prepare(pong, is_own=True)))
             return False
         if isinstance(message, Pong):
             self._pings_sent.remove(message.id)
@@ -463,10 +467,12 @@ class Connection:
         Raises:
             _Violation: The message is illegal.
         """
-        if problem := problem_in(message):
-            raise _Violation(problem)
         kind = type(message)
         stream: int = getattr(message, "stream", 0)
+        # `problem_in`, without a call of its own: this runs for every message, at both ends.
+        check = CHECKS.get(kind)
+        if not 0 <= stream <= MAX_STREAM or (check is not None and check(message) is not None):
+            raise _Violation(problem_in(message) or kind.__name__)
         entry = self._streams.get(stream)
         if entry is not None:
             state = entry.state
@@ -563,14 +569,20 @@ class Connection:
         else:
             stream: int = message.stream  # type: ignore[union-attr]
             entry = self._streams.get(stream)
-            if entry is None:
-                self._open(stream, message, next_state)
+            if entry is not None:
+                entry.state = next_state
+                if isinstance(message, Token):
+                    entry.add(message.text)
+                elif isinstance(message, Credit):
+                    entry.credit += message.tokens
                 return
-            entry.state = next_state
-            if isinstance(message, Token):
-                entry.add(message.text)
-            elif isinstance(message, Credit):
-                entry.credit += message.tokens
+            credit = getattr(message, "credit", 0)  # `Generate` and `Resume` have it
+            resumed_at = message.next_index if type(message) is Resume else None
+            self._streams[stream] = _Stream(next_state, credit, resumed_at)
+            if stream > self._highest_stream:
+                self._highest_stream = stream
+            else:
+                self._arriving.discard(stream)
 
     def _advance_connection(self, message: Message, next_state: ConnectionState) -> None:
         self.state = next_state
@@ -581,12 +593,3 @@ class Connection:
             self._last_stream = message.last_stream
             for stream in [s for s in self._streams if s > message.last_stream]:
                 del self._streams[stream]
-
-    def _open(self, stream: int, message: Message, state: StreamState) -> None:
-        credit = getattr(message, "credit", 0)  # `Generate` and `Resume` have it
-        resumed_at = message.next_index if type(message) is Resume else None
-        self._streams[stream] = _Stream(state, credit, resumed_at)
-        if stream > self._highest_stream:
-            self._highest_stream = stream
-        else:
-            self._arriving.discard(stream)

@@ -19,7 +19,7 @@ BARS = [
     ("session, 150 kB: CPU per echo ÷ raw", 1.25, "at_most", ""),
     ("session, 1 MiB: CPU per echo ÷ raw", 1.25, "at_most", ""),
     ("session, 1 KiB, 32 in flight: messages/s ÷ raw", 0.75, "at_least", ""),
-    ("handshake: CPU of both ends beyond TLS", 3.0, "at_most", "ms"),
+    ("handshake: CPU of both sessions", 3.0, "at_most", "ms"),
     ("runtime: memory of an idle connection", 100.0, "at_most", "kB"),
 ]
 
