@@ -23,7 +23,7 @@ from cloud_runtime.provision import provision, url_of
 from cloud_runtime.server import CloudServer, tls_context
 from cloud_runtime.state import StateDir
 from nearfar.bundle import BundleStore
-from nearfar.engines.base import CancelToken
+from nearfar.engines.base import CancelToken, TokenWatch
 from nearfar.engines.model import LoadedModel
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
@@ -107,10 +107,14 @@ class MortalModel(LoadedModel):
     dies_after: int | None = None
 
     def generate(
-        self, prompt: Prompt, options: GenerationOptions, cancel: CancelToken | None = None
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        cancel: CancelToken | None = None,
+        watch: TokenWatch | None = None,
     ) -> Generator[GenerationChunk, None, None]:
         """As `LoadedModel.generate`."""
-        return self._until_death(super().generate(prompt, options, cancel))
+        return self._until_death(super().generate(prompt, options, cancel, watch))
 
     def _until_death(
         self, chunks: Generator[GenerationChunk, None, None]

@@ -15,7 +15,7 @@ import numpy as np
 from edge_runtime.generation import EdgeGeneration
 from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import Manifest, Variant
-from nearfar.engines.base import CancelToken, SessionOptions
+from nearfar.engines.base import CancelToken, SessionOptions, TokenWatch
 from nearfar.engines.devices import Device, probe
 from nearfar.engines.model import LoadedModel, RawForm
 from nearfar.engines.selection import candidates
@@ -242,6 +242,7 @@ class EdgeRuntime:
         deadline: Deadline = _NO_DEADLINE,
         cancel: CancelToken | None = None,
         expected_s: float | None = None,
+        watch: TokenWatch | None = None,
     ) -> EdgeGeneration:
         """Begin an answer: load, check, wait for a slot. The caller's iteration computes it.
 
@@ -255,6 +256,7 @@ class EdgeRuntime:
             deadline: Looked at while waiting and between tokens.
             cancel: Ends waiting with `Cancelled`, and an answer with that finish reason.
             expected_s: How long it will take, for the estimates of others.
+            watch: Told each token and the logits it was chosen by.
 
         Raises:
             ModelNotFound, BundleError, EngineError: See `describe`.
@@ -267,7 +269,7 @@ class EdgeRuntime:
         loaded = hosted.loaded or self._load(hosted, deadline)
         cancel = cancel or CancelToken()
         # Checked before the queue: a prompt that is too long should not wait to hear it.
-        chunks = loaded.generate(prompt, options or GenerationOptions(), cancel)
+        chunks = loaded.generate(prompt, options or GenerationOptions(), cancel, watch)
         slot = hosted.gate.acquire(deadline, expected_s, cancel=cancel)
         generation = EdgeGeneration(
             chunks,

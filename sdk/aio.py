@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
-    from nearfar.engines.base import CancelToken
+    from nearfar.engines.base import CancelToken, TokenWatch
     from sdk.jobs.desk import Desk
     from sdk.jobs.handles import AsyncJob
     from sdk.jobs.runner import AsyncRunner
@@ -99,7 +99,7 @@ class AsyncClient(Calls):
     ) -> AsyncGenerationStream:
         """As `Client.generate`; await it for the stream."""
         request = self._generate_request(model, requests.text_prompt(prompt), options)
-        return await self._stream(request)
+        return await self._answer(request)
 
     async def chat(
         self,
@@ -109,7 +109,7 @@ class AsyncClient(Calls):
     ) -> AsyncGenerationStream:
         """As `Client.chat`; await it for the stream."""
         request = self._generate_request(model, requests.chat_prompt(messages), options)
-        return await self._stream(request)
+        return await self._answer(request)
 
     async def explain(
         self,
@@ -322,13 +322,23 @@ class AsyncClient(Calls):
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
 
-    async def _stream(self, request: Request) -> AsyncGenerationStream:
+    async def _answer(self, request: Request) -> AsyncGenerationStream:
+        if self._core.states_agreement(request):
+            from sdk.cascade.streams import AsyncCascadeStream
+
+            return await AsyncCascadeStream(self._core, request, self._stream).begin()
+        return await self._stream(request)
+
+    async def _stream(
+        self, request: Request, watch: TokenWatch | None = None
+    ) -> AsyncGenerationStream:
         life = self._core.route(request)
         if self._telemetry is None:
             state = AnswerState(self._core, request, await self._drive(life))
         else:
             traced = self._telemetry.answer(request)
             state = traced.state(self._core, await self._drive(traced.route(life)))
+        state.watch = watch
         stream = AsyncGenerationStream(state, self._open, self._open_edge, self._check_cloud)
         return await stream.begin()
 
@@ -338,7 +348,9 @@ class AsyncClient(Calls):
         prompt, options = state.prompt(), state.options()
         try:
             generation = await self._work(
-                lambda: self._core.generate_here(state.request, decision, prompt, options, cancel)
+                lambda: self._core.generate_here(
+                    state.request, decision, prompt, options, cancel, state.watch
+                )
             )
         except asyncio.CancelledError:
             cancel.cancel()  # the worker leaves the queue, or gives its slot back

@@ -29,6 +29,7 @@ from sdk.routing import Attempt, Observation, Outcome, RouteDecision, attempts
 from sdk.routing.hedging import HedgePlan, plan, stalls_after_ms
 
 if TYPE_CHECKING:
+    from nearfar.engines.base import TokenWatch
     from sdk.cloud.egress import Permit
 
 
@@ -57,6 +58,8 @@ class AnswerState:
 
     #: For the wire, when the answer is traced (`Generate.trace`).
     trace = b""
+    #: Told the tokens of this device, when a cascade must know how sure they are.
+    watch: TokenWatch | None = None
 
     def __init__(self, core: Core, request: Request, decision: RouteDecision) -> None:
         self._core = core

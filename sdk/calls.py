@@ -301,11 +301,6 @@ class Calls:
         sampling = _sampling(
             **{name: common.pop(name) for name in _SAMPLING if name in common}  # type: ignore[arg-type]
         )
-        stated = common.get("min_agreement")
-        if stated or (stated is None and model in self._core.cascaded):
-            from sdk.cascade.scores import no_log_probabilities
-
-            raise no_log_probabilities(model)
         return Request(
             method="generate",
             model=model,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
-    from nearfar.engines.base import CancelToken
+    from nearfar.engines.base import CancelToken, TokenWatch
     from sdk.answer import AnswerState
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
@@ -138,7 +138,7 @@ class Client(Calls):
             As `infer`, here or while the stream is read.
         """
         request = self._generate_request(model, requests.text_prompt(prompt), options)
-        return self._stream(request)
+        return self._answer(request)
 
     def chat(
         self,
@@ -157,7 +157,7 @@ class Client(Calls):
             As `infer`, here or while the stream is read.
         """
         request = self._generate_request(model, requests.chat_prompt(messages), options)
-        return self._stream(request)
+        return self._answer(request)
 
     def explain(
         self,
@@ -429,7 +429,14 @@ class Client(Calls):
         if self._link is not None:
             self._background().submit(look_after(self._link, self._known.breaker))
 
-    def _stream(self, request: Request) -> GenerationStream:
+    def _answer(self, request: Request) -> GenerationStream:
+        if self._core.states_agreement(request):
+            from sdk.cascade.streams import CascadeStream
+
+            return CascadeStream(self._core, request, self._stream)
+        return self._stream(request)
+
+    def _stream(self, request: Request, watch: TokenWatch | None = None) -> GenerationStream:
         # Here and below: not every client generates text, and importing should be quick.
         from sdk.answer import AnswerState
         from sdk.streams import GenerationStream
@@ -440,6 +447,7 @@ class Client(Calls):
         else:
             traced = self._telemetry.answer(request)
             state = traced.state(self._core, self._drive(traced.route(life)))
+        state.watch = watch
         return GenerationStream(state, self._open, self._open_edge, self._check_cloud).begin()
 
     def _open_edge(
@@ -448,7 +456,7 @@ class Client(Calls):
         from sdk.streams import EdgeSource
 
         generation = self._core.generate_here(
-            state.request, decision, state.prompt(), state.options(), cancel
+            state.request, decision, state.prompt(), state.options(), cancel, state.watch
         )
         return EdgeSource(generation, cancel)
 

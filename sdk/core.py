@@ -45,7 +45,7 @@ from sdk.steps import Answer, Connect, RunHere, RunThere, Step, Wait
 
 if TYPE_CHECKING:
     from edge_runtime import EdgeGeneration
-    from nearfar.engines.base import CancelToken
+    from nearfar.engines.base import CancelToken, TokenWatch
     from nearfar.wire.messages import ModelOffer
     from sdk.cascade.run import Cascades
     from sdk.cascade.settings import CascadeConfig
@@ -369,6 +369,7 @@ class Core:
         prompt: Prompt,
         options: GenerationOptions,
         cancel: CancelToken,
+        watch: TokenWatch | None = None,
     ) -> EdgeGeneration:
         """Begin an answer on this device; waits for a slot.
 
@@ -385,6 +386,7 @@ class Core:
             deadline=request.deadline,
             cancel=cancel,
             expected_s=_expected_s(decision),
+            watch=watch,
         )
 
     def warm_up_edge(self, model: str) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nearfar.errors import Cancelled, NearfarError, StreamInterrupted
 from nearfar.generation import FinishReason, GenerationChunk, Usage
 from sdk.answer import AnswerState, Summary
-from sdk.results import Chunk, Route, Timings
+from sdk.results import Agreement, Chunk, Route, Timings
 from sdk.routing import RouteDecision
 
 if TYPE_CHECKING:
@@ -319,6 +319,11 @@ class _Facts:
     def bytes_sent(self) -> int:
         """Sealed bytes that left the device for this answer so far; 0 on the edge."""
         return self._state.bytes_sent
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """What became of ``min_agreement``; `None` when none was stated, and before any text."""
+        return None
 
 
 class GenerationStream(_Facts):

@@ -89,6 +89,11 @@ class SessionOptions:
     shape_ranges: tuple[ShapeRange, ...] = ()
 
 
+#: Told the model's logits (float32, shape (vocabulary,), valid during the call) and the token that
+#: was chosen by them.
+TokenWatch = Callable[[np.ndarray, int], None]
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Common part of all engines.
@@ -158,11 +163,18 @@ class GenerationEngine(Engine, Protocol):
         options: GenerationOptions,
         *,
         cancel: CancelToken | None = None,
+        watch: TokenWatch | None = None,
     ) -> Generator[GenerationChunk, None, None]:
         """Stream an answer; closing the generator frees the KV cache at once.
 
         The request is checked at the call; the prompt is processed (prefill) when the first chunk
         is asked for. One chunk comes per token, then a last one with `finish_reason` and `usage`.
+
+        Args:
+            prompt: What to continue.
+            options: How.
+            cancel: Ends the answer at the next token.
+            watch: Called for each token, and for the one that ends the answer, before its chunk.
 
         Raises:
             InvalidInput: The prompt is empty, or with `max_new_tokens` exceeds the context, or an

@@ -21,7 +21,7 @@ import onnxruntime_genai as og
 from tokenizers import Tokenizer
 
 from nearfar.bundle.manifest import Manifest, Variant
-from nearfar.engines.base import CancelToken, SessionOptions
+from nearfar.engines.base import CancelToken, SessionOptions, TokenWatch
 from nearfar.engines.chat_template import ChatTemplate
 from nearfar.engines.devices import physical_cores
 from nearfar.engines.stop_strings import StopStrings
@@ -95,6 +95,7 @@ class GenaiEngine:
         options: GenerationOptions,
         *,
         cancel: CancelToken | None = None,
+        watch: TokenWatch | None = None,
     ) -> Generator[GenerationChunk, None, None]:
         """Stream an answer; see `GenerationEngine.generate`."""
         if self._model is None:
@@ -105,7 +106,8 @@ class GenaiEngine:
         seam = Seam(self._tokenizer, tokens, prompt.answer_so_far)
         # A fresh chat turn begins a text of its own; everything else continues one.
         text = TextStream(self._tokenizer, tokens if prompt.text or prompt.answer_so_far else [])
-        return self._stream(self._model, tokens, seam, text, options, cancel or CancelToken())
+        cancel = cancel or CancelToken()
+        return self._stream(self._model, tokens, seam, text, options, cancel, watch)
 
     def close(self) -> None:
         """Free the model once the answers that run are done; idempotent."""
@@ -119,6 +121,7 @@ class GenaiEngine:
         text: TextStream,
         options: GenerationOptions,
         cancel: CancelToken,
+        watch: TokenWatch | None,
     ) -> Generator[GenerationChunk, None, None]:
         stops = StopStrings(options.stop)
         finish_reason: FinishReason = "length"
@@ -144,8 +147,12 @@ class GenaiEngine:
                 if cancel.is_cancelled:
                     finish_reason = "cancelled"
                     break
+                # Asked for before the token: the library computes them then, and only once.
+                logits: Any = None if watch is None else generator.get_logits()
                 generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
+                if watch is not None:
+                    watch(logits.reshape(-1, logits.shape[-1])[-1], token)
                 if token in self._end_tokens:
                     finish_reason = "stop"
                     break

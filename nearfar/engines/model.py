@@ -14,6 +14,7 @@ from nearfar.engines.base import (
     GenerationEngine,
     SessionOptions,
     TensorEngine,
+    TokenWatch,
 )
 from nearfar.engines.loading import load_engine
 from nearfar.errors import BundleError, InvalidInput
@@ -113,7 +114,11 @@ class LoadedModel:
         return self._preprocess(items)
 
     def generate(
-        self, prompt: Prompt, options: GenerationOptions, cancel: CancelToken | None = None
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        cancel: CancelToken | None = None,
+        watch: TokenWatch | None = None,
     ) -> Generator[GenerationChunk, None, None]:
         """Stream an answer; see `GenerationEngine.generate`.
 
@@ -121,7 +126,9 @@ class LoadedModel:
             InvalidInput: The prompt or an option does not fit, or the model takes tensors.
             EngineError: The engine failed.
         """
-        return self.text_engine.generate(prompt, options, cancel=cancel)
+        if watch is None:
+            return self.text_engine.generate(prompt, options, cancel=cancel)
+        return self.text_engine.generate(prompt, options, cancel=cancel, watch=watch)
 
     @property
     def tensor_engine(self) -> TensorEngine:

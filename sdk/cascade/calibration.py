@@ -19,9 +19,10 @@ import numpy as np
 from nearfar.bundle.manifest import Manifest
 from nearfar.errors import CalibrationError
 from nearfar.files import write_atomically
+from nearfar.generation import GenerationOptions
 from sdk.cascade.audit import AuditState, is_sound
 from sdk.cascade.bounds import allowed_disagreements, rate_at_most, samples_needed
-from sdk.cascade.scores import CascadeTask, ScoreName
+from sdk.cascade.scores import SCORES_OF, CascadeTask, ScoreName
 
 FORMAT_VERSION = 1
 #: A file of a hundred thousand disagreements is larger; nobody calibrates with that.
@@ -132,6 +133,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             only.
         min_cosine: For embeddings: vectors agree when their cosine is at least this.
         centre: For embeddings: what `typicality` is measured from.
+        generation: For text: how long answers were and where they ended; other answers are others.
         created: ISO date and time, UTC.
         audits: What live audits found since, by the agreement that they watch.
     """
@@ -146,6 +148,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     horizon_requests: Annotated[int, msgspec.Meta(ge=1)] | None = HORIZON_REQUESTS
     min_cosine: float = 0.0
     centre: tuple[float, ...] = ()
+    generation: GenerationOptions | None = None
     created: str = ""
     audits: dict[str, AuditState] = {}
     format_version: int = FORMAT_VERSION
@@ -345,6 +348,10 @@ def _problem(calibration: Calibration) -> str:
             return f"{name} holds something that is not a number"
     if (calibration.task == "embedding") != bool(calibration.centre):
         return "its centre does not fit its task"
+    if (calibration.task == "text-generation") != (calibration.generation is not None):
+        return "its options of generation do not fit its task"
+    if not set(calibration.scores) <= set(SCORES_OF[calibration.task]):
+        return "its scores do not fit its task"
     if not all(map(is_sound, calibration.audits.values())):
         return "what it says of an audit cannot be"
     return ""

@@ -45,11 +45,25 @@ def calibrate(
     ] = 1000,
     score: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="margin, max_probability or entropy; the best one otherwise."),
+        typer.Option(
+            help="Classifiers: margin, max_probability or entropy; text: answer_probability, "
+            "least_probability or least_margin. The best one otherwise."
+        ),
     ] = None,
     min_cosine: Annotated[
         float, typer.Option(help="Embeddings: cosine from which two vectors agree.")
     ] = 0.99,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Text: length of answers, as the app's requests will have it."),
+    ] = 64,
+    stop: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Text: where answers end, as the app's requests will have it."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Text: continue each line, instead of answering it.")
+    ] = False,
     limit: Annotated[
         int, typer.Option(min=0, help="Use so many inputs, drawn at random; 0: all.")
     ] = 0,
@@ -74,13 +88,17 @@ def calibrate(
 
     The data goes to the cloud, so policy must allow that: nearfar calibrate file-type --data
     samples/ --sensitivity public
+
+    A language model agrees when its greedy answer is word for word the cloud's, which short answers
+    are likelier to be: nearfar calibrate assistant --texts questions.txt --max-new-tokens 8
+    --sensitivity public
     """
     from nearfar.errors import InvalidInput
     from sdk.cascade import calibration as calibrations
     from sdk.cascade.measure import Settings
     from sdk.cascade.measure import calibrate as measure
     from sdk.cascade.run import file_of
-    from sdk.cascade.scores import CLASS_SCORES
+    from sdk.cascade.scores import SCORES_OF
     from sdk.client import Client
     from sdk.config_file import load_config
 
@@ -90,17 +108,19 @@ def calibrate(
             field="min_agreement",
             fix="Give a number above 0 and below 1",
         )
-    if score is not None and score not in CLASS_SCORES:
+    known = [name for names in SCORES_OF.values() for name in names]
+    if score is not None and score not in known:
         raise InvalidInput(
-            f"There is no score {score!r}",
-            field="score",
-            fix=f"Use one of: {', '.join(CLASS_SCORES)}",
+            f"There is no score {score!r}", field="score", fix=f"Use one of: {', '.join(known)}"
         )
     settings = Settings(
         confidence=confidence,
         horizon_requests=horizon or None,
         score=score,
         min_cosine=min_cosine,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        is_chat=not raw,
     )
     told = load_config(config)
     if output is None:

@@ -56,12 +56,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         horizon_requests: Hold it also within so many next requests; `None`: in the long run only.
         score: The only score to look at; `None` takes, for each agreement, the best.
         min_cosine: For embeddings: vectors agree when their cosine is at least this.
+        max_new_tokens: For text: as the app's requests will have it.
+        stop: For text: likewise.
+        is_chat: For text: whether the data are messages of a user, or raw text to continue.
     """
 
     confidence: float = CONFIDENCE
     horizon_requests: int | None = HORIZON_REQUESTS
     score: scores.ScoreName | None = None
     min_cosine: float = MIN_COSINE
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    is_chat: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.confidence < 1.0:
@@ -70,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise _out_of_range("horizon_requests", self.horizon_requests, "1 or more")
         if not -1.0 <= self.min_cosine <= 1.0:
             raise _out_of_range("min_cosine", self.min_cosine, "-1 to 1")
+        if self.max_new_tokens < 1:
+            raise _out_of_range("max_new_tokens", self.max_new_tokens, "1 or more")
 
 
 def calibrate(
@@ -109,6 +117,10 @@ def calibrate(
     here = next((i for i in client.models() if i.name == model and i.edge_variant), None)
     if here is not None:  # what cannot cascade is said before anything leaves
         scores.task_of(here.manifest)
+    if _task(client, model) == "text-generation":
+        from sdk.cascade.measure_text import calibrate_text
+
+        return calibrate_text(client, model, data, settings, on_input=on_input, **options)
     task: scores.CascadeTask | None = None
     for request in _requests(client, model, data, options):
         # The cloud first: if policy says no, it says so before the device has worked.
@@ -131,12 +143,7 @@ def calibrate(
         edge_rows.append(edge)
         cloud_rows.append(cloud)
         on_input(request.rows)
-    if len(keys) > 1:
-        raise CalibrationError(
-            f"More than one pair of variants of {model!r} answered while it was calibrated",
-            fix="Calibrate again when no model is being replaced",
-        )
-    ((edge_key, cloud_key),) = keys
+    edge_key, cloud_key = only_pair(keys, model)
     assert task is not None
     return calibration_of(
         np.concatenate(edge_rows),
@@ -174,14 +181,7 @@ def calibration_of(
         InvalidInput: The score does not fit the task.
         CalibrationError: There are no samples.
     """
-    fitting = scores.CLASS_SCORES if task == "classification" else ("typicality",)
-    names = fitting if settings.score is None else (settings.score,)
-    if names[0] not in fitting:
-        raise InvalidInput(
-            f"{names[0]} is no score of a {task} model",
-            field="score",
-            fix=f"Use one of: {', '.join(fitting)}",
-        )
+    names = names_of(task, settings)
     centre: tuple[float, ...] = ()
     if task == "embedding":
         # From other samples than those that are compared, which the guarantee is about.
@@ -210,6 +210,41 @@ def calibration_of(
         centre=centre,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def only_pair(
+    keys: set[tuple[calibrations.VariantKey, calibrations.VariantKey]], model: str
+) -> tuple[calibrations.VariantKey, calibrations.VariantKey]:
+    """The variants that answered, on the device and in the cloud.
+
+    Raises:
+        CalibrationError: One was replaced meanwhile.
+    """
+    if len(keys) > 1:
+        raise CalibrationError(
+            f"More than one pair of variants of {model!r} answered while it was calibrated",
+            fix="Calibrate again when no model is being replaced",
+        )
+    (pair,) = keys
+    return pair
+
+
+def names_of(task: scores.CascadeTask, settings: Settings) -> tuple[scores.ScoreName, ...]:
+    """The scores to look at.
+
+    Raises:
+        InvalidInput: The one that is wished for does not fit the task.
+    """
+    fitting = scores.SCORES_OF[task]
+    if settings.score is None:
+        return fitting
+    if settings.score not in fitting:
+        raise InvalidInput(
+            f"{settings.score} is no score of a {task} model",
+            field="score",
+            fix=f"Use one of: {', '.join(fitting)}",
+        )
+    return (settings.score,)
 
 
 def _requests(client: Client, model: str, data: Data, options: dict[str, Any]) -> Iterator[Request]:

@@ -209,8 +209,8 @@ def run(core: Core, request: Request) -> Generator[Step, Any, Completed]:
     """
     started_s = time.perf_counter()
     wish = wish_of(core, request)
-    cascades = _cascades_of(core)
-    watched = _applicable(core, cascades, request)
+    cascades = cascades_of(core)
+    watched = applicable(core, cascades, request)
     permits: list[Permit] = []
     done = yield from core.run(first_step(core, request), permits)
     if done.route.name == "cloud" or watched is None:
@@ -236,20 +236,20 @@ def run(core: Core, request: Request) -> Generator[Step, Any, Completed]:
         if is_picked:
             differed = _difference(watched.calibration, done, far) if is_sure else 0.0
             watched.observe(wish.min_agreement, differed)
-        reason = _unsure(found, facts)
+        reason = unsure(found, facts)
         if is_sure:
             reason = f"picked to watch the agreement of {wish.min_agreement:g}"
         route = Route("cloud", reason, ("edge", *far.route.before))
         outcome = Agreement(outcome="audited" if is_sure else "escalated", **facts)
         return _finish(far, outcome, started_s, request, route, permits)
     if is_sure:
-        route = Route("edge", _sure(found, facts), done.route.before)
+        route = Route("edge", sure(found, facts), done.route.before)
         kept = Agreement(outcome="kept", **facts)
         return _finish(done, kept, started_s, request, route, permits)
     why_not = "the mode is edge_only"
     if error is not None:
         why_not = f"the cloud could not be asked: {error.problem}"
-    unmet = f"{_unsure(found, facts)}, and {why_not}"
+    unmet = f"{unsure(found, facts)}, and {why_not}"
     if wish.require:
         raise AgreementNotMet(
             f"{request.model!r}: {unmet}",
@@ -312,14 +312,14 @@ def wish_of(core: Core, request: Request) -> ModelCascade:
     )
 
 
-def _cascades_of(core: Core) -> Cascades:
+def cascades_of(core: Core) -> Cascades:
     with _MAKING:
         if core.cascades is None:
             core.cascades = Cascades(core.cascade.calibrations if core.cascade else None)
         return core.cascades
 
 
-def _applicable(core: Core, cascades: Cascades, request: Request) -> Watched | None:
+def applicable(core: Core, cascades: Cascades, request: Request) -> Watched | None:
     """The calibration, checked against what is known of both variants before anything runs.
 
     `None` when the device does not have the model: then only the cloud can answer.
@@ -392,7 +392,7 @@ def _finish(
     )
 
 
-def _unsure(found: Threshold, facts: dict[str, Any]) -> str:
+def unsure(found: Threshold, facts: dict[str, Any]) -> str:
     target, bound = facts["target"], facts["threshold"]
     if bound == math.inf:
         return f"the calibration lets the device keep nothing at an agreement of {target:g}"
@@ -402,7 +402,7 @@ def _unsure(found: Threshold, facts: dict[str, Any]) -> str:
     )
 
 
-def _sure(found: Threshold, facts: dict[str, Any]) -> str:
+def sure(found: Threshold, facts: dict[str, Any]) -> str:
     target, bound = facts["target"], facts["threshold"]
     if bound == -math.inf:
         return f"the calibration lets the device keep everything at an agreement of {target:g}"

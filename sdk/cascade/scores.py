@@ -3,12 +3,12 @@
 Any function of the edge's outputs is a valid score: a bad one makes the cascade escalate more, not
 agree less. Higher means surer; what is not finite scores minus infinity and is never kept.
 
-Text generation has no score here: the engines give out tokens and no log-probabilities, so there
-is nothing to tell a sure answer from an unsure one. `task_of` says so.
+An answer in text is scored while it comes, from the logits of its tokens (`AnswerScores`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -17,11 +17,27 @@ import numpy as np
 from nearfar.bundle.manifest import Manifest
 from nearfar.errors import BundleError, InvalidInput
 
-ScoreName = Literal["margin", "max_probability", "entropy", "typicality"]
+ScoreName = Literal[
+    "margin",
+    "max_probability",
+    "entropy",
+    "typicality",
+    "answer_probability",
+    "least_probability",
+    "least_margin",
+]
 #: Scores of classifiers.
 CLASS_SCORES: tuple[ScoreName, ...] = ("margin", "max_probability", "entropy")
+#: Scores of answers in text. None of them rises while the answer grows.
+TEXT_SCORES: tuple[ScoreName, ...] = ("answer_probability", "least_probability", "least_margin")
 
-CascadeTask = Literal["classification", "embedding"]
+CascadeTask = Literal["classification", "embedding", "text-generation"]
+#: Which scores an answer to each task can have.
+SCORES_OF: dict[CascadeTask, tuple[ScoreName, ...]] = {
+    "classification": CLASS_SCORES,
+    "embedding": ("typicality",),
+    "text-generation": TEXT_SCORES,
+}
 
 #: Logarithm of what is too small for float32: how far a saturated softmax can be read.
 _SMALLEST = 1e-38
@@ -44,7 +60,7 @@ def task_of(manifest: Manifest) -> CascadeTask:
             )
         return "embedding"
     if manifest.task == "text-generation":
-        raise no_log_probabilities(manifest.name)
+        return "text-generation"
     if manifest.label_output is None and manifest.task != "classification":
         raise InvalidInput(
             f"The manifest of {manifest.name!r} does not say which output holds class scores",
@@ -52,16 +68,6 @@ def task_of(manifest: Manifest) -> CascadeTask:
             fix="Convert it as a classification model, or set `label_output`",
         )
     return "classification"
-
-
-def no_log_probabilities(model: str) -> InvalidInput:
-    """Why text generation has no cascade."""
-    return InvalidInput(
-        f"{model!r} generates text, and its engine gives no token log-probabilities, so there is "
-        "no confidence to go by",
-        field="min_agreement",
-        fix="Leave min_agreement out; objective='quality' prefers the better variant",
-    )
 
 
 def class_scores(outputs: Mapping[str, np.ndarray], manifest: Manifest) -> np.ndarray:
@@ -130,6 +136,65 @@ def confidence(name: ScoreName, scores: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} is no score of classifiers")
     finite = np.isfinite(scores).all(axis=-1) & np.isfinite(values)
     return np.asarray(np.where(finite, values, -np.inf))
+
+
+class AnswerScores:
+    """How sure the model is of the answer it is giving; a `TokenWatch`.
+
+    Temperature, penalties and cuts of the sampling do not enter: the scores are the model's own.
+
+    Attributes:
+        tokens: How many were seen, the one that ends the answer among them.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._values: dict[ScoreName, float] = {
+            "answer_probability": 0.0,
+            "least_probability": 0.0,
+            "least_margin": math.inf,
+        }
+
+    def __call__(self, logits: np.ndarray, token: int) -> None:
+        """Take the next token.
+
+        Args:
+            logits: float32, shape (vocabulary,).
+            token: Which was chosen.
+        """
+        self.tokens += 1
+        chosen = float(logits[token])
+        others = np.array(logits)
+        others[token] = -np.inf
+        margin = chosen - float(others.max())
+        top = float(logits.max())
+        with np.errstate(invalid="ignore", over="ignore"):
+            log_sum = top + math.log(float(np.exp(logits - top, dtype=np.float64).sum()))
+        log_probability = chosen - log_sum
+        if not (math.isfinite(log_probability) and math.isfinite(margin)):
+            log_probability = margin = -math.inf
+        values = self._values
+        values["answer_probability"] += log_probability
+        values["least_probability"] = min(values["least_probability"], log_probability)
+        values["least_margin"] = min(values["least_margin"], margin)
+
+    def value(self, name: ScoreName) -> float:
+        """One score so far, in nats; it can only fall while the answer grows.
+
+        Args:
+            name: ``answer_probability``: logarithm of the probability of the whole answer;
+                ``least_probability``: that of its unlikeliest token; ``least_margin``: logarithm of
+                how many times likelier than the next best the least clear token was.
+
+        Returns:
+            Minus infinity for an answer without a token, and where logits were not finite.
+        """
+        return self._values[name] if self.tokens else -math.inf
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two answers say the same: the same text, white space aside."""
+    return one.split() == other.split()
 
 
 def typicality(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:

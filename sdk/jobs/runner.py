@@ -104,7 +104,7 @@ class Runner:
     def _perform(self, job: Claimed, request: Request) -> Any:
         client = self._client
         if request.method == "generate":
-            with client._stream(request) as stream:
+            with client._answer(request) as stream:
                 looked_s = time.monotonic()
                 for _ in stream:
                     if self._is_stopping:
@@ -199,7 +199,7 @@ class AsyncRunner:
     async def _perform(self, job: Claimed, request: Request) -> Any:
         client = self._client
         if request.method == "generate":
-            async with await client._stream(request) as stream:
+            async with await client._answer(request) as stream:
                 looked_s = time.monotonic()
                 async for _ in stream:
                     if time.monotonic() - looked_s < _LOOK_EVERY_S:

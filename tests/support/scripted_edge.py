@@ -23,6 +23,7 @@ class ScriptedEdge:
         calls: What was asked: ("infer" | "generate", model, prompt or None, options or None).
         wait_s: Expected wait for a slot, as the router sees it.
         pause_s: Between tokens, and before an answer to `infer`.
+        margins: Of the tokens, in their order, as a watch sees them; 10 for those after the last.
     """
 
     def __init__(self, models: Sequence[Manifest]) -> None:
@@ -34,6 +35,7 @@ class ScriptedEdge:
         self.pause_s = 0.0
         self.closed = False
         self.cancelled = 0
+        self.margins: tuple[float, ...] = ()
 
     def models(self) -> list[Manifest]:
         return list(self._models.values())
@@ -81,11 +83,13 @@ class ScriptedEdge:
             compute_s=0.0001,
         )
 
-    def generate(self, model, prompt, options, *, cancel=None, **_: object) -> ScriptedGeneration:
+    def generate(
+        self, model, prompt, options, *, cancel=None, watch=None, **_: object
+    ) -> ScriptedGeneration:
         self.calls.append(("generate", model, prompt, options))
         if self.fail_with is not None and self.cut_after is None:
             raise self.fail_with
-        return ScriptedGeneration(self, options.max_new_tokens, cancel)
+        return ScriptedGeneration(self, options.max_new_tokens, cancel, watch)
 
 
 class ScriptedGeneration:
@@ -97,8 +101,8 @@ class ScriptedGeneration:
     prefill_s = 0.001
     decode_s = 0.001
 
-    def __init__(self, edge: ScriptedEdge, count: int, cancel) -> None:
-        self._pieces = self._run(edge, count, cancel)
+    def __init__(self, edge: ScriptedEdge, count: int, cancel, watch=None) -> None:
+        self._pieces = self._run(edge, count, cancel, watch)
 
     def __next__(self) -> GenerationChunk:
         return next(self._pieces)
@@ -108,7 +112,7 @@ class ScriptedGeneration:
             self._pieces.close()
 
     @staticmethod
-    def _run(edge: ScriptedEdge, count: int, cancel) -> Iterator[GenerationChunk]:
+    def _run(edge: ScriptedEdge, count: int, cancel, watch) -> Iterator[GenerationChunk]:
         for index in range(count):
             if edge.cut_after is not None and index >= edge.cut_after:
                 assert edge.fail_with is not None
@@ -118,6 +122,9 @@ class ScriptedGeneration:
                 return
             if edge.pause_s:
                 time.sleep(edge.pause_s)
+            if watch is not None:
+                margin = edge.margins[index] if index < len(edge.margins) else 10.0
+                watch(np.array([0.0, margin], np.float32), 1)
             yield GenerationChunk(index=index, text=f"e{index} ")
         yield GenerationChunk(
             index=count,

@@ -295,16 +295,6 @@ def test_an_agreement_must_be_a_part(make, wrong):
         make().infer("shapes", SURE, min_agreement=wrong)
 
 
-def test_text_generation_says_that_it_has_no_cascade(make):
-    with pytest.raises(InvalidInput, match="log-probabilities"):
-        make().generate("story", "once", min_agreement=0.98)
-    with pytest.raises(InvalidInput, match="log-probabilities"):
-        make(models={"story": ModelCascade(min_agreement=0.9)}).generate("story", "once")
-    client = make(models={"story": ModelCascade(min_agreement=0.9)})
-    text = client.generate("story", "once", min_agreement=0, max_new_tokens=2, mode="edge_only")
-    assert text.text() == "e0 e1 "
-
-
 def test_explaining_shows_the_first_step(make, cloud):
     client = make()
     assert client.explain("shapes", feeds=SURE, min_agreement=0.98).inputs.mode == "prefer_edge"
