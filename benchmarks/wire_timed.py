@@ -65,12 +65,10 @@ class _Timed:
             size_bytes: int = super().send(message, tensors, borrow=borrow)  # type: ignore[misc]
         return size_bytes
 
-    def records_to_send(
-        self, now_s: float | None, at_most_bytes: int
-    ) -> tuple[list[bytes | bytearray], bool]:
+    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> tuple[list[Buffer], bool]:
         with CLOCK:
             leave = super().records_to_send  # type: ignore[misc]
-            leaving: tuple[list[bytes | bytearray], bool] = leave(now_s, at_most_bytes)
+            leaving: tuple[list[Buffer], bool] = leave(now_s, at_most_bytes)
         return leaving
 
 

@@ -101,6 +101,8 @@ def max_sealed_bytes(limits: Limits) -> int:
     return _max_record_bytes(limits.max_message_bytes)
 
 
+#: Shorter records are not worth a look at where their plaintext belongs.
+_LONG_BYTES = 4096
 #: With ordinary limits.
 _MAX_RECORD_BYTES = MAX_PLAINTEXT_BYTES + records.OVERHEAD_BYTES
 
@@ -134,7 +136,7 @@ class _Session(abc.ABC):
         self._opener: RecordOpener | None = None
         self._assembler = Assembler()
         self._outbox = Outbox()
-        self._outgoing: deque[bytes | bytearray] = deque()  # sealed, or of the handshake
+        self._outgoing: deque[Buffer] = deque()  # sealed, or of the handshake
         self._unsent_replies = 0
         self._failure: NearfarError | None = None
         #: A server's, while the channel stands: the client's proof is checked with it.
@@ -193,7 +195,10 @@ class _Session(abc.ABC):
                 f"{_max_record_bytes(max_message_bytes)} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
             )
-        record_type, plaintext = opener.open(data)
+        into = None
+        if len(data) > _LONG_BYTES:
+            into = self._assembler.room_for(len(data) - records.OVERHEAD_BYTES)
+        record_type, plaintext = opener.open(data, into=into)
         if record_type != records.TYPE_MESSAGE:
             raise RemoteProtocolError(
                 f"The peer sent a record of unknown type {record_type}",
@@ -233,7 +238,7 @@ class _Session(abc.ABC):
     def _heed(self, message: Message) -> None:
         """Take note of what a message says about the session itself."""
 
-    def next_to_send(self, now_s: float | None = None) -> bytes | bytearray | None:
+    def next_to_send(self, now_s: float | None = None) -> Buffer | None:
         """The websocket binary message that leaves next; `None` when none does now.
 
         Sealed only now, so that what is queued while the one before is being sent can overtake
@@ -255,15 +260,13 @@ class _Session(abc.ABC):
             self._unsent_replies = 0
         return None
 
-    def records_to_send(
-        self, now_s: float | None, at_most_bytes: int
-    ) -> tuple[list[bytes | bytearray], bool]:
+    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> tuple[list[Buffer], bool]:
         """Several at once: as many as may leave now, until they are that long together.
 
         Returns:
             The records, and whether they are all: `is_quiet`.
         """
-        sealed: list[bytes | bytearray] = []
+        sealed: list[Buffer] = []
         while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
             sealed.append(record)
             at_most_bytes -= len(record)
@@ -277,7 +280,7 @@ class _Session(abc.ABC):
         """Whether nothing will leave before the next `receive`, `send` or `close`."""
         return self._outbox.is_idle and not self._outgoing
 
-    def data_to_send(self, now_s: float | None = None) -> list[bytes | bytearray]:
+    def data_to_send(self, now_s: float | None = None) -> list[Buffer]:
         """All websocket binary messages that may leave now, in order: `next_to_send` until `None`.
 
         Look again after every `receive` (also when it raised), `send` and `close`.

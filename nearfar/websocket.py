@@ -115,13 +115,13 @@ class DirectConnection(Connection):
         """Whether `write` may be called: open, and the other end keeps up."""
         return self._is_writable and self.protocol.state is State.OPEN
 
-    def write(self, records: list[bytes | bytearray]) -> None:
+    def write(self, records: list[Buffer]) -> None:
         """Write binary messages at once, together; only while `is_writable`.
 
         Args:
             records: Each becomes one message, in their order.
         """
-        parts: list[bytes | bytearray] = []
+        parts: list[Buffer] = []
         masks = self._masks
         bit = _MASKED if masks else 0
         for record in records:

@@ -165,6 +165,7 @@ class Assembler:
 
     def __init__(self) -> None:
         self._unfinished: dict[int, _Unfinished] = {}
+        self._covered = b""  # of a message, by the header of a record that lies in its place
 
     @property
     def unfinished(self) -> int:
@@ -183,19 +184,49 @@ class Assembler:
         """Announced length of those messages together."""
         return sum(len(one.area) for one in self._unfinished.values())
 
-    def feed(self, plaintext: bytes, *, max_message_bytes: int) -> list[Arrived]:
+    def room_for(self, plaintext_bytes: int) -> memoryview | None:
+        """Where the plaintext of the next record should lie, so that its piece is where it belongs.
+
+        A guess: that the next record carries the next piece of the one unfinished message, and
+        nothing else. `feed` puts right what it covered, also when it was wrong.
+
+        Args:
+            plaintext_bytes: Length of the plaintext.
+
+        Returns:
+            That many bytes; `None` when there is no such place.
+        """
+        if len(self._unfinished) != 1 or plaintext_bytes <= HEADER_BYTES:
+            return None
+        (one,) = self._unfinished.values()
+        start = one.filled_bytes - HEADER_BYTES
+        if start < 0 or start + plaintext_bytes > len(one.area):
+            return None
+        self._covered = bytes(one.area[start : one.filled_bytes])
+        return one.area[start : start + plaintext_bytes]
+
+    def feed(self, plaintext: bytes | memoryview, *, max_message_bytes: int) -> list[Arrived]:
         """Take the plaintext of one record.
 
         Args:
-            plaintext: The messages found are views of it.
+            plaintext: The messages found are views of it; it lies in `room_for`, if that was asked.
             max_message_bytes: Longest message allowed now; checked before memory is spent.
 
         Raises:
             RemoteProtocolError: The layout is wrong, or it is too much.
         """
+        record_bytes = len(plaintext) + OVERHEAD_BYTES
+        if self._covered:
+            number, one = next(iter(self._unfinished.items()))
+            moved = self._uncover(number, one, memoryview(plaintext))
+            if moved is None:
+                finished = self._grow(number, one, len(plaintext) - HEADER_BYTES, record_bytes)
+                return [finished] if finished else []
+            plaintext = moved
+        elif not isinstance(plaintext, bytes):
+            plaintext = bytes(plaintext)
         view = memoryview(plaintext)
         total, position = len(view), 0
-        record_bytes = total + OVERHEAD_BYTES
         if total > HEADER_BYTES:  # nearly always: one whole message, and perhaps padding
             word, length = _HEADER.unpack_from(view)
             end = HEADER_BYTES + length
@@ -238,6 +269,19 @@ class Assembler:
             return [Arrived(arrived[0].message, record_bytes)]
         return arrived
 
+    def _uncover(self, number: int, one: _Unfinished, view: memoryview) -> bytes | None:
+        """Put back what the record's header covered.
+
+        Returns:
+            `None` when the record is the piece that was guessed, else its plaintext, elsewhere.
+        """
+        word, length = _HEADER.unpack_from(view)
+        is_piece = word == _PIECE << 24 | number and length == len(view) - HEADER_BYTES
+        moved = None if is_piece else bytes(view)
+        one.area[one.filled_bytes - HEADER_BYTES : one.filled_bytes] = self._covered
+        self._covered = b""
+        return moved
+
     def _begin(self, number: int, body: memoryview, max_message_bytes: int) -> memoryview:
         if len(body) < _ANNOUNCEMENT.size:
             raise _bad("a first piece is cut")
@@ -261,9 +305,15 @@ class Assembler:
         if not data or end > len(one.area):
             raise _bad("a piece is empty or too long")
         one.area[one.filled_bytes : end] = data
-        one.filled_bytes = end
+        return self._grow(number, one, len(data), record_bytes)
+
+    def _grow(
+        self, number: int, one: _Unfinished, size_bytes: int, record_bytes: int
+    ) -> Arrived | None:
+        """Count a piece that lies where it belongs."""
+        one.filled_bytes += size_bytes
         one.size_bytes += record_bytes
-        if end < len(one.area):
+        if one.filled_bytes < len(one.area):
             return None
         del self._unfinished[number]
         return Arrived(one.area.toreadonly(), one.size_bytes, one.stream)

@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 from typing import Union
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
@@ -127,9 +128,7 @@ class RecordSealer:
         self._sequence = 0
         self._limits = limits
 
-    def seal(
-        self, record_type: int, plaintext: Buffer, *, now_s: float | None = None
-    ) -> bytes | bytearray:
+    def seal(self, record_type: int, plaintext: Buffer, *, now_s: float | None = None) -> Buffer:
         """One record, ready to send; records must be sent in the order they were sealed.
 
         Args:
@@ -151,14 +150,14 @@ class RecordSealer:
         sequence = self._sequence
         header = _HEADER.pack(record_type, epoch.number, sequence)
         nonce = (epoch.iv ^ sequence).to_bytes(_NONCE_BYTES, "big")
-        record: bytes | bytearray
+        record: Buffer
         if size_bytes <= _SHORT_BYTES:
             record = header + epoch.aead.encrypt(nonce, plaintext, header)
         else:
-            record = bytearray(size_bytes + OVERHEAD_BYTES)
+            # numpy's memory is not cleared first, as that of a bytearray is
+            record = np.empty(size_bytes + OVERHEAD_BYTES, np.uint8).data
             record[: _HEADER.size] = header
-            with memoryview(record) as view:
-                epoch.aead.encrypt_into(nonce, plaintext, header, view[_HEADER.size :])
+            epoch.aead.encrypt_into(nonce, plaintext, header, record[_HEADER.size :])
         epoch.records += 1
         epoch.size_bytes += size_bytes
         self._sequence = sequence + 1
@@ -185,8 +184,15 @@ class RecordOpener:
         self._sequence = 0
         self._limits = limits
 
-    def open(self, record: Buffer) -> tuple[int, bytes]:
+    def open(
+        self, record: Buffer, *, into: memoryview | None = None
+    ) -> tuple[int, bytes | memoryview]:
         """Type and plaintext of the next record.
+
+        Args:
+            record: All of it.
+            into: Where the plaintext shall lie, just as long; when the record is refused, anything
+                may lie there. `None` makes a new one.
 
         Raises:
             SecurityError: Anything is wrong with it: always the same error.
@@ -208,7 +214,13 @@ class RecordOpener:
             raise channel_failed()
         try:
             nonce = (epoch.iv ^ sequence).to_bytes(_NONCE_BYTES, "big")
-            plaintext = epoch.aead.decrypt(nonce, memoryview(record)[_HEADER.size :], header)
+            sealed = memoryview(record)[_HEADER.size :]
+            plaintext: bytes | memoryview
+            if into is None:
+                plaintext = epoch.aead.decrypt(nonce, sealed, header)
+            else:
+                epoch.aead.decrypt_into(nonce, sealed, header, into)
+                plaintext = into
         except InvalidTag:
             raise channel_failed() from None
         epoch.records += 1

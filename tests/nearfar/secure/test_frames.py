@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -105,6 +106,52 @@ def test_pieces_of_several_messages_interleave(
         arrived += whole(feed(assembler, queue.pop(0)))
         queues = [queue for queue in queues if queue]
     assert sorted(arrived) == sorted(messages)
+
+
+def lying_where_they_belong(assembler: Assembler, plaintext: bytes) -> list[Arrived]:
+    """Feed a plaintext as a session does: where the assembler has room for it."""
+    room = assembler.room_for(len(plaintext))
+    if room is None:
+        return feed(assembler, plaintext)
+    room[:] = plaintext
+    return assembler.feed(room, max_message_bytes=LIMIT)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=MAX_UNFINISHED),
+    st.integers(17, 200),
+    st.integers(0, 1 << 32),
+)
+def test_it_does_not_matter_where_a_plaintext_lay(
+    sizes: list[int], record_bytes: int, seed: int
+) -> None:
+    chance = random.Random(seed)
+    streams = [
+        pieces(chance.randbytes(size), number, record_bytes, stream=number)
+        for number, size in enumerate(sizes, 1)
+    ]
+    copying, placing = Assembler(), Assembler()
+    while streams:
+        kind = chance.randrange(20)
+        if kind == 0:
+            plaintext = chance.randbytes(chance.randrange(40))  # means nothing
+        elif kind < 5:
+            plaintext = frame([b"hi"], 2)
+        else:
+            chosen = chance.choice(streams)
+            plaintext = chosen.pop(0)
+            streams = [left for left in streams if left]
+        try:
+            expected = feed(copying, plaintext)
+        except RemoteProtocolError as error:
+            with pytest.raises(RemoteProtocolError, match=re.escape(str(error))):
+                lying_where_they_belong(placing, plaintext)
+            return
+        found = lying_where_they_belong(placing, plaintext)
+        assert whole(found) == whole(expected)
+        assert [one[1:] for one in found] == [one[1:] for one in expected]
+        assert placing.oldest == copying.oldest
 
 
 def test_sizes_on_the_wire_are_counted() -> None:
