@@ -311,7 +311,9 @@ def test_the_largest_record_stays_within_1024_bytes() -> None:
                             rule_ids=("r" * 48,) * 50,
                             reason="ü" * 500,
                             policy_hash=HASH,
-                            require=Requirement(region=("r" * 32,)),
+                            require=Requirement(
+                                padding="balanced", attestation=True, region=("r" * 32,)
+                            ),
                         ),
                         edge=msgspec.structs.replace(state, obstacle=obstacle),
                         cloud=msgspec.structs.replace(state, obstacle=obstacle),
