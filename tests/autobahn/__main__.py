@@ -82,7 +82,7 @@ class Echo:
                 websocket.write([data])
             elif _is_utf8(data):
                 websocket.protocol.send_text(data)
-                websocket.write([])
+                websocket.send_data()
             else:
                 self._closing = asyncio.ensure_future(websocket.close(1007))
 
