@@ -244,6 +244,12 @@ verdicts = st.builds(
     rule_ids=st.lists(st.text("abc", min_size=1, max_size=48), max_size=9).map(tuple),
     reason=names,
     policy_hash=st.just(HASH),
+    require=st.builds(
+        Requirement,
+        padding=st.sampled_from(("off", "balanced", "strict")),
+        attestation=st.booleans(),
+        region=st.none() | st.just(("eu",)),
+    ),
 )
 any_inputs = st.builds(
     DecisionInputs,
