@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz import state_corpus, targets, trust_corpus
+from fuzz import channel_corpus, state_corpus, targets, trust_corpus
 from fuzz.common import joined
 from nearfar.bundle.manifest import (
     FileEntry,
@@ -33,8 +33,8 @@ VECTORS = ROOT / "tests" / "vectors"
 
 #: Targets whose format is text: a fuzzer gets its words.
 TEXTS = (
-    "policy", "config", "manifest", "token", "issuers", "rotation", "trust_file", "signature",
-    "routing_memory", "state_file",
+    "policy", "policy_cases", "config", "manifest", "token", "issuers", "rotation", "trust_file",
+    "signature", "routing_memory", "state_file",
 )  # fmt: skip
 
 #: More is slower and finds nothing new.
@@ -151,6 +151,18 @@ def _toml(name: str) -> Iterator[bytes]:
             yield part.encode() if name != "policy.md" else b"version = 1\n" + part.encode()
 
 
+def _cases() -> Iterator[bytes]:
+    """The example of the documentation, for a rule that the harness's policy has; and others."""
+    page = (ROOT / "docs" / "reference" / "policy.md").read_text()
+    (example,) = re.findall(r"```toml\n(# cases.toml\n.*?)```", page, re.S)
+    yield example.replace('"clinic-2"', '"a"').encode()
+    for shaping, attested, expect in (("off", "true", "denied"), ("strict", "false", "edge_only")):
+        yield (
+            f'[[case]]\nmodel = "m"\nsensitivity = "public"\nshaping = "{shaping}"\n'
+            f'attested = {attested}\nexpect = "{expect}"\nregion = "eu"\nnetwork = "wifi"\n'
+        ).encode()
+
+
 def _manifest(task: Task, **fields: Any) -> bytes:
     def file(path: str) -> FileEntry:
         return FileEntry(path=path, size_bytes=8, sha256="0" * 64)
@@ -223,7 +235,11 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "decision": state_corpus.decisions,
     "manifest": _manifests,
     "policy": lambda: _toml("policy.md"),
+    "policy_cases": _cases,
     "config": lambda: _toml("configuration.md"),
+    "websocket": channel_corpus.websockets,
+    "pieces_of_messages": channel_corpus.pieces,
+    "outbox": channel_corpus.queues,
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuzz import state_targets, trust_targets
+from fuzz import channel_targets, state_targets, trust_targets
 from fuzz.common import IDENTITY, NOW_S, directory, joined, pieces
 from nearfar.bundle.bundle import read_manifest
 from nearfar.bundle.manifest import decode_manifest, encode_manifest
@@ -28,7 +28,8 @@ from nearfar.wire.codec import decode, encode
 from nearfar.wire.connection import Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
 from sdk.config_file import parse_config
-from sdk.policy import parse_policy
+from sdk.policy import Policy, parse_policy
+from sdk.policy.cases import outcome, parse_cases, run_case
 
 __all__ = ["TARGETS", "joined", "pieces"]
 
@@ -291,6 +292,27 @@ def policy(data: bytes) -> None:
     assert parse_policy(data.decode("utf-8")) == parsed
 
 
+@functools.cache
+def _policy() -> Policy:
+    return parse_policy(
+        'version = 1\n[[rule]]\nid = "a"\nwhen = { sensitivity = { at_most = "internal" } }\n'
+        'effect = "cloud_ok"\nrequire = { padding = "balanced" }'
+    )
+
+
+def policy_cases(data: bytes) -> None:
+    """A table of expectations for a policy."""
+    try:
+        cases = parse_cases(data.decode("utf-8", "surrogateescape"), _policy())
+    except ConfigError:
+        return
+    for case in cases:
+        result = run_case(_policy(), case)
+        assert result.mismatch or outcome(result.verdict) == case.expect
+        is_padded = case.facts.shaping in ("balanced", "strict")
+        assert is_padded or not result.verdict.cloud
+
+
 def config(data: bytes) -> None:
     """A nearfar.toml."""
     try:
@@ -326,6 +348,10 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         state_targets.decision,
         manifest,
         policy,
+        policy_cases,
         config,
+        channel_targets.websocket,
+        channel_targets.pieces_of_messages,
+        channel_targets.outbox,
     )
 }

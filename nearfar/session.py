@@ -514,6 +514,11 @@ class ClientSession(_Session):
         self.send(msgspec.structs.replace(self._auth, proof=proof))
 
     @property
+    def shaping(self) -> Shaping:
+        """How what is sent now is shaped."""
+        return self._outbox.shaping
+
+    @property
     def attested(self) -> AttestedFacts | None:
         """What the server's evidence showed; `None` without a verifier."""
         return self._handshake.attested

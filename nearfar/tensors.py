@@ -29,7 +29,15 @@ NUMPY_OF: dict[str, np.dtype[np.generic]] = {
 _NAME_OF = {dtype: name for name, dtype in NUMPY_OF.items()}
 
 #: Protocol name -> name of the type in the package ml_dtypes, where numpy has none of its own.
-EXTENDED = {"BF16": "bfloat16", "INT4": "int4", "UINT4": "uint4"}
+EXTENDED = {
+    "BF16": "bfloat16",
+    "FP8E4M3FN": "float8_e4m3fn",
+    "FP8E4M3FNUZ": "float8_e4m3fnuz",
+    "FP8E5M2": "float8_e5m2",
+    "FP8E5M2FNUZ": "float8_e5m2fnuz",
+    "INT4": "int4",
+    "UINT4": "uint4",
+}
 _EXTENDED_NAME_OF = {name: datatype for datatype, name in EXTENDED.items()}
 
 #: Two elements in a byte, in files and on the wire; ml_dtypes keeps one in a byte.
@@ -52,6 +60,10 @@ OF_ONNXRUNTIME = {
     "tensor(uint4)": "UINT4",
     "tensor(int4)": "INT4",
     "tensor(bfloat16)": "BF16",
+    "tensor(float8e4m3fn)": "FP8E4M3FN",
+    "tensor(float8e4m3fnuz)": "FP8E4M3FNUZ",
+    "tensor(float8e5m2)": "FP8E5M2",
+    "tensor(float8e5m2fnuz)": "FP8E5M2FNUZ",
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",

@@ -101,7 +101,7 @@ class Core:
         self.known = known
         #: Told every decision that a request is bound by; `None` when nobody asked for it.
         self.record: Callable[[RouteDecision], None] | None = None
-        self._verdicts: dict[tuple[str | None, ...], Verdict] = {}
+        self._verdicts: dict[tuple[Any, ...], Verdict] = {}
         self.cascade = cascade
         self.cascaded = cascade.models if cascade is not None else {}
         self.cascades: Cascades | None = None
@@ -423,10 +423,12 @@ class Core:
             request.purpose,
             request.tenant,
             self.known.region(),
+            self.known.shaping(),
+            self.known.attested(),
         )
         verdict = self._verdicts.get(facts)
         if verdict is None:
-            model, task, sensitivity, purpose, tenant, region = facts
+            model, task, sensitivity, purpose, tenant, region, shaping, attested = facts
             verdict = evaluate(
                 self.policy,
                 RequestFacts(
@@ -436,6 +438,8 @@ class Core:
                     purpose=purpose,
                     tenant=tenant,
                     region=region,
+                    shaping=shaping,
+                    attested=attested,
                 ),
             )
             if len(self._verdicts) >= _MAX_VERDICTS:

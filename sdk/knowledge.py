@@ -38,6 +38,7 @@ from sdk.steps import Answer
 
 if TYPE_CHECKING:
     from edge_runtime import EdgeModel
+    from nearfar.secure.shaping import Shaping
     from nearfar.wire.messages import ModelOffer
     from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
@@ -146,6 +147,17 @@ class Knowledge:
         if stated and claimed and stated != claimed:
             return None  # one of them is wrong; rules that need a region then do not hold
         return stated or claimed
+
+    def shaping(self) -> Shaping | None:
+        """Least shaping of every connection: the session refuses a cloud that offers less."""
+        return None if self.link is None else self.link.config.shaping
+
+    def attested(self) -> bool | None:
+        """Whether no connection is made without evidence that a plug-in accepts."""
+        if self.link is None:
+            return None
+        config = self.link.config
+        return config.attestation is not None or config.verifier is not None
 
     def claimed_region(self) -> str | None:
         """Where the cloud itself says it stands; `None` before it was asked."""

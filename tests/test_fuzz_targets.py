@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import corpus, state_targets, targets, trust_targets
+from fuzz import channel_targets, corpus, state_targets, targets, trust_targets
 from nearfar.secure.keys import KeyConfiguration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,10 @@ def test_an_error_that_is_not_documented_gets_out(monkeypatch: pytest.MonkeyPatc
         ("state_file", state_targets, "Knowledge"),
         ("decision", state_targets, "decode_decision"),
         ("frames", targets.frame_layout.Assembler, "feed"),
+        ("policy_cases", targets, "parse_cases"),
+        ("websocket", channel_targets.DirectConnection, "_take_whole"),
+        ("pieces_of_messages", channel_targets.Pieces, "take"),
+        ("outbox", channel_targets.queue.Outbox, "next"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, place, broken)

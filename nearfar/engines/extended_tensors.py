@@ -1,8 +1,8 @@
 """Tensors that ONNX Runtime computes with, and its Python API does not take or give as arrays.
 
-numpy has no bfloat16 and no 4-bit integers. ONNX Runtime (seen in 1.31) refuses arrays of ml_dtypes
-as inputs, and has no arrays for such outputs. It does take the plain bytes with a type beside them
-(`OrtValue.ortvalue_from_numpy_with_onnx_type`), and tells where an output lies.
+numpy has no bfloat16, no 8-bit floats and no 4-bit integers. ONNX Runtime (seen in 1.31) refuses
+arrays of ml_dtypes as inputs, and has no arrays for such outputs. It does take the plain bytes with
+a type beside them (`OrtValue.ortvalue_from_numpy_with_onnx_type`), and tells where an output lies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from nearfar.bundle.manifest import TensorSpec
 from nearfar.tensors import EXTENDED, PACKED, numpy_of, pack_4bit, unpack_4bit
 
 #: Source: onnx.proto, `TensorProto.DataType`.
-_ONNX_TYPE = {"BF16": 16, "UINT4": 21, "INT4": 22}
+_ONNX_TYPE = {
+    "BF16": 16, "FP8E4M3FN": 17, "FP8E4M3FNUZ": 18, "FP8E5M2": 19, "FP8E5M2FNUZ": 20,
+    "UINT4": 21, "INT4": 22,
+}  # fmt: skip
 
 
 def run(
@@ -28,9 +31,9 @@ def run(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
 ) -> list[np.ndarray]:
-    """Run a session some of whose tensors are BF16, INT4 or UINT4.
+    """Run a session some of whose tensors have a datatype in `EXTENDED`.
 
-    Such inputs are copied unless they are contiguous BF16; such outputs always.
+    Such inputs are copied if they are 4-bit or not contiguous; such outputs always.
 
     Args:
         session: An `onnxruntime.InferenceSession`.
@@ -62,7 +65,7 @@ def run(
 def _raw(array: np.ndarray, datatype: str) -> np.ndarray:
     """The bytes as ONNX Runtime keeps them, in an array of the tensor's shape."""
     if datatype not in PACKED:
-        return np.asarray(array, order="C").view(np.uint16)
+        return np.asarray(array, order="C").view(f"u{array.itemsize}")
     # The shape is taken from the array, which is therefore twice as long as what is read of it.
     raw = np.zeros(array.shape, np.uint8)
     packed = pack_4bit(array)

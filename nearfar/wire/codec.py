@@ -286,7 +286,7 @@ def _dtype_of(datatype: str) -> np.dtype[np.generic]:
     try:
         return numpy_of(datatype)
     except InvalidInput:
-        return np.dtype("V1" if datatype in PACKED else "V2")
+        return np.dtype("V2" if datatype == "BF16" else "V1")
 
 
 def _array(

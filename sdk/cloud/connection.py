@@ -359,13 +359,13 @@ class Connection:
         """Queue one message through the door in `sdk.cloud.egress`; returns its sealed size.
 
         Raises:
-            PolicyDenied: No permit.
+            PolicyDenied: No permit, or this connection is not what policy demands.
             CloudUnavailable: The connection has ended.
             LocalProtocolError: The message is not allowed now, or too large.
         """
         if self.error is not None:
             raise self.error
-        return egress.send(self._transport, permit, message, tensors)
+        return egress.send(self._transport, permit, message, tensors, self._session, self.ready)
 
     def open_stream(
         self,

@@ -3,7 +3,9 @@
 The link has no other way to send: `send` here is the only caller of ``ClientSession.send`` in the
 client (a test reads the source to keep it so). What carries an app's content needs a `Permit`; a
 permit cannot be made from a verdict that keeps the request on the device, nor from one whose
-demands this version cannot meet. Everything unexpected is refused: the door fails closed.
+demands this version cannot meet. What policy demands of the channel is compared with the connection
+itself, for every message: it counts what was agreed and proven there, not what the configuration
+promises. Everything unexpected is refused: the door fails closed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nearfar.errors import PolicyDenied
+from nearfar.secure.shaping import Shaping
 from nearfar.wire.messages import (
     Cancel,
     ClientMessage,
@@ -21,13 +24,18 @@ from nearfar.wire.messages import (
     ListModels,
     Ping,
     Pong,
+    Ready,
     Resume,
 )
-from sdk.policy import Verdict
+from sdk.policy import Requirement, Verdict
+from sdk.policy.evaluate import is_shaped
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from nearfar.secure.attestation import AttestedFacts
+
+_NOTHING = Requirement()
 #: Messages without anything of the app in them: no model name, no content, no length of content.
 _CONTENT_FREE = (ListModels, Ping, Pong)
 
@@ -40,8 +48,24 @@ class Sealer(Protocol):
         ...
 
 
+class Channel(Protocol):
+    """What a connection is, as policy may demand it; `nearfar.session.ClientSession` is one."""
+
+    @property
+    def shaping(self) -> Shaping:
+        """In force for what is sent now."""
+        ...
+
+    @property
+    def attested(self) -> AttestedFacts | None:
+        """What evidence showed that was verified on this very connection."""
+        ...
+
+
 def unmet_demand(verdict: Verdict, region: str | None) -> str | None:
     """What policy demands on the way to the cloud and this version or endpoint does not give.
+
+    The rest of the demands is up to the connection; see `unmet_on`.
 
     Args:
         verdict: The policy's answer.
@@ -53,13 +77,33 @@ def unmet_demand(verdict: Verdict, region: str | None) -> str | None:
     if verdict.transforms:
         return f"policy demands {' and '.join(verdict.transforms)} first, which is not available"
     require = verdict.require
-    if require.attestation:
-        return "policy demands attestation, which is not available"
-    if require.padding != "off":
-        return f"policy demands {require.padding} padding, which is not available"
     if require.region is not None and region not in require.region:
         here = f"the cloud is in {region}" if region else "the cloud's region is not known"
         return f"policy demands region {' or '.join(require.region)}, {here}"
+    return None
+
+
+def unmet_on(channel: Channel | None, ready: Ready | None, require: Requirement) -> str | None:
+    """What policy demands and this connection does not give.
+
+    Args:
+        channel: The session of the connection; `None` meets no demand.
+        ready: What the cloud at its other end said of itself. When it does not say where it
+            stands, the region that the permit was made with holds.
+        require: `Verdict.require`.
+
+    Returns:
+        The demand in words, or `None` when all are met.
+    """
+    if require.attestation and (channel is None or channel.attested is None):
+        return "policy demands attestation, and this connection is not attested"
+    if require.padding != "off":
+        shaping: Shaping = "off" if channel is None else channel.shaping
+        if not is_shaped(shaping, require.padding):
+            return f"policy demands {require.padding} padding, and this connection has {shaping}"
+    region = "" if ready is None else ready.region
+    if require.region is not None and region and region not in require.region:
+        return f"policy demands region {' or '.join(require.region)}, the cloud is in {region}"
     return None
 
 
@@ -78,7 +122,7 @@ class Permit:
         PolicyDenied: The verdict keeps the request on the device, or demands what is not there.
     """
 
-    __slots__ = ("bytes_sent", "model", "verdict")
+    __slots__ = ("bytes_sent", "demands", "model", "verdict")
 
     def __init__(self, verdict: Verdict, model: str, *, region: str | None = None) -> None:
         # `is not True`: a truthy value of another type is a bug somewhere, never a permission.
@@ -98,6 +142,8 @@ class Permit:
                 fix="Change the rule in the policy file, or use a local model",
             )
         self.verdict = verdict
+        #: Whether there is anything to compare the connection with.
+        self.demands = verdict.require != _NOTHING
         self.model = model
         self.bytes_sent = 0
 
@@ -107,6 +153,8 @@ def send(
     permit: Permit | None,
     message: ClientMessage,
     tensors: Sequence[np.ndarray] = (),
+    channel: Channel | None = None,
+    ready: Ready | None = None,
 ) -> int:
     """Seal one message for the cloud.
 
@@ -114,12 +162,17 @@ def send(
         session: Where it is queued.
         permit: Needed for everything that comes from a request; `None` for `ListModels`, `Ping`
             and `Pong`, which carry nothing of the app.
+        message: What to say.
+        tensors: Its tensors.
+        channel: The connection that it would leave on, as it is now.
+        ready: What the cloud at its other end said of itself.
 
     Returns:
         Sealed size in bytes.
 
     Raises:
-        PolicyDenied: There is no permit, or it is for another model.
+        PolicyDenied: There is no permit, it is for another model, or the connection is not what
+            policy demands.
     """
     if type(message) in _CONTENT_FREE:
         return session.send(message)
@@ -130,6 +183,14 @@ def send(
             raise _no_permit(message)
     elif not isinstance(message, (Cancel, Credit, Resume)):
         raise _no_permit(message)
+    if permit.demands:
+        demand = unmet_on(channel, ready, permit.verdict.require)
+        if demand is not None:
+            raise PolicyDenied(
+                f"The request for {permit.model!r} was held back: {demand}",
+                rule=permit.verdict.rule_ids[0] if permit.verdict.rule_ids else "",
+                fix="Ask again; policy then decides with what is known of this connection",
+            )
     size = session.send(message, tensors)
     permit.bytes_sent += size
     return size

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import msgspec
 
 from nearfar.errors import ConfigError
+from nearfar.secure.shaping import LEVELS
 from sdk.policy.evaluate import evaluate
 from sdk.policy.model import Policy, RequestFacts, Verdict
 from sdk.toml_table import Table, parse_toml, suggestion
@@ -15,7 +16,7 @@ Expectation = Literal["denied", "edge_only", "cloud_only", "edge_or_cloud"]
 EXPECTATIONS: tuple[Expectation, ...] = get_args(Expectation)
 
 _FACT_KEYS = ("model", "task", "tenant", "purpose", "region", "network")
-_CASE_KEYS = ("name", "expect", "rule", "sensitivity", *_FACT_KEYS)
+_CASE_KEYS = ("name", "expect", "rule", "sensitivity", "shaping", "attested", *_FACT_KEYS)
 _MAX_LENGTH = 128
 
 
@@ -90,6 +91,10 @@ def parse_cases(text: str, policy: Policy, *, source: str = "cases") -> tuple[Ca
                     purpose=facts["purpose"],
                     region=facts["region"],
                     network=facts["network"],
+                    shaping=table.choice("shaping", LEVELS),
+                    attested=table.boolean("attested", default=False)
+                    if table.has("attested")
+                    else None,
                 ),
                 expect=expect,
                 rule=rule,

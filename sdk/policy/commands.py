@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nearfar.secure.shaping import check_shaping
 from sdk.policy.cases import outcome, parse_cases, run_case
 from sdk.policy.evaluate import evaluate
 from sdk.policy.explain import report_rules, warnings
@@ -56,6 +57,16 @@ def explain(
     purpose: Annotated[str | None, typer.Option(help="What the answer is for.")] = None,
     region: Annotated[str | None, typer.Option(help="Where the cloud stands.")] = None,
     network: Annotated[str | None, typer.Option(help="Link in use.")] = None,
+    shaping: Annotated[
+        str | None,
+        typer.Option(help="Traffic shaping of the cloud: off, balanced or strict."),
+    ] = None,
+    attested: Annotated[
+        bool | None,
+        typer.Option(
+            "--attested/--not-attested", help="Whether a plug-in must accept the cloud's evidence."
+        ),
+    ] = None,
 ) -> None:
     """Show where a request may be answered, and what each rule says about it."""
     policy = load_policy(file)
@@ -67,6 +78,8 @@ def explain(
         purpose=purpose,
         region=region,
         network=network,
+        shaping=None if shaping is None else check_shaping(shaping),
+        attested=attested,
     )
     verdict = evaluate(policy, facts)
     console = Console(highlight=False, soft_wrap=True)

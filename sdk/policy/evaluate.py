@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from nearfar.errors import InvalidInput
+from nearfar.secure.shaping import LEVELS, Shaping, strongest
 from sdk.policy.model import (
     BUILT_IN_RULE_ID,
     Condition,
@@ -24,7 +25,6 @@ _UNKNOWN_CONTENT: Final = 2  # would match if the content held a listed finding;
 _YES: Final = 3
 
 _MAX_MODEL_IN_REASON = 32
-_NOTHING = Requirement()
 
 
 def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
@@ -51,8 +51,13 @@ def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
     allow: Rule | None = None
     not_edge: Rule | None = None
     unknown: Rule | None = None
-    bound_to_region = False
+    # What the rules demand together; whoever opens the connection checks it once more there.
+    padding: Shaping = "off"
+    attestation = bound_to_region = False
     for rule in policy.rules:
+        # A rule for another region would match there, so the answer is for this one.
+        if rule.when.region is not None:
+            bound_to_region = True
         match = _match(rule.when, facts)
         if match == _NO:
             continue
@@ -65,12 +70,16 @@ def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
         if effect == "deny" and match != _UNKNOWN_LINK:
             deny = deny or rule
             continue
-        if effect == "cloud_ok" and certain:
-            allow = allow or rule
-            if rule.when.region is not None or rule.require.region is not None:
-                bound_to_region = True
-            if not rule.edge:
-                not_edge = not_edge or rule
+        if effect == "cloud_ok":
+            # Also of rules that hang on an unknown fact: they take what they would take.
+            padding = strongest(padding, rule.require.padding)
+            attestation = attestation or rule.require.attestation
+            if certain:
+                allow = allow or rule
+                if rule.require.region is not None:
+                    bound_to_region = True
+                if not rule.edge:
+                    not_edge = not_edge or rule
         rank, reason = _why_not_cloud(rule, facts, certain=certain)
         if rank < keep_rank:
             keep, keep_rank, keep_reason = rule, rank, reason
@@ -92,13 +101,13 @@ def evaluate(policy: Policy, facts: RequestFacts) -> Verdict:
         return _verdict(policy, matched, None, reason)
     if keep is None:
         assert allow is not None
-        # Whoever opens the connection can check once more that it leads where policy was asked.
-        region = facts.region if bound_to_region else None
+        region = (facts.region,) if bound_to_region and facts.region is not None else None
+        require = Requirement(padding=padding, attestation=attestation, region=region)
         if not_edge is not None:
             reason = f"policy rule {not_edge.id} allows the cloud and rules the device out"
-            return _verdict(policy, matched, not_edge, reason, cloud=True, region=region)
+            return _verdict(policy, matched, not_edge, reason, require, cloud=True)
         reason = f"policy rule {allow.id} allows the device and the cloud"
-        return _verdict(policy, matched, allow, reason, edge=True, cloud=True, region=region)
+        return _verdict(policy, matched, allow, reason, require, edge=True, cloud=True)
     if not_edge is not None:
         reason = f"{keep_reason}, and policy rule {not_edge.id} rules the device out"
         return _verdict(policy, matched, keep, reason)
@@ -110,10 +119,10 @@ def _verdict(
     matched: list[Rule],
     deciding: Rule | None,
     reason: str,
+    require: Requirement = Requirement(),  # noqa: B008 (immutable)
     *,
     edge: bool = False,
     cloud: bool = False,
-    region: str | None = None,
 ) -> Verdict:
     rule_ids = tuple(rule.id for rule in matched if rule is not deciding)
     if deciding is not None:
@@ -124,7 +133,7 @@ def _verdict(
         rule_ids=rule_ids,
         reason=reason,
         policy_hash=policy.hash,
-        require=_NOTHING if region is None else Requirement(region=(region,)),
+        require=require,
     )
 
 
@@ -170,12 +179,9 @@ def _why_not_cloud(rule: Rule, facts: RequestFacts, *, certain: bool) -> tuple[i
         if rule.id == BUILT_IN_RULE_ID:
             return 0, "no policy file is configured, so everything stays on the device"
         return 0, f"policy rule {rule.id} keeps {facts.sensitivity} data on the device"
-    demand = undeliverable(rule)
+    demand = unmet_demand(rule, facts)
     if demand:
-        return 1, (
-            f"policy rule {rule.id} demands {demand} for the cloud, "
-            "which this version of nearfar does not offer"
-        )
+        return 1, f"policy rule {rule.id} demands {demand}"
     wanted = rule.require.region
     if wanted is not None and facts.region not in wanted:
         return 2, (
@@ -186,12 +192,32 @@ def _why_not_cloud(rule: Rule, facts: RequestFacts, *, certain: bool) -> tuple[i
     return 9, ""
 
 
-def undeliverable(rule: Rule) -> str:
-    """What the rule demands that this version cannot carry out; ``""`` when nothing."""
+def unmet_demand(rule: Rule, facts: RequestFacts) -> str:
+    """What the rule demands of content or channel and is not given, and how to give it.
+
+    Returns:
+        The words that follow "demands"; ``""`` when nothing is missing. The region, which is about
+        where and not how, is not among them.
+    """
     if rule.transforms:
-        return rule.transforms[0]
-    if rule.require.attestation:
-        return "attestation"
-    if rule.require.padding != "off":
-        return f"{rule.require.padding} padding"
+        return f"{rule.transforms[0]} for the cloud, which this version of nearfar does not offer"
+    require = rule.require
+    if require.attestation and facts.attested is not True:
+        return (
+            "attestation, and whether the cloud is attested is not known"
+            if facts.attested is None
+            else 'attestation, and the cloud has no plug-in for it: set its attestation = "…"'
+        )
+    if not is_shaped(facts.shaping, require.padding):
+        return (
+            f"{require.padding} padding, and the cloud's shaping is not known"
+            if facts.shaping is None
+            else f"{require.padding} padding, and the cloud's shaping is {facts.shaping}: "
+            f'set its shaping = "{require.padding}"'
+        )
     return ""
+
+
+def is_shaped(shaping: Shaping | None, least: Shaping) -> bool:
+    """Whether traffic shaped like that hides at least what `least` does; unknown counts as off."""
+    return LEVELS.index(shaping or "off") >= LEVELS.index(least)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from sdk.policy.evaluate import undeliverable
+from sdk.policy.evaluate import unmet_demand
 from sdk.policy.model import Condition, Policy, RequestFacts, Rule
 
 Match = Literal["yes", "no", "unknown"]
@@ -25,7 +25,8 @@ class RuleReport(msgspec.Struct, frozen=True, kw_only=True):
         rule: The rule.
         match: ``unknown`` when it hangs on a fact that nobody knows: such a rule gives nothing,
             and takes what it would take.
-        because: Why it does not match, or is unknown; ``""`` when it matches.
+        because: Why it does not match, or is unknown; of one that matches, which of its demands is
+            not met. ``""`` when there is nothing to say.
     """
 
     rule: Rule
@@ -44,11 +45,15 @@ def warnings(policy: Policy) -> tuple[str, ...]:
     if not policy.rules:
         found.append("there are no rules, so every request is denied")
     for rule in policy.rules:
-        demand = undeliverable(rule)
-        if demand:
+        if rule.transforms:
             found.append(
-                f"rule '{rule.id}' demands {demand}, which this version does not offer: "
-                "what it matches stays on the device"
+                f"rule '{rule.id}' demands {rule.transforms[0]}, which this version does not "
+                "offer: what it matches stays on the device"
+            )
+        if rule.require.attestation:
+            found.append(
+                f"rule '{rule.id}' demands attestation, for which nearfar brings no plug-in: what "
+                "it matches stays on the device unless the configuration names one for the cloud"
             )
         if rule.when.findings is not None:
             found.append(
@@ -82,4 +87,7 @@ def _report(rule: Rule, facts: RequestFacts) -> RuleReport:
         elif value not in wanted:
             shown = "not given" if value is None else f"'{value}'"
             return RuleReport(rule=rule, match="no", because=f"{key} is {shown}")
-    return RuleReport(rule=rule, match="unknown" if unknown else "yes", because=unknown)
+    if unknown:
+        return RuleReport(rule=rule, match="unknown", because=unknown)
+    demand = unmet_demand(rule, facts)
+    return RuleReport(rule=rule, match="yes", because=f"demands {demand}" if demand else "")

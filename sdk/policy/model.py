@@ -11,10 +11,11 @@ from typing import Literal
 import msgspec
 
 from nearfar.errors import PolicyDenied
+from nearfar.secure.shaping import Shaping
 
 Effect = Literal["deny", "edge_only", "cloud_ok"]
 Transform = Literal["redact", "pseudonymise", "noise"]
-Padding = Literal["off", "balanced", "strict"]
+Padding = Shaping
 
 DEFAULT_CLASSES = ("public", "internal", "personal", "secret")
 BUILT_IN_RULE_ID = "built-in"
@@ -32,6 +33,10 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
         region: Where the cloud endpoint stands; `None` when unknown or when there is no cloud.
         network: The link in use, for example ``wifi``; `None` when unknown.
         findings: Kinds of personal data found in the content; `None` when it was not inspected.
+        shaping: Least traffic shaping of every connection to the cloud endpoint; `None` when
+            unknown or when there is no cloud.
+        attested: Whether an attestation plug-in must accept the cloud before anything is sent to
+            it; `None` when unknown or when there is no cloud.
     """
 
     model: str
@@ -42,6 +47,8 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
     region: str | None = None
     network: str | None = None
     findings: frozenset[str] | None = None
+    shaping: Padding | None = None
+    attested: bool | None = None
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -152,8 +159,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         policy_hash: `Policy.hash` of the policy that was asked.
         transforms: What must be done to the content before it leaves. This version carries out
             none and takes the cloud away instead, so it is empty.
-        require: What must still hold when bytes leave: the region that the cloud was allowed for,
-            when a rule asked for one. Other requirements take the cloud away in this version.
+        require: What must still hold when bytes leave, and is checked on the very connection that
+            they leave on: what the matching rules demand together, the region being the one that
+            the cloud was allowed for.
     """
 
     edge: bool

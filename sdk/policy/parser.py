@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 from nearfar.errors import ConfigError
+from nearfar.secure.shaping import LEVELS
 from sdk.policy.model import (
     BUILT_IN_RULE_ID,
     DEFAULT_CLASSES,
     Condition,
     Effect,
-    Padding,
     Policy,
     Requirement,
     Rule,
@@ -29,7 +29,7 @@ MAX_NAME_LENGTH = 128
 
 EFFECTS: tuple[Effect, ...] = get_args(Effect)
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
-PADDINGS: tuple[Padding, ...] = get_args(Padding)
+PADDINGS = LEVELS
 
 _POLICY_KEYS = ("version", "classes", "rule")
 _RULE_KEYS = ("id", "when", "effect", "edge", "transform", "require")

@@ -36,7 +36,7 @@ HOPELESS = 0.01
 # What keeps a record within 1 KB; only names and words are cut, never what a choice depends on.
 MAX_MODEL_BYTES = 40
 MAX_SENSITIVITY_BYTES = 24
-MAX_DETAIL_BYTES = 48
+MAX_DETAIL_BYTES = 34
 MAX_VERDICT_REASON_BYTES = 160
 MAX_REASON_BYTES = 204
 MAX_RULE_IDS_BYTES = 72

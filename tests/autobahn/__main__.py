@@ -35,6 +35,8 @@ from nearfar.secure.keys import KeyRing
 DIRECTORY = Path(__file__).parent
 #: More of these cases at once than this make each other late.
 PARALLELISM = 4
+#: For all cases of one server; they take one or two minutes.
+LIMIT_S = 900.0
 #: The cases open more connections than a test machine has clients.
 SETTINGS = ServerSettings(max_connections=1000)
 #: The longest messages of the cases; records of the runtime have 68 KiB at most.
@@ -82,7 +84,7 @@ class Echo:
                 websocket.write([data])
             elif _is_utf8(data):
                 websocket.protocol.send_text(data)
-                websocket.write([])
+                websocket.send_data()
             else:
                 self._closing = asyncio.ensure_future(websocket.close(1007))
 
@@ -152,18 +154,28 @@ class Bridge:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+
+        async def upwards() -> None:
+            if not await _pump(reader, far_writer):
+                # Nobody reads any more: a case that still sends must be cut off, or it waits.
+                writer.transport.abort()
+
+        await asyncio.gather(upwards(), _pump(far_reader, writer))
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Until one side says that it is done; `False` when one was cut off."""
     with contextlib.suppress(OSError):
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
         if writer.can_write_eof():
             writer.write_eof()
-            return
+        else:
+            writer.close()
+        return True
     writer.close()
+    return False
 
 
 async def outcomes(
@@ -186,14 +198,22 @@ async def outcomes(
             bridge = Bridge(await server.start("127.0.0.1", 0), state.ca_certificate)
             async with bridge.listening() as port:
                 try:
-                    results = await run_fuzzingclient(
-                        f"ws://127.0.0.1:{port}{WEBSOCKET_PATH}",
-                        cases=cases,
-                        exclude_cases=skipped,
-                        concurrency=concurrency,
+                    results = await asyncio.wait_for(
+                        run_fuzzingclient(
+                            f"ws://127.0.0.1:{port}{WEBSOCKET_PATH}",
+                            cases=cases,
+                            exclude_cases=skipped,
+                            concurrency=concurrency,
+                        ),
+                        LIMIT_S,
                     )
                 except FailureError as failure:
                     results = failure.results
+                except (TimeoutError, asyncio.TimeoutError):
+                    raise SystemExit(
+                        f"{kind.__name__}: not done after {LIMIT_S:.0f} s. A case waits for ever; "
+                        "find it with --case"
+                    ) from None
             await asyncio.sleep(0.5)
             assert not server.connections, "a connection outlived its peer"
     return list(results)
@@ -205,13 +225,20 @@ def outcome_of(result: Any) -> str:
     return f"{result.behavior.value} / {result.behavior_close.value} {code}"
 
 
+def explanation_of(result: Any, explained: list[dict[str, Any]]) -> str | None:
+    """The reason that `expected.json` has for this outcome of this case; `None` for none."""
+    for entry in explained:
+        if any(fnmatch.fnmatchcase(result.case_id, cases) for cases in entry["cases"]) and any(
+            fnmatch.fnmatchcase(outcome_of(result), text) for text in entry["outcomes"]
+        ):
+            why: str = entry["why"]
+            return why
+    return None
+
+
 def is_explained(result: Any, explained: list[dict[str, Any]]) -> bool:
     """Whether the case passed, or `expected.json` has its outcome."""
-    return result.passed or any(
-        any(fnmatch.fnmatchcase(result.case_id, cases) for cases in entry["cases"])
-        and any(fnmatch.fnmatchcase(outcome_of(result), text) for text in entry["outcomes"])
-        for entry in explained
-    )
+    return result.passed or explanation_of(result, explained) is not None
 
 
 async def run(kind: type[CloudServer], cases: list[str], expected: dict[str, Any]) -> list[Any]:
@@ -221,7 +248,7 @@ async def run(kind: type[CloudServer], cases: list[str], expected: dict[str, Any
     """
     results = {
         result.case_id: result
-        for result in await outcomes(kind, cases, expected["skipped"], PARALLELISM)
+        for result in await outcomes(kind, cases, expected["skipped"]["cases"], PARALLELISM)
     }
     again = [n for n, found in results.items() if not is_explained(found, expected["explained"])]
     if again:
@@ -244,6 +271,16 @@ def main() -> int:
         print(f"{name}: {len(results)} cases, {passed} passed")
         for outcome, count in sorted(counts.items()):
             print(f"  {count:4d}  {outcome}")
+        reasons = collections.Counter(
+            explanation_of(result, expected["explained"]) for result in results if not result.passed
+        )
+        unexpected = reasons.pop(None, 0)
+        print(f"  {len(results) - passed - unexpected} explained, {unexpected} unexpected")
+        for why, count in reasons.most_common():
+            print(f"  {count:4d}  {why}")
+        skipped = expected["skipped"]
+        if skipped["cases"]:
+            print(f"  not run: {', '.join(skipped['cases'])}. {skipped['why']}")
         for result in results:
             explained = is_explained(result, expected["explained"])
             if options.list or not explained:

@@ -31,6 +31,11 @@ id = "open"
 when = { sensitivity = "public" }
 effect = "cloud_ok"
 [[rule]]
+id = "padded"
+when = { sensitivity = "internal" }
+effect = "cloud_ok"
+require = { padding = "balanced" }
+[[rule]]
 id = "here"
 when = { sensitivity = "personal" }
 effect = "edge_only"
@@ -118,6 +123,27 @@ def test_policy_keeps_personal_data_here(client):
         client.infer("tiny", X, sensitivity="personal", mode="cloud_only")
     with pytest.raises(PolicyDenied):
         client.infer("tiny", X, sensitivity="secret")
+
+
+@pytest.mark.parametrize("shaping", ["off", "balanced", "strict"])
+def test_what_must_be_padded_goes_only_where_it_is(world, shaping):
+    root = world[0]
+    text = (root / "nearfar.toml").read_text()
+    path = root / f"{shaping}.toml"
+    path.write_text(text.replace("[cloud.main]", f'[cloud.main]\nshaping = "{shaping}"'))
+    with Client.from_config(path) as client:
+        if shaping == "off":
+            here = client.infer("tiny", X, sensitivity="internal", mode="prefer_cloud")
+            assert here.route.name == "edge"
+            assert here.bytes_sent == 0
+            with pytest.raises(PolicyDenied, match='set its shaping = "balanced"') as caught:
+                client.infer("tiny", X, sensitivity="internal", mode="cloud_only")
+            assert caught.value.rule == "padded"
+            return
+        there = client.infer("tiny", X, sensitivity="internal", mode="cloud_only")
+        assert there.bytes_sent > 0
+        plan = client.explain("tiny", feeds=X, sensitivity="internal")
+        assert plan.verdict.require.padding == "balanced"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import sdk
 from nearfar.errors import PolicyDenied
 from nearfar.generation import GenerationOptions, Prompt
+from nearfar.secure.attestation import AttestedFacts
 from nearfar.wire import messages as wire
 from sdk.cloud.egress import Permit, send
 from sdk.policy import Requirement, Verdict
@@ -72,8 +73,6 @@ def test_something_that_is_no_verdict_gives_no_permit():
     ("demand", "word"),
     [
         ({"transforms": ("redact",)}, "redact"),
-        ({"require": Requirement(attestation=True)}, "attestation"),
-        ({"require": Requirement(padding="strict")}, "strict padding"),
         ({"require": Requirement(region=("eu",))}, "region"),
     ],
 )
@@ -133,25 +132,82 @@ def test_messages_without_content_need_no_permit(message):
     edge=st.booleans(),
     cloud=st.booleans(),
     transforms=st.lists(st.sampled_from(["redact", "pseudonymise", "noise"]), max_size=2),
-    attestation=st.booleans(),
-    padding=st.sampled_from(["off", "balanced", "strict"]),
+    region=st.sampled_from([None, "eu", "us"]),
 )
 def test_a_permit_exists_only_for_verdicts_that_allow_the_cloud_and_demand_nothing_missing(
-    edge, cloud, transforms, attestation, padding
+    edge, cloud, transforms, region
 ):
     asked = verdict(
         edge=edge,
         cloud=cloud,
         transforms=tuple(transforms),
-        require=Requirement(attestation=attestation, padding=padding),
+        require=Requirement(region=("eu",)),
     )
-    allowed = cloud and not transforms and not attestation and padding == "off"
+    allowed = cloud and not transforms and region == "eu"
     try:
-        Permit(asked, "m")
+        Permit(asked, "m", region=region)
     except PolicyDenied:
         assert not allowed
     else:
         assert allowed
+
+
+CONTENT = (
+    infer(),
+    generate(),
+    wire.Cancel(stream=1),
+    wire.Credit(stream=1, tokens=1),
+    wire.Resume(stream=1, request_id=bytes(16), ticket=bytes(32), next_index=0, credit=1),
+)
+
+
+class Channel:
+    """Stands where the session of a connection stands."""
+
+    def __init__(self, shaping: str = "off", *, is_attested: bool = False) -> None:
+        self.shaping = shaping
+        self.attested = AttestedFacts(claims=b"c") if is_attested else None
+
+
+def ready(region: str = "") -> wire.Ready:
+    return wire.Ready(
+        protocol_version=1, server="s", max_streams=1, max_message_bytes=1, region=region
+    )
+
+
+@pytest.mark.parametrize("message", CONTENT)
+@pytest.mark.parametrize(
+    ("require", "channel", "region", "words"),
+    [
+        (Requirement(padding="balanced"), Channel("off"), "", "balanced padding"),
+        (Requirement(padding="strict"), Channel("balanced"), "", "strict padding"),
+        (Requirement(padding="balanced"), None, "", "balanced padding"),
+        (Requirement(attestation=True), Channel("strict"), "", "not attested"),
+        (Requirement(attestation=True), None, "", "not attested"),
+        (Requirement(region=("eu",)), Channel("strict", is_attested=True), "us", "is in us"),
+    ],
+)
+def test_a_connection_that_is_not_what_policy_demands_gets_nothing(
+    message, require, channel, region, words
+):
+    permit = Permit(verdict(require=require), "m", region="eu")
+    session = Recorder()
+    with pytest.raises(PolicyDenied, match=words) as caught:
+        send(session, permit, message, (), channel, ready(region))
+    assert caught.value.rule == "r"
+    assert session.sent == []
+    assert permit.bytes_sent == 0
+
+
+@pytest.mark.parametrize("message", CONTENT)
+def test_a_connection_that_is_what_policy_demands_gets_the_request(message):
+    require = Requirement(padding="balanced", attestation=True, region=("eu",))
+    permit = Permit(verdict(require=require), "m", region="eu")
+    session = Recorder()
+    for shaping in ("balanced", "strict"):
+        for region in ("", "eu"):
+            send(session, permit, message, (), Channel(shaping, is_attested=True), ready(region))
+    assert len(session.sent) == 4
 
 
 def test_no_other_place_in_the_client_sends_through_a_session():

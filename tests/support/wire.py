@@ -197,7 +197,9 @@ _bytes_array = st.builds(_objects, _shape, st.lists(st.binary(max_size=9), min_s
 
 def _extended(dtype: np.dtype, bits: np.ndarray) -> np.ndarray:
     """Any bits as that type; the high half of a 4-bit element's byte is not its own."""
-    return (bits & 0x0F).astype(np.uint8).view(dtype) if dtype.itemsize == 1 else bits.view(dtype)
+    if dtype.itemsize == 2:
+        return bits.view(dtype)
+    return (bits & (0x0F if "int4" in dtype.name else 0xFF)).astype(np.uint8).view(dtype)
 
 
 _extended_array = st.builds(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import channel, codec
+from tests.vectors import channel, codec, shaping
 
 DIRECTORY = Path(__file__).parent
 
@@ -21,6 +21,9 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "key_schedule.json": channel.key_schedules,
     "records.json": channel.record_streams,
     "records_refused.json": channel.refused_records,
+    "frames.json": shaping.frames,
+    "frames_refused.json": shaping.refused_frames,
+    "shaping.json": shaping.shaping,
     "codec.json": codec.accepted,
     "codec_refused.json": codec.refused,
 }

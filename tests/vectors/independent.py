@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -178,3 +179,69 @@ def transcript(*messages: bytes) -> bytes:
     for message in messages:
         digest.update(len(message).to_bytes(4, "big") + message)
     return digest.digest()
+
+
+# Frames and padding
+
+
+def messages_in(plaintexts: list[bytes], limit: int) -> list[tuple[int | None, bytes]]:
+    """The messages of records' plaintexts: the stream that a first piece named, and the bytes.
+
+    Raises:
+        ValueError: The last plaintext breaks a rule; all others were well.
+        AssertionError: Another one does.
+    """
+    found: list[tuple[int | None, bytes]] = []
+    open_ones: dict[int, tuple[int, int, bytes]] = {}  # number: stream, length, what came
+    for index, plaintext in enumerate(plaintexts):
+        try:
+            _read_frames(plaintext, limit, found, open_ones)
+        except ValueError:
+            assert index == len(plaintexts) - 1
+            raise
+    return found
+
+
+def _read_frames(
+    rest: bytes,
+    limit: int,
+    found: list[tuple[int | None, bytes]],
+    open_ones: dict[int, tuple[int, int, bytes]],
+) -> None:
+    while len(rest) >= 8 and rest[0]:
+        kind, number, length = rest[0], int.from_bytes(rest[1:4], "big"), rest[4:8]
+        body, rest = rest[8:], rest[8 + int.from_bytes(length, "big") :]
+        if len(body) < int.from_bytes(length, "big"):
+            raise ValueError("a frame is longer than its record")
+        body = body[: int.from_bytes(length, "big")]
+        if kind == 1:
+            if number or len(body) > limit:
+                raise ValueError("a whole message has a number, or is too long")
+            found.append((None, body))
+            continue
+        if kind == 2:
+            if number in open_ones or len(open_ones) == 4 or len(body) < 9:
+                raise ValueError("it cannot begin")
+            stream, size = (int.from_bytes(body[at : at + 4], "big") for at in (0, 4))
+            if sum(one[1] for one in open_ones.values()) + size > limit:
+                raise ValueError("too much is announced")
+            open_ones[number], body = (stream, size, b""), body[8:]
+        elif kind != 3 or number not in open_ones or not body:
+            raise ValueError("no such kind, or a piece of nothing")
+        stream, size, begun = open_ones[number]
+        open_ones[number] = (stream, size, begun + body)
+        if len(begun + body) > size:
+            raise ValueError("more than announced")
+        if len(begun + body) == size:
+            found.append((stream, begun + body))
+            del open_ones[number]
+    if any(rest):
+        raise ValueError("padding is not zero")
+
+
+def padded(size: int) -> int:
+    """Padmé (Nikitin et al., 2019, algorithm 1), in multiples of at least 128 bytes."""
+    exponent = math.floor(math.log2(size))
+    last_bits = exponent - (math.floor(math.log2(exponent)) + 1 if exponent else 0)
+    grain = max(128, 2**last_bits)
+    return math.ceil(size / grain) * grain

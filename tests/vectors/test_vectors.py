@@ -19,13 +19,16 @@ from nearfar.secure.identity import Pin
 from nearfar.tensors import NUMPY_OF
 from nearfar.wire.codec import decode, describe, encode
 from nearfar.wire.limits import Limits
-from tests.vectors import channel, generate, independent, samples
+from tests.vectors import channel, generate, independent, samples, shaping
 
 unhex = bytes.fromhex
 HANDSHAKES = generate.load("handshake.json")["vectors"]
 REFUSED_HANDSHAKES = generate.load("handshake_refused.json")["vectors"]
 RECORDS = generate.load("records.json")["vectors"]
 REFUSED_RECORDS = generate.load("records_refused.json")["vectors"]
+FRAMES = generate.load("frames.json")
+REFUSED_FRAMES = generate.load("frames_refused.json")
+SHAPING = generate.load("shaping.json")
 CODEC = generate.load("codec.json")
 REFUSED_CODEC = generate.load("codec_refused.json")
 PINS = generate.load("pins.json")
@@ -204,6 +207,95 @@ def test_wrong_record_is_refused(vector: dict[str, Any]) -> None:
         opener.open(record)
     with pytest.raises(SecurityError):
         opener.open(bad)
+
+
+# Frames
+
+
+@pytest.mark.parametrize("vector", named(FRAMES["vectors"]))
+def test_another_implementation_finds_the_messages(vector: dict[str, Any]) -> None:
+    plaintexts = [unhex(one) for one in vector["plaintexts"]]
+    found = independent.messages_in(plaintexts, FRAMES["max_message_bytes"])
+    assert found == [(one["stream"], unhex(one["message"])) for one in vector["messages"]]
+
+
+@pytest.mark.parametrize("vector", named(REFUSED_FRAMES["vectors"]))
+def test_wrong_frames_are_refused(vector: dict[str, Any]) -> None:
+    plaintexts = [unhex(one) for one in vector["plaintexts"]]
+    with pytest.raises(ValueError, match=r"\w"):
+        independent.messages_in(plaintexts, REFUSED_FRAMES["max_message_bytes"])
+    assert shaping.taken(plaintexts) == len(plaintexts) - 1
+
+
+# Shaping
+
+
+def test_padding_is_padme_in_buckets() -> None:
+    for vector in SHAPING["padding"]:
+        assert independent.padded(vector["bytes"]) == vector["padded"], vector
+        assert vector["padded"] - vector["bytes"] < max(128, 0.12 * vector["bytes"])
+
+
+@pytest.mark.parametrize("vector", named(SHAPING["vectors"]))
+def test_records_leave_as_the_specification_says(vector: dict[str, Any]) -> None:
+    put, records = vector["put"], vector["records"]
+    complete = [index for record in records for index in record["complete"]]
+    assert sorted(complete) == list(range(len(put)))
+    for stream in {one["stream"] for one in put}:
+        of_stream = [index for index in complete if put[index]["stream"] == stream]
+        assert of_stream == sorted(of_stream)
+    for record in records:
+        assert all(put[index]["ms"] <= record["ms"] for index in record["complete"])
+    {"off": _unshaped, "balanced": _balanced, "strict": _strict}[vector["level"]](put, records)
+
+
+def _unshaped(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
+    for record in records:
+        alone = [put[index] for index in record["complete"] if put[index]["bytes"] <= 65536]
+        if alone:
+            assert record["bytes"] == sum(8 + one["bytes"] for one in alone)
+            assert {one["ms"] for one in alone} == {record["ms"]}
+        else:
+            assert record["bytes"] <= 65536
+
+
+def _balanced(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
+    tokens = [index for index, one in enumerate(put) if one["kind"] == "token"]
+    first = {min(i for i in tokens if put[i]["stream"] == put[index]["stream"]) for index in tokens}
+    at_once = {index for index, one in enumerate(put) if one["kind"] == "message"} | first
+    began_ms = put[min(tokens)]["ms"] if tokens else 0
+    shaped = [one for one in records if not at_once.intersection(one["complete"])]
+    for record in records:
+        for index in at_once.intersection(record["complete"]):
+            assert record["ms"] == put[index]["ms"]
+            if put[index]["bytes"] <= 65536:
+                assert record["bytes"] == independent.padded(8 + put[index]["bytes"])
+    if not tokens:
+        total = sum(one["bytes"] for one in records)
+        assert total == sum(independent.padded(_with_headers(one["bytes"])) for one in put)
+        return
+    # One on every tick until the last message has left, of one length.
+    assert [one["ms"] for one in shaped] == [
+        began_ms + 100 * (number + 1) for number in range(len(shaped))
+    ]
+    for record in shaped[:-1]:
+        sizes = [8 + put[index]["bytes"] for index in record["complete"]]
+        longer = independent.padded(sizes[0]) if sizes and sizes[0] > 192 else 192
+        assert record["bytes"] == longer
+        assert sum(sizes) <= record["bytes"]
+    assert shaped[-1]["bytes"] == 512
+
+
+def _with_headers(size: int) -> int:
+    """A message with its frame's header, or all headers of its pieces and the announcement."""
+    return size + 8 if size <= 65536 else size + 8 + 8 * -(-(size + 8) // (65536 - 8))
+
+
+def _strict(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
+    assert {record["bytes"] for record in records} == {4096}
+    assert [record["ms"] for record in records] == [50 * n for n in range(len(records))]
+    assert len(records) % 32 == 0
+    assert records[-1]["ms"] >= shaping.STRICT_OPEN_MS > records[-33:][0]["ms"]
 
 
 # Codec

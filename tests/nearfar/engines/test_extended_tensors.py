@@ -1,4 +1,4 @@
-"""BF16 and 4-bit inputs and outputs, which ONNX Runtime's Python API has no arrays for."""
+"""BF16, 8-bit and 4-bit inputs and outputs, which ONNX Runtime's Python API has no arrays for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nearfar.bundle.manifest import TensorSpec
 from nearfar.engines import load_engine
 from nearfar.engines.base import SessionOptions
 from nearfar.errors import EngineError, InvalidInput
+from nearfar.tensors import EXTENDED, numpy_of
 from tests.nearfar.engines.test_onnxruntime_engine import write_bundle
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -18,6 +19,10 @@ pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
 ONNX_TYPE = {
     "BF16": TensorProto.BFLOAT16,
+    "FP8E4M3FN": TensorProto.FLOAT8E4M3FN,
+    "FP8E4M3FNUZ": TensorProto.FLOAT8E4M3FNUZ,
+    "FP8E5M2": TensorProto.FLOAT8E5M2,
+    "FP8E5M2FNUZ": TensorProto.FLOAT8E5M2FNUZ,
     "INT4": TensorProto.INT4,
     "UINT4": TensorProto.UINT4,
     "FP32": TensorProto.FLOAT,
@@ -56,11 +61,11 @@ def casting_engine(path, *pairs, shape=("n",)):
     return load_engine(bundle, "fp32", SessionOptions(threads=1))
 
 
-@pytest.mark.parametrize("datatype", ["BF16", "INT4", "UINT4"])
+@pytest.mark.parametrize("datatype", sorted(EXTENDED))
 @pytest.mark.parametrize("count", [0, 1, 4, 5])
 def test_values_go_in_and_come_out(tmp_path, datatype, count):
     engine = casting_engine(tmp_path / "b", (datatype, "FP32"), ("FP32", datatype))
-    dtype = {"BF16": ml_dtypes.bfloat16, "INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}[datatype]
+    dtype = numpy_of(datatype)
     lowest = 0 if datatype == "UINT4" else -2
     values = np.arange(lowest, lowest + count, dtype=np.float32)
     found = engine.infer({"x0": values.astype(dtype), "x1": values})

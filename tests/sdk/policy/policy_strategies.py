@@ -74,6 +74,8 @@ facts = st.builds(
     region=st.none() | st.sampled_from(VALUES["region"]),
     network=st.none() | st.sampled_from(VALUES["network"]),
     findings=st.none() | st.frozensets(st.sampled_from(VALUES["findings"])),
+    shaping=st.sampled_from((None, "off", "balanced", "balanced", "strict", "strict")),
+    attested=st.sampled_from((None, False, True, True)),
 )
 
 

@@ -85,6 +85,81 @@ def test_explain_shows_the_verdict_and_each_rule(
     assert "sensitivity is 'personal'" in out  # why `open` does not match
 
 
+CHANNEL_POLICY = """
+version = 1
+
+[[rule]]
+id = "padded"
+when = { sensitivity = "internal" }
+effect = "cloud_ok"
+require = { padding = "balanced" }
+
+[[rule]]
+id = "proven"
+when = { sensitivity = "personal" }
+effect = "cloud_ok"
+require = { attestation = true }
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["internal"], "edge_only: policy rule padded demands balanced padding, and the cloud's"),
+        (["internal", "--shaping", "off"], "set its shaping = "),
+        (["internal", "--shaping", "strict"], "edge_or_cloud: "),
+        (["personal", "--not-attested"], "set its attestation = "),
+        (["personal", "--attested"], "edge_or_cloud: "),
+    ],
+)
+def test_explain_says_which_demand_is_not_met_and_how_to_meet_it(
+    policy: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    policy.write_text(CHANNEL_POLICY)
+    arguments = ["--model", "m", "--sensitivity", *arguments]
+    assert nearfar_policy("explain", policy, *arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert words in out
+    assert ("padded cloud_ok yes demands" in out) is ("padding, and" in out)
+
+
+def test_explain_refuses_a_shaping_that_there_is_not(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "m", "--sensitivity", "public", "--shaping", "some"]
+    assert nearfar_policy("explain", policy, *arguments) == 2
+    assert "'balanced'" in capsys.readouterr().err
+
+
+def test_check_says_that_attestation_needs_a_plug_in(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy.write_text(CHANNEL_POLICY)
+    assert nearfar_policy("check", policy) == 0
+    out = capsys.readouterr().out
+    assert "rule 'proven' demands attestation" in out
+    assert "padded" not in out
+
+
+def test_expectations_may_be_about_the_channel(policy: Path, tmp_path: Path) -> None:
+    policy.write_text(CHANNEL_POLICY)
+    cases = tmp_path / "cases.toml"
+    expected = (
+        ("internal", 'shaping = "balanced"', "edge_or_cloud"),
+        ("internal", 'shaping = "off"', "edge_only"),
+        ("internal", "", "edge_only"),
+        ("personal", "attested = true", "edge_or_cloud"),
+        ("personal", "attested = false", "edge_only"),
+    )
+    cases.write_text(
+        "".join(
+            f'[[case]]\nmodel = "m"\nsensitivity = "{name}"\n{line}\nexpect = "{expect}"\n'
+            for name, line, expect in expected
+        )
+    )
+    assert nearfar_policy("test", policy, cases) == 0
+
+
 def test_explain_refuses_an_unknown_class(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert nearfar_policy("explain", policy, "--model", "m", "--sensitivity", "persnal") == 2
     assert "Did you mean 'personal'" in " ".join(capsys.readouterr().err.split())
@@ -125,6 +200,8 @@ def test_an_expectation_that_does_not_hold_exits_1(
         ('expect = "denied"', 'expect = "deny"', "Did you mean 'denied'"),
         ('rule = "clinic-2"', 'rule = "clinic-3"', "Did you mean 'clinic-2'"),
         ('sensitivity = "secret"', 'sensitivity = "secrets"', "Did you mean 'secret'"),
+        ('sensitivity = "secret"', 'sensitivity = "secret"\nshaping = "strick"', "'strict'"),
+        ('sensitivity = "secret"', 'sensitivity = "secret"\nattested = "no"', "true or false"),
         ('model = "assistant"', "", "'model' is missing"),
         (CASES, "", "'case' is missing"),
         (CASES, "case = []", "holds no case"),

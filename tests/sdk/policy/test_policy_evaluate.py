@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from policy_strategies import facts, policies, rules, surely_matches
 
 from nearfar.errors import InvalidInput, PolicyDenied
-from sdk.policy import DEVICE_ONLY, Policy, RequestFacts, evaluate, parse_policy
+from sdk.policy import DEVICE_ONLY, Policy, RequestFacts, Requirement, evaluate, parse_policy
 
 CLINIC = parse_policy(
     """
@@ -49,7 +51,7 @@ CLINIC = parse_policy(
 )
 
 
-def request(**given_facts: str) -> RequestFacts:
+def request(**given_facts: Any) -> RequestFacts:
     return RequestFacts(
         **{"model": "assistant", "task": "text-generation", "sensitivity": "public", **given_facts}
     )
@@ -111,8 +113,8 @@ def policy_of(rule_text: str) -> Policy:
     ("demand", "words"),
     [
         ('transform = ["redact"]', "demands redact"),
-        ("require = { attestation = true }", "demands attestation"),
-        ('require = { padding = "strict" }', "demands strict padding"),
+        ("require = { attestation = true }", "demands attestation, and whether"),
+        ('require = { padding = "strict" }', "demands strict padding, and the cloud's shaping is"),
         ('require = { region = "eu" }', "region"),
     ],
 )
@@ -130,8 +132,49 @@ def test_demands_that_are_met_leave_the_cloud() -> None:
     )
     verdict = evaluate(policy, request(region="ch"))
     assert verdict.cloud
-    assert verdict.require.region == ("ch",)
+    assert verdict.require == Requirement(region=("ch",))
     assert not evaluate(policy, request(region="us")).cloud
+
+
+BALANCED = 'require = { padding = "balanced" }'
+ATTESTED = "require = { attestation = true }"
+
+
+@pytest.mark.parametrize(
+    ("demand", "given_facts", "words"),
+    [
+        (BALANCED, {"shaping": "off"}, 'shaping is off: set its shaping = "balanced"'),
+        (BALANCED, {}, "the cloud's shaping is not known"),
+        (BALANCED, {"shaping": "balanced"}, ""),
+        (BALANCED, {"shaping": "strict"}, ""),
+        ('require = { padding = "strict" }', {"shaping": "balanced"}, "demands strict padding"),
+        (ATTESTED, {"attested": False}, 'has no plug-in for it: set its attestation = "…"'),
+        (ATTESTED, {}, "whether the cloud is attested is not known"),
+        (ATTESTED, {"attested": True}, ""),
+    ],
+)
+def test_what_the_channel_gives_is_held_against_what_the_rule_demands(
+    demand: str, given_facts: dict[str, Any], words: str
+) -> None:
+    policy = policy_of(f'[[rule]]\nid = "x"\nwhen = {{}}\neffect = "cloud_ok"\n{demand}')
+    verdict = evaluate(policy, request(**given_facts))
+    assert verdict.edge
+    assert verdict.cloud is (not words)
+    assert words in verdict.reason
+    if not words:
+        assert verdict.require == policy.rules[1].require
+
+
+def test_a_verdict_carries_the_strongest_demand_of_all_its_rules() -> None:
+    policy = policy_of(
+        '[[rule]]\nid = "x"\nwhen = {}\neffect = "cloud_ok"\nrequire = { padding = "strict" }\n'
+        f'[[rule]]\nid = "y"\nwhen = {{}}\neffect = "cloud_ok"\n{BALANCED}\n'
+        # Hangs on an unknown fact: it takes what it would take.
+        f'[[rule]]\nid = "z"\nwhen = {{ network = "wifi" }}\neffect = "cloud_ok"\n{ATTESTED}\n'
+    )
+    verdict = evaluate(policy, request(shaping="strict", attested=True))
+    assert verdict.cloud
+    assert verdict.require == Requirement(padding="strict", attestation=True)
 
 
 @pytest.mark.parametrize("fact", ["region", "network", "findings"])
@@ -171,7 +214,9 @@ def test_no_policy_lets_out_what_a_matching_deny_or_edge_only_rule_holds(
         assert not verdict.cloud
     if any(rule.effect == "edge_only" for rule in matching):
         assert not verdict.cloud
-    if any(rule.transforms or rule.require.attestation for rule in matching):
+    if any(rule.transforms for rule in matching):
+        assert not verdict.cloud
+    if any(rule.require.attestation for rule in matching) and given_facts.attested is not True:
         assert not verdict.cloud
     if verdict.cloud:
         assert any(rule.effect == "cloud_ok" for rule in matching)
@@ -214,6 +259,6 @@ def test_forgetting_a_fact_about_the_link_or_content_never_opens_the_cloud(
     policy: Policy, given_facts: RequestFacts
 ) -> None:
     known = evaluate(policy, given_facts)
-    for fact in ("region", "network", "findings"):
+    for fact in ("region", "network", "findings", "shaping", "attested"):
         forgotten = evaluate(policy, msgspec.structs.replace(given_facts, **{fact: None}))
         assert forgotten.cloud <= known.cloud

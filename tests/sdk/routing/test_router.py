@@ -244,6 +244,12 @@ verdicts = st.builds(
     rule_ids=st.lists(st.text("abc", min_size=1, max_size=48), max_size=9).map(tuple),
     reason=names,
     policy_hash=st.just(HASH),
+    require=st.builds(
+        Requirement,
+        padding=st.sampled_from(("off", "balanced", "strict")),
+        attestation=st.booleans(),
+        region=st.none() | st.just(("eu",)),
+    ),
 )
 any_inputs = st.builds(
     DecisionInputs,
@@ -311,7 +317,9 @@ def test_the_largest_record_stays_within_1024_bytes() -> None:
                             rule_ids=("r" * 48,) * 50,
                             reason="ü" * 500,
                             policy_hash=HASH,
-                            require=Requirement(region=("r" * 32,)),
+                            require=Requirement(
+                                padding="balanced", attestation=True, region=("r" * 32,)
+                            ),
                         ),
                         edge=msgspec.structs.replace(state, obstacle=obstacle),
                         cloud=msgspec.structs.replace(state, obstacle=obstacle),

@@ -6,15 +6,18 @@ import hmac
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cloud_runtime import auth
-from nearfar.errors import ConfigError, NearfarError, SecurityError
+from nearfar.errors import ConfigError, NearfarError, PolicyDenied, SecurityError
 from nearfar.secure.attestation import AttestedFacts
 from nearfar.units import Deadline
+from sdk.cloud.egress import Permit
 from sdk.cloud.link import CloudLink
 from sdk.config import CloudConfig
 from sdk.config_file import parse_config
+from sdk.policy import Requirement, Verdict
 from sdk.trust.attestation import CheckedVerifier, load_verifier
 from tests.cloud_runtime.support import ScriptedModel, make_state, run, running, served
 
@@ -156,8 +159,10 @@ def test_a_plug_in_by_name_and_one_in_code_are_refused_together() -> None:
         CloudConfig(**fields, verifier=CheckedVerifier(None, ""))  # type: ignore[arg-type]
 
 
-def connect(tmp_path: Path, attester: Attester | None, **changes: object) -> set[str]:
-    """Names of the models of a real server."""
+def connect(
+    tmp_path: Path, attester: Attester | None, *, ask: Verdict | None = None, **changes: object
+) -> set[str]:
+    """Names of the models of a real server; or, with a verdict, of the outputs of one of them."""
     state = make_state(tmp_path / "state")
     credentials = tmp_path / "key.txt"
     credentials.write_text(auth.add_key(state, "clinic-2"))
@@ -175,7 +180,17 @@ def connect(tmp_path: Path, attester: Attester | None, **changes: object) -> set
                 )
             )
             try:
-                return set((await link.connect(Deadline.after_ms(20_000))).offers or ())
+                deadline = Deadline.after_ms(20_000)
+                if ask is None:
+                    return set((await link.connect(deadline)).offers or ())
+                reply = await link.infer(
+                    Permit(ask, "scripted"),
+                    model="scripted",
+                    form="tensors",
+                    tensors={"x": np.ones((1, 4), np.float32)},
+                    deadline=deadline,
+                )
+                return set(reply.outputs)
             finally:
                 await link.close()
 
@@ -207,6 +222,30 @@ def test_everything_else_ends_before_the_client_says_who_it_is(
     assert isinstance(caught.value, (SecurityError, ConfigError))
     assert not caught.value.retryable
     assert "open key=" not in caplog.text
+
+
+ATTESTED = Verdict(
+    edge=False,
+    cloud=True,
+    rule_ids=("proven",),
+    reason="ok",
+    policy_hash="h",
+    require=Requirement(attestation=True),
+)
+
+
+def test_a_request_that_demands_attestation_goes_to_an_attested_connection(
+    tmp_path: Path, plug_in: str
+) -> None:
+    attestation = f"{plug_in}:Verifier"
+    assert connect(tmp_path, Attester(), ask=ATTESTED, attestation=attestation) == {"y"}
+
+
+def test_a_request_that_demands_attestation_never_goes_to_another(tmp_path: Path) -> None:
+    """Even if everybody before the door was wrong about the connection."""
+    with pytest.raises(PolicyDenied, match="this connection is not attested") as caught:
+        connect(tmp_path, Attester(), ask=ATTESTED)
+    assert caught.value.rule == "proven"
 
 
 def test_a_verifier_in_code_is_held_to_the_same(tmp_path: Path, plug_in: str) -> None:
