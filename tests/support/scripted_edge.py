@@ -23,6 +23,7 @@ class ScriptedEdge:
         calls: What was asked: ("infer" | "generate", model, prompt or None, options or None).
         wait_s: Expected wait for a slot, as the router sees it.
         pause_s: Between tokens, and before an answer to `infer`.
+        answering: Generations that have begun and not ended.
     """
 
     def __init__(self, models: Sequence[Manifest]) -> None:
@@ -34,6 +35,7 @@ class ScriptedEdge:
         self.pause_s = 0.0
         self.closed = False
         self.cancelled = 0
+        self.answering = 0
 
     def models(self) -> list[Manifest]:
         return list(self._models.values())
@@ -109,6 +111,14 @@ class ScriptedGeneration:
 
     @staticmethod
     def _run(edge: ScriptedEdge, count: int, cancel) -> Iterator[GenerationChunk]:
+        edge.answering += 1
+        try:
+            yield from ScriptedGeneration._tokens(edge, count, cancel)
+        finally:
+            edge.answering -= 1
+
+    @staticmethod
+    def _tokens(edge: ScriptedEdge, count: int, cancel) -> Iterator[GenerationChunk]:
         for index in range(count):
             if edge.cut_after is not None and index >= edge.cut_after:
                 assert edge.fail_with is not None
