@@ -149,11 +149,10 @@ def test_cancelling_stops_the_prompt_from_being_processed(engine):
 
 
 def test_a_prompt_in_pieces_gives_the_same_answer_as_in_one(engine, monkeypatch):
-    from nearfar.engines import genai_engine
-
     prompt = Prompt(text=" ".join(["The tide comes in and the tide goes out."] * 6))
+    monkeypatch.setattr(engine, "_piece_tokens", 512)
     whole = text_of(run(engine, prompt, max_new_tokens=12))
-    monkeypatch.setattr(genai_engine, "PREFILL_PIECE_TOKENS", 7)
+    monkeypatch.setattr(engine, "_piece_tokens", 7)
     assert text_of(run(engine, prompt, max_new_tokens=12)) == whole
 
 
