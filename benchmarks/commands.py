@@ -179,6 +179,44 @@ def handover(
 
 
 @app.command()
+def link(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of recorded links, as for `nearfar bench routing`.",
+            show_default=False,
+        ),
+    ] = None,
+    duration: Annotated[
+        float, typer.Option(min=6.0, max=120.0, help="Seconds of each run; a link has three.")
+    ] = 40.0,
+    seed: Annotated[int, typer.Option(help="Of requests and generated links.")] = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """The client over emulated links to a real cloud runtime, against edge only and cloud only.
+
+    Cloud runtime, link and client are processes of their own; the link delays and follows
+    recordings or generated traces. Takes some seven minutes.
+    """
+    from benchmarks import harness
+    from benchmarks.link import Settings, measure
+
+    harness.check_json_path(json_file)
+    if traces is None and _TRACES_BESIDE.is_dir():
+        traces = _TRACES_BESIDE
+    settings = Settings(models=models, traces=traces, duration_s=duration, seed=seed)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
+@app.command()
 def chaos(
     models: Annotated[
         Path,
@@ -212,8 +250,9 @@ def chaos(
 
     harness.check_json_path(json_file)
     settings = Settings(
-        models=models, parts=_choice(parts, PARTS, "--parts", "parts"), simulated=simulated,
-        real=real, rate_s=rate, rounds=rounds, seed=seed,
+        models=models, parts=_choice(parts, PARTS, "--parts", "parts"),
+        simulated_requests=simulated,
+        real_requests=real, rate_s=rate, rounds=rounds, seed=seed,
     )  # fmt: skip
     with harness.progress(is_quiet=check) as begin:
         report = measure(settings, begin)

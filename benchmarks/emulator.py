@@ -258,7 +258,7 @@ class EmulatedLink:
         port: Where it listens.
     """
 
-    def __init__(self, target: int, spec: LinkSpec = LinkSpec()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, target: int, spec: LinkSpec = LinkSpec()) -> None:
         arguments = [
             f"--target={target}", f"--offset-s={spec.offset_s}",
             f"--rtt-ms={spec.rtt_ms}", f"--queue-bytes={spec.queue_bytes}",

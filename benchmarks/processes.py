@@ -94,12 +94,13 @@ class RealCloud:
         self.process.thaw()
         self.process.kill()
 
-    def config(self) -> CloudConfig:
-        """How a client reaches it: through the link."""
+    def config(self, link: EmulatedLink | None = None) -> CloudConfig:
+        """How a client reaches it: through its link, or through another one."""
+        port = (link or self.link).port
         state = self.process.state
         path = urlsplit(self.process.url).path
         return CloudConfig(
-            url=f"wss://{HOST}:{self.link.port}{path}",
+            url=f"wss://{HOST}:{port}{path}",
             identity=self.process.pin,
             credentials=f"file:{state / 'client-key.txt'}",
             ca_file=state / "ca.pem",

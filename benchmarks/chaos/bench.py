@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.chaos import real, simulated, slots
@@ -28,23 +28,24 @@ class Settings:
     Attributes:
         models: Folder of bundles.
         parts: Some of `PARTS`.
-        simulated: Requests in the simulation, at least.
-        real: Real requests.
+        simulated_requests: In the simulation, at least.
+        real_requests: Against real processes.
         rate_s: Of them in a second.
         rounds: Cancellations of each kind, and frozen servers.
         seed: What requests and faults are drawn from.
+        kinds: What is drawn from for each real request.
         names: The models that real requests ask.
     """
 
     models: Path
     parts: Sequence[str] = PARTS
-    simulated: int = 10_000
-    real: int = 500
+    simulated_requests: int = 10_000
+    real_requests: int = 500
     rate_s: float = 5.0
     rounds: int = 8
     seed: int = 0
     kinds: Sequence[real.Kind] = ("tensors", "tensors", "bytes", "text")
-    names: real.Models = real.Models()
+    names: real.Models = field(default_factory=real.Models)
 
 
 def measure(settings: Settings, begin: Begin) -> Report:
@@ -68,16 +69,16 @@ def measure(settings: Settings, begin: Begin) -> Report:
         figures=[figure for part in parts for figure in part.figures],
         settings={
             "parts": ",".join(settings.parts),
-            "simulated": settings.simulated,
-            "real": settings.real,
+            "simulated_requests": settings.simulated_requests,
+            "real_requests": settings.real_requests,
             "rounds": settings.rounds,
         },
     )
 
 
 def _simulated(settings: Settings, begin: Begin) -> Part:
-    step = begin("simulated requests", math.ceil(settings.simulated / 480))
-    found = simulated.run(requests=settings.simulated, seed=settings.seed, step=step)
+    step = begin("simulated requests", math.ceil(settings.simulated_requests / 480))
+    found = simulated.run(requests=settings.simulated_requests, seed=settings.seed, step=step)
     in_time = sum(late_ms <= GRACE_MS for late_ms in found.late_ms)
     hung = found.requests - len(found.results)
     bars = (
@@ -100,9 +101,9 @@ def _simulated(settings: Settings, begin: Begin) -> Part:
 
 
 def _real(settings: Settings, begin: Begin) -> Part:
-    step = begin("real requests", settings.real)
+    step = begin("real requests", settings.real_requests)
     found = real.run(
-        models=settings.models, requests=settings.real, rate_s=settings.rate_s,
+        models=settings.models, requests=settings.real_requests, rate_s=settings.rate_s,
         seed=settings.seed, step=step, kinds=settings.kinds, names=settings.names,
     )  # fmt: skip
     return real_part(found)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,7 +205,7 @@ class _Caller:
         else:
             stream = self._client.generate(model, _PROMPT, max_new_tokens=TOKENS, **common)
             indexes = [chunk.index for chunk in stream]
-            told.is_in_order = all(a < b for a, b in zip(indexes, indexes[1:], strict=False))
+            told.is_in_order = all(a < b for a, b in pairwise(indexes))
             told.path, told.hedge = stream.route.path, stream.route.hedge
 
     def feeds(self, model: str, rows: int) -> dict[str, np.ndarray]:
@@ -234,7 +235,7 @@ def run(
     seed: int,
     step: Callable[[], None],
     kinds: Sequence[Kind] = ("tensors", "tensors", "bytes", "text"),
-    names: Models = Models(),  # noqa: B008 (frozen)
+    names: Models = Models(),
 ) -> Outcome:
     """Let real requests meet real faults.
 

@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import msgspec
+
 from benchmarks.routing.policies import Ours
 from benchmarks.routing.scenarios import DURATION_S, Scenario, scenarios
 from benchmarks.routing.simulate import Result, simulate
 from benchmarks.routing.world import Job, Nature, Visit, Window, World, end_of
 from cloud_runtime.executor import Ticket
 from cloud_runtime.recent import RecentRuns, SharedRun
-from sdk.routing import Route
+from sdk.routing import Route, RouteDecision, decide
 
 #: A steady link and one that varies, with a device that is busy now and then.
 SCENARIOS = ("fibre", "cellular")
@@ -69,6 +71,23 @@ class Troubles:
         """When a connection that is in use between two moments is lost, if it is."""
         moments = [*self.resets, *(window.begin_s for window in self.kills)]
         return min((at_s for at_s in moments if from_s < at_s < to_s), default=None)
+
+
+class Insistent(Ours):
+    """The client's router; every third request insists on the cloud, and has no other route.
+
+    Such a request is sent again where its connection was lost: to a server that knows it already.
+    """
+
+    def decide(self, job: Job, now_s: float, failed: tuple[Route, ...] = ()) -> RouteDecision:
+        """As `Ours.decide`."""
+        decision = super().decide(job, now_s, failed)
+        if job.number % 3:
+            return decision
+        inputs = decision.inputs
+        # As `sdk.knowledge` has it: the only route is asked however often it failed.
+        cloud = msgspec.structs.replace(inputs.cloud, obstacle="", detail="")
+        return decide(msgspec.structs.replace(inputs, cloud=cloud, mode="cloud_only"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +264,7 @@ def run(*, requests: int, seed: int, step: Callable[[], None] = lambda: None) ->
         nature = scenario.draw(seed)
         jobs = [replace(job, cloud_wedges=rng.random() < WEDGES) for job in nature.jobs]
         nature = replace(nature, jobs=jobs)
-        world, policy = TroubledWorld(nature, troubles), Ours(nature, rng)
+        world, policy = TroubledWorld(nature, troubles), Insistent(nature, rng)
         found = simulate(world, policy)
         world.finish()
         deadline_ms = {job.arrival_s: (job.deadline_s - job.arrival_s) * 1000.0 for job in jobs}
