@@ -344,7 +344,7 @@ class AsyncClient(Calls):
         except asyncio.CancelledError:
             cancel.cancel()  # the worker leaves the queue, or gives its slot back
             raise
-        return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
+        return AsyncEdgeSource(EdgeSource(generation, cancel, state.request.deadline), self._work)
 
     async def _open(self, state: AnswerState) -> AsyncSource:
         request, attempt = state.request, state.attempt

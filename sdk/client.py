@@ -458,7 +458,7 @@ class Client(Calls):
         generation = self._core.generate_here(
             state.request, decision, state.prompt(), state.options(), cancel
         )
-        return EdgeSource(generation, cancel)
+        return EdgeSource(generation, cancel, state.request.deadline)
 
     def _open(self, state: AnswerState) -> Source:
         from sdk.sources import CloudSource

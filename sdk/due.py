@@ -35,6 +35,12 @@ class Watched:
         """Whether there is nothing to stop any more."""
         return self._cancel is None
 
+    def end(self) -> None:
+        """It ended; idempotent."""
+        if self._cancel is not None:
+            self._cancel = None
+            self._watch.ended()
+
     def stop(self) -> None:
         """Its deadline has passed."""
         cancel = self._cancel
@@ -50,8 +56,7 @@ class Watched:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._cancel = None
-        self._watch.ended()
+        self.end()
 
 
 class DeadlineWatch:

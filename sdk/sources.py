@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nearfar.units import Deadline
     from nearfar.wire.messages import Fin, Token
     from sdk.cloud.resumption import ResumableStream
+    from sdk.due import Watched
 
 
 class Source(Protocol):
@@ -46,16 +47,31 @@ class AsyncSource(Protocol):
 
 
 class EdgeSource:
-    """Pieces from an engine in this process; runs it in the caller's thread."""
+    """Pieces from an engine in this process; runs it in the caller's thread.
 
-    def __init__(self, generation: EdgeGeneration, cancel: CancelToken) -> None:
+    Args:
+        generation: Makes them.
+        cancel: Ends it, in the middle of a token too.
+        deadline: When that is done.
+    """
+
+    def __init__(self, generation: EdgeGeneration, cancel: CancelToken, deadline: Deadline) -> None:
         self._generation = generation
         self._cancel = cancel
+        self._deadline = deadline
+        self._watched: Watched | None = None
+        if deadline.is_set:
+            from sdk.due import DEADLINES
+
+            self._watched = DEADLINES.watch(deadline.at_s, cancel)
 
     def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
         piece = next(self._generation, None)
         if piece is None or piece.finish_reason is None:
             return piece, None
+        self._unwatch()
+        if piece.finish_reason == "cancelled":
+            self._deadline.check("edge")
         seen = self._generation
         summary = Summary(
             variant=seen.variant,
@@ -67,8 +83,13 @@ class EdgeSource:
         return piece, summary
 
     def close(self) -> None:
+        self._unwatch()
         self._cancel.cancel()
         self._generation.close()
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched.end()
 
 
 class Begun:

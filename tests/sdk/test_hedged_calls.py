@@ -305,8 +305,10 @@ def test_a_cloud_that_begins_meanwhile_is_kept_and_the_device_is_stopped(both, c
     assert stream.finish_reason == "length"
 
 
-def test_an_answer_that_has_begun_is_not_hedged(both, cloud):
+def test_an_answer_that_has_begun_is_not_hedged(both, cloud, monkeypatch):
     learn_story(both)
+    planned = HedgePlan(first="cloud", other="edge", after_ms=900.0, why="a test says so")
+    monkeypatch.setattr("sdk.answer.plan", lambda decision: planned)
     before = len(both.device.calls)
 
     def slow(session, message, tensors):
