@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -133,14 +133,15 @@ class Emulator:
         Raises:
             KeyError: There is no such command.
         """
-        {
+        actions: dict[str, Callable[[], object]] = {
             "reset": self._reset,
             "stall": self._moving.clear,
             "resume": self._moving.set,
             "refuse": lambda: self._refuse(True),
             "accept": lambda: self._refuse(False),
             "stats": lambda: None,
-        }[command["do"]]()
+        }
+        actions[command["do"]]()
         return {
             "connections": self.connections,
             "open": len(self._open) // 2,

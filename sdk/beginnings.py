@@ -332,7 +332,7 @@ async def first_task_to_begin(
                 if again is not None:
                     other = start_other(again)
                 if state.is_over:
-                    first.close()
+                    await first.close()
                     return None
             elif first.future in done:
                 error = _task_error(first.future)

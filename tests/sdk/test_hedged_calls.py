@@ -478,6 +478,36 @@ def test_the_deadline_is_heard_while_the_device_reads_a_prompt(both):
     assert caught.value.tried == ("edge",)
 
 
+def test_a_handover_that_comes_too_late_keeps_the_text_so_far(both, cloud):
+    learn_story(both)
+
+    def breaks(session, message, tensors):
+        session.send(wire.Token(stream=message.stream, index=0, text="w0 "))
+        yield 0.05
+        session.send(wire.Error(stream=message.stream, code="engine", problem="it broke"))
+
+    cloud.behaviour = breaks
+    both.device.pause_s = 3.0
+    started_s = time.monotonic()
+    stream = both.generate("story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=900)
+    assert stream.text() == "w0 "
+    assert stream.finish_reason == "deadline"
+    assert time.monotonic() - started_s < 2.5
+
+    async def run() -> None:
+        async with AsyncClient(
+            cloud=cloud.config(), models=both._edge.store, policy=POLICY, sensitivity="public"
+        ) as client:
+            put_into(client, both.device)
+            answer = await client.generate(
+                "story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=900
+            )
+            assert await answer.text() == "w0 "
+            assert answer.finish_reason == "deadline"
+
+    asyncio.run(run())
+
+
 def test_async_streams_that_the_device_is_late_with_are_hedged_alike(cloud, tmp_path, monkeypatch):
     async def run() -> None:
         (tmp_path / "store").mkdir()
