@@ -17,7 +17,7 @@ from sdk import requests
 from sdk.answer import AnswerState
 from sdk.calls import Calls, GenerateOptions, RequestOptions
 from sdk.results import ClassifyResult, EmbedResult, InferResult, ModelInfo
-from sdk.sources import AsyncCloudSource, AsyncEdgeSource, AsyncSource, EdgeSource
+from sdk.sources import AsyncCloudSource, AsyncEdgeSource, AsyncSource
 from sdk.steps import (
     Answer,
     Connect,
@@ -344,7 +344,7 @@ class AsyncClient(Calls):
         except asyncio.CancelledError:
             cancel.cancel()  # the worker leaves the queue, or gives its slot back
             raise
-        return AsyncEdgeSource(EdgeSource(generation, cancel, state.request.deadline), self._work)
+        return AsyncEdgeSource(self._edge_source(generation, cancel, state), self._work)
 
     async def _open(self, state: AnswerState) -> AsyncSource:
         request, attempt = state.request, state.attempt

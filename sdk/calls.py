@@ -29,7 +29,8 @@ from sdk.results import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from nearfar.engines.base import SessionOptions
+    from edge_runtime import EdgeGeneration
+    from nearfar.engines.base import CancelToken, SessionOptions
     from sdk.answer import AnswerState
     from sdk.beginnings import OpenCloud
     from sdk.cascade.settings import CascadeConfig
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from sdk.routing.types import Mode, Objective
     from sdk.sharing.config import CacheConfig
     from sdk.sharing.sharing import Sharing
+    from sdk.sources import EdgeSource
     from sdk.steps import Step
     from sdk.telemetry import Telemetry
 
@@ -373,6 +375,17 @@ class Calls:
                 request_id=state.request_id(),
                 trace=state.trace,
             )
+
+    def _edge_source(
+        self, generation: EdgeGeneration, cancel: CancelToken, state: AnswerState
+    ) -> EdgeSource:
+        """The pieces of an answer that the device gives, until the deadline."""
+        from sdk.sources import EdgeSource
+
+        deadline, edge = state.request.deadline, self._edge
+        assert edge is not None
+        watched = edge.watch(deadline, cancel) if deadline.is_set else None
+        return EdgeSource(generation, cancel, deadline, watched)
 
     def _cloud_beside(self, state: AnswerState, again: RouteDecision) -> OpenCloud | None:
         """What begins an answer on the cloud that the device is late with, if that can be."""

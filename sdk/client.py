@@ -453,12 +453,10 @@ class Client(Calls):
     def _open_edge(
         self, state: AnswerState, decision: RouteDecision, cancel: CancelToken
     ) -> Source:
-        from sdk.sources import EdgeSource
-
         generation = self._core.generate_here(
             state.request, decision, state.prompt(), state.options(), cancel
         )
-        return EdgeSource(generation, cancel, state.request.deadline)
+        return self._edge_source(generation, cancel, state)
 
     def _open(self, state: AnswerState) -> Source:
         from sdk.sources import CloudSource

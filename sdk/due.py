@@ -1,8 +1,8 @@
 """Stop what the device computes when its deadline passes.
 
-A call that has begun does not look up, so somebody else must keep the time: one thread of the
-process, started with the first call that has a deadline. It sleeps until the next deadline; calls
-that end before theirs cost it nothing.
+A call that has begun does not look up, so somebody else must keep the time: one thread of a client,
+started with the first call that has a deadline. It sleeps until the next deadline; calls that end
+before theirs cost it nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Calls that ended leave their entry behind; beyond so many the list is cleared of them.
 _MAX_ENDED = 256
+#: The thread only cancels, which does not wait for anything.
+_JOIN_S = 5.0
 
 
 class Watched:
@@ -68,12 +70,15 @@ class DeadlineWatch:
         self._order = itertools.count()
         self._ended = 0
         self._thread: threading.Thread | None = None
+        self._is_closed = False
 
     def watch(self, at_s: float, cancel: CancelToken) -> Watched:
         """Cancel a token at a moment of `time.monotonic()`, unless the call has ended by then."""
         watched = Watched(self, cancel)
         with self._changed:
             heapq.heappush(self._due, (at_s, next(self._order), watched))
+            if self._is_closed:
+                return watched
             if self._thread is None or not self._thread.is_alive():  # a fork has no threads
                 self._thread = threading.Thread(
                     target=self._run, name="nearfar-deadlines", daemon=True
@@ -82,6 +87,15 @@ class DeadlineWatch:
             elif self._due[0][2] is watched:
                 self._changed.notify()
         return watched
+
+    def close(self) -> None:
+        """End the thread; idempotent. What is watched then is not cancelled any more."""
+        with self._changed:
+            self._is_closed = True
+            thread, self._thread = self._thread, None
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_JOIN_S)
 
     def ended(self) -> None:
         """A watched call ended."""
@@ -95,6 +109,8 @@ class DeadlineWatch:
     def _run(self) -> None:
         while True:
             with self._changed:
+                if self._is_closed:
+                    return
                 while self._due and self._due[0][2].has_ended:
                     heapq.heappop(self._due)
                 if not self._due:
@@ -106,7 +122,3 @@ class DeadlineWatch:
                     continue
                 watched = heapq.heappop(self._due)[2]
             watched.stop()  # not under the lock: listeners are the engines'
-
-
-#: That of this process.
-DEADLINES = DeadlineWatch()

@@ -52,18 +52,21 @@ class EdgeSource:
     Args:
         generation: Makes them.
         cancel: Ends it, in the middle of a token too.
-        deadline: When that is done.
+        deadline: When that is done …
+        watched: … by this.
     """
 
-    def __init__(self, generation: EdgeGeneration, cancel: CancelToken, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        generation: EdgeGeneration,
+        cancel: CancelToken,
+        deadline: Deadline,
+        watched: Watched | None,
+    ) -> None:
         self._generation = generation
         self._cancel = cancel
         self._deadline = deadline
-        self._watched: Watched | None = None
-        if deadline.is_set:
-            from sdk.due import DEADLINES
-
-            self._watched = DEADLINES.watch(deadline.at_s, cancel)
+        self._watched = watched
 
     def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
         piece = next(self._generation, None)

@@ -103,11 +103,10 @@ def run_here(edge: EdgeRoute, step: RunHere, cancel: CancelToken | None = None) 
     if not deadline.is_set:
         return _run_here(edge, step, cancel)
     from nearfar.engines.base import CancelToken
-    from sdk.due import DEADLINES
 
     cancel = cancel or CancelToken()
     try:
-        with DEADLINES.watch(deadline.at_s, cancel):
+        with edge.watch(deadline, cancel):
             return _run_here(edge, step, cancel)
     except Cancelled:
         deadline.check("edge")
