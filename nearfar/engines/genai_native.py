@@ -60,18 +60,24 @@ def _library() -> ctypes.CDLL:
     """The library that the Python module has loaded.
 
     Raises:
-        OSError: It is not a file of its own in this version.
-        AttributeError: It lacks a function.
+        ImportError: This version has it elsewhere, or it lacks a function.
     """
-    library = ctypes.CDLL(str(Path(onnxruntime_genai.__file__).parent / _FILE))
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, c_void_p
-    for name in _DESTROY:
-        function = getattr(library, name)
-        function.argtypes, function.restype = (c_void_p,), None
-    library.OgaResultGetError.argtypes = (c_void_p,)
-    library.OgaResultGetError.restype = c_char_p
+    try:
+        library = ctypes.CDLL(str(Path(onnxruntime_genai.__file__).parent / _FILE))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, c_void_p
+        for name in _DESTROY:
+            function = getattr(library, name)
+            function.argtypes, function.restype = (c_void_p,), None
+        library.OgaResultGetError.argtypes = (c_void_p,)
+        library.OgaResultGetError.restype = c_char_p
+    except (OSError, AttributeError) as exc:
+        raise ImportError(
+            f"onnxruntime-genai {onnxruntime_genai.__version__} has no C interface that is known "
+            f"here: {exc}",
+            name="onnxruntime_genai",
+        ) from exc
     return library
 
 
