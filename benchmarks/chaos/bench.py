@@ -126,7 +126,11 @@ def real_part(found: real.Outcome) -> Part:
         _none("real: answers with a token twice or out of order",
               sum(not one.is_in_order for one in told)),
     )  # fmt: skip
-    late = [max(0.0, one.late_ms) for one in heard]
+    late_of: dict[str, list[float]] = {}
+    for one in heard:
+        asked = f"{one.ask.kind}, {one.ask.mode}"
+        late_of.setdefault(asked, []).append(max(0.0, one.late_ms))
+    late = [late_ms for values in late_of.values() for late_ms in values]
     figures = [
         _count("real: requests", len(told)),
         Figure.of_rounds(
@@ -137,6 +141,10 @@ def real_part(found: real.Outcome) -> Part:
             [100.0 * at_once / len(told)],
         ),
         Figure.of_calls("real: after the deadline", "ms", late or [0.0]),
+        *(
+            Figure.of_calls(f"real: after the deadline: {asked}", "ms", values)
+            for asked, values in sorted(late_of.items())
+        ),
         Figure.of_calls("real: delays of the machine above 1 ms", "ms", found.tick_ms or [0.0]),
         *_counts("real: told", Counter(one.error for one in told if one.error)),
         *_counts("real: answered by", Counter(one.path for one in told if not one.error)),
