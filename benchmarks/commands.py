@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -175,6 +176,103 @@ def handover(
         settings = Settings(models=models, model=model, variant=variant, tokens=tokens)
         report = measure(settings, begin)
     harness.conclude(report, json_path=json_file, check=check)
+
+
+@app.command()
+def link(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of recorded links, as for `nearfar bench routing`.",
+            show_default=False,
+        ),
+    ] = None,
+    duration: Annotated[
+        float, typer.Option(min=6.0, max=120.0, help="Seconds of each run; a link has three.")
+    ] = 40.0,
+    seed: Annotated[int, typer.Option(help="Of requests and generated links.")] = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """The client over emulated links to a real cloud runtime, against edge only and cloud only.
+
+    Cloud runtime, link and client are processes of their own; the link delays and follows
+    recordings or generated traces. Takes some seven minutes.
+    """
+    from benchmarks import harness
+    from benchmarks.link import Settings, measure
+
+    harness.check_json_path(json_file)
+    if traces is None and _TRACES_BESIDE.is_dir():
+        traces = _TRACES_BESIDE
+    settings = Settings(models=models, traces=traces, duration_s=duration, seed=seed)
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
+@app.command()
+def chaos(
+    models: Annotated[
+        Path,
+        typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
+    ] = Path(".nearfar/models"),
+    parts: Annotated[
+        str, typer.Option(help="Of simulated, real and slots; separated by commas.")
+    ] = "simulated,real,slots",
+    simulated: Annotated[
+        int, typer.Option(min=1, max=10_000_000, help="Requests in the simulation, at least.")
+    ] = 10_000,
+    real: Annotated[int, typer.Option(min=1, max=1_000_000, help="Real requests.")] = 500,
+    rate: Annotated[
+        float, typer.Option(min=0.1, max=1000.0, help="Real requests in a second.")
+    ] = 5.0,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Cancellations of each kind, frozen servers.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Of requests and faults.")] = 0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """What becomes of requests while servers die, stop and lose their connections.
+
+    Simulated requests with the client's own router and a virtual clock; real ones against a cloud
+    runtime that is killed and started again, frozen and cut off; how soon a cancelled answer gives
+    its slot back, and how soon a frozen server is noticed. Takes some five minutes.
+    """
+    from benchmarks import harness
+    from benchmarks.chaos.bench import PARTS, Settings, measure
+
+    harness.check_json_path(json_file)
+    settings = Settings(
+        models=models, parts=_choice(parts, PARTS, "--parts", "parts"),
+        simulated_requests=simulated,
+        real_requests=real, rate_s=rate, rounds=rounds, seed=seed,
+    )  # fmt: skip
+    with harness.progress(is_quiet=check) as begin:
+        report = measure(settings, begin)
+    harness.conclude(report, json_path=json_file, check=check)
+
+
+def _choice(given: str, known: Sequence[str], option: str, what: str) -> tuple[str, ...]:
+    """A list with commas of names that exist.
+
+    Raises:
+        InvalidInput: One does not, or there is none.
+    """
+    from nearfar.errors import InvalidInput
+
+    wished = tuple(name.strip() for name in given.split(",") if name.strip())
+    if not wished or not set(wished) <= set(known):
+        raise InvalidInput(
+            f"{given!r} does not name {what}", field=option, fix=f"Choose of {', '.join(known)}"
+        )
+    return wished
 
 
 @app.command()

@@ -5,9 +5,9 @@ pays a lock and, at most once per wake-up, one `call_soon_threadsafe`. It runs a
 reader by a bounded number of tokens and then waits; a reader that takes nothing for long loses its
 stream, because it would otherwise hold an engine slot that others wait for.
 
-onnxruntime-genai holds Python's global lock while it computes a token. Without more, a token would
-lie here until the next one is computed, and all other connections would stand still meanwhile. So
-the generating thread gives way after each token until the loop has sent it.
+An engine that computes with Python's global lock held would let a token lie here until the next one
+is computed; one that keeps every core busy may do so too. So the generating thread gives way after
+each token until the loop has sent it.
 """
 
 from __future__ import annotations

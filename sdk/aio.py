@@ -17,6 +17,7 @@ from sdk import requests
 from sdk.answer import AnswerState
 from sdk.calls import Calls, GenerateOptions, RequestOptions
 from sdk.results import ClassifyResult, EmbedResult, InferResult, ModelInfo
+from sdk.sources import AsyncCloudSource, AsyncEdgeSource, AsyncSource
 from sdk.steps import (
     Answer,
     Connect,
@@ -27,13 +28,7 @@ from sdk.steps import (
     run_here,
     run_there,
 )
-from sdk.streams import (
-    AsyncCloudSource,
-    AsyncEdgeSource,
-    AsyncGenerationStream,
-    AsyncSource,
-    EdgeSource,
-)
+from sdk.streams import AsyncGenerationStream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -339,7 +334,13 @@ class AsyncClient(Calls):
             traced = self._telemetry.answer(request)
             state = traced.state(self._core, await self._drive(traced.route(life)))
         state.watch = watch
-        stream = AsyncGenerationStream(state, self._open, self._open_edge, self._check_cloud)
+        stream = AsyncGenerationStream(
+            state,
+            open_source=self._open,
+            open_edge=self._open_edge,
+            cloud_beside=self._cloud_beside,
+            check=self._check_cloud,
+        )
         return await stream.begin()
 
     async def _open_edge(
@@ -355,7 +356,7 @@ class AsyncClient(Calls):
         except asyncio.CancelledError:
             cancel.cancel()  # the worker leaves the queue, or gives its slot back
             raise
-        return AsyncEdgeSource(EdgeSource(generation, cancel), self._work)
+        return AsyncEdgeSource(self._edge_source(generation, cancel, state), self._work)
 
     async def _open(self, state: AnswerState) -> AsyncSource:
         request, attempt = state.request, state.attempt
@@ -368,20 +369,7 @@ class AsyncClient(Calls):
             return await self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = await self._drive(self._core.board(request, attempt))
         state.opening(permit)
-        link = self._link
-        assert link is not None
-        with self._known.guarded():
-            stream = await link.generate(
-                permit,
-                model=request.model,
-                prompt=state.prompt(),
-                options=state.options(),
-                deadline=request.deadline,
-                version=request.version,
-                priority=request.priority,
-                request_id=state.request_id(),
-                trace=state.trace,
-            )
+        stream = await self._ask_cloud(state, permit)
         return AsyncCloudSource(stream, request.deadline)
 
     async def _work(self, function: Callable[[], T]) -> T:

@@ -84,7 +84,10 @@ class AnswerState:
         self._last_s = self._started_s
         self._summary: Summary | None = None
         self._moments = self._moments_of(decision)
+        self._has_begun = False  # the attempt has given its first piece
         self._hedge = ""
+        self._why_beside = ""
+        self._beside: tuple[RouteName, float] | None = None  # where, and since when
 
     # -- what the source needs ---------------------------------------------------------------------
 
@@ -128,16 +131,46 @@ class AnswerState:
         if permit is not None:
             self._permits.append(permit)
 
-    # -- while the cloud has not begun its answer --------------------------------------------------
+    # -- while the answer has not begun -----------------------------------------------------------
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether something else is waited for beside the attempt's first piece.
+
+        The other route, which may be started as well; or the deadline, because the device does not
+        look up from a prompt.
+        """
+        if self._has_begun:
+            return False
+        on_device = self.attempt.route == "edge" and self._request.deadline.is_set
+        return on_device or self.silence_s() is not None
 
     def silence_s(self) -> float | None:
-        """How long to wait for the first piece before `wake` is called; `None`: for ever."""
+        """How long to wait for the first piece before something is due; `None`: nothing is."""
         if not self._moments or self._parts or self.attempt.number > 1:
             return None
         return max(0.0, self._attempt_started_s + self._moments[0][0] - time.perf_counter())
 
+    def patience_s(self) -> float | None:
+        """How long to wait for the first piece before `wake` is called; `None`: for ever."""
+        silence_s, left_s = self.silence_s(), self._request.deadline.timeout_s()
+        if silence_s is None or left_s is None:
+            return left_s if silence_s is None else silence_s
+        return min(silence_s, left_s)
+
     def wake(self) -> RouteDecision | None:
-        """The first piece is late: the decision under which the device is to begin beside it."""
+        """The first piece is late: the decision under which the other route is to begin as well.
+
+        Whoever begins it says so with `begins_beside`.
+
+        Raises:
+            DeadlineExceeded: The deadline has passed, and nothing came.
+        """
+        if self._request.deadline.remaining_s() == 0.0:
+            self.expire()
+            return None
+        if self.silence_s() != 0.0:
+            return None
         _, planned = self._moments.pop(0)
         if planned is None:
             self._core.known.breaker.record_failure(time.monotonic())
@@ -146,41 +179,75 @@ class AnswerState:
         why = self._core.hedging.start(planned, self.attempt.decision, again)
         if why is None:
             return None
-        self._hedge = f"the {planned.other} was started as well: {why}"
+        self._why_beside = f"the {planned.other} was started as well: {why}"
         return again
 
+    def begins_beside(self, route: RouteName, permit: Permit | None = None) -> None:
+        """The other route was started as well."""
+        self._hedge = self._why_beside
+        self._beside = route, time.perf_counter()
+        if permit is not None:
+            self._permits.append(permit)
+
     def outrun(self) -> bool:
-        """The device has begun while the cloud has not: the answer is the device's.
+        """The other route has begun while the first one has not: the answer is the other's.
 
         Returns:
-            Whether policy and router, asked once more, agree; otherwise the cloud is waited for.
+            Whether policy and router, asked once more, agree; otherwise the first is waited for.
+
+        Raises:
+            DeadlineExceeded: It came too late.
         """
+        assert self._beside is not None
+        other, since_s = self._beside
         first, now_s = self.attempt, time.monotonic()
-        silent_s = time.perf_counter() - self._attempt_started_s
-        late = CloudUnavailable(f"The cloud was silent for {silent_s * 1000.0:.0f} ms")
-        self._core.known.observe_silence(self._request, first, since_s=now_s - silent_s)
-        try:
-            attempt = self._plan.send(Outcome(now_s=now_s, error=late))
-        except DeadlineExceeded as error:
-            self.expire(error)
+        self.request.deadline.check(first.route, other)
+        if self._core.decide(self._request, (first.route,)).route != other:
+            self._hedge += f"; the {other} began first, and may not be taken any more"
             return False
+        silent_s = time.perf_counter() - self._attempt_started_s
+        self._core.known.observe_silence(self._request, first, since_s=now_s - silent_s)
+        problem = f"The {first.route} was silent for {silent_s * 1000.0:.0f} ms"
+        kind = CloudUnavailable if first.route == "cloud" else EngineError
+        try:
+            self.attempt = self._plan.send(Outcome(now_s=now_s, error=kind(problem)))
         except NearfarError as error:
             self.error = error  # no route is allowed any more
             raise
-        self.attempt = attempt
-        self._attempt_started_s = time.perf_counter()
-        self._hedge += "; the edge began first"
-        return attempt.route == "edge"
+        self._attempt_started_s = since_s
+        self._hedge += f"; the {other} began first"
+        return self.attempt.route == other
 
     def held(self) -> None:
-        """The cloud has begun although the device was started."""
-        self._hedge += "; the cloud began first"
+        """The first route has begun although the other was started."""
+        self._hedge += f"; the {self.attempt.route} began first"
+
+    def goes_on_beside(self, error: BaseException) -> bool:
+        """The first route broke: whether the answer is now the other's, which is under way.
+
+        Raises:
+            BaseException: What broke it, where nothing can go on.
+        """
+        if not isinstance(error, NearfarError):
+            raise error
+        self.fail(error)
+        if self.is_over or self._beside is None or self.attempt.route != self._beside[0]:
+            return False
+        self._attempt_started_s = self._beside[1]
+        return True
+
+    def has_begun(self) -> None:
+        """The first piece is here, or the attempt is over: nothing is waited for beside it."""
+        self._has_begun = True
+        self._moments = []
 
     def _moments_of(self, decision: RouteDecision) -> list[tuple[float, HedgePlan | None]]:
-        if decision.route != "cloud" or decision.fallback is None:
+        if decision.fallback is None:
             return []
-        expected = decision.inputs.cloud.prediction
-        moments: list[tuple[float, HedgePlan | None]] = [(stalls_after_ms(expected) / 1000.0, None)]
+        moments: list[tuple[float, HedgePlan | None]] = []
+        if decision.route == "cloud":  # a device that computes does not stall
+            expected = decision.inputs.cloud.prediction
+            moments.append((stalls_after_ms(expected) / 1000.0, None))
         planned = plan(decision)
         if planned is not None:
             moments.append((planned.after_ms / 1000.0, planned))
@@ -249,6 +316,7 @@ class AnswerState:
             raise self.error from final
         self._base_tokens = self._kept_tokens
         self._is_handover = bool(self._parts)
+        self._has_begun = False
 
     def expire(self, error: DeadlineExceeded | None = None) -> None:
         """The deadline passed: what came so far is the answer, marked ``deadline``.

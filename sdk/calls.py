@@ -29,16 +29,23 @@ from sdk.results import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from nearfar.engines.base import SessionOptions
+    from edge_runtime import EdgeGeneration
+    from nearfar.engines.base import CancelToken, SessionOptions
+    from sdk.answer import AnswerState
+    from sdk.beginnings import OpenCloud
     from sdk.cascade.settings import CascadeConfig
+    from sdk.cloud.egress import Permit
     from sdk.cloud.link import CloudLink
+    from sdk.cloud.resumption import ResumableStream
     from sdk.edge import EdgeRoute
     from sdk.jobs.config import JobsConfig
     from sdk.jobs.desk import Desk
     from sdk.records.ring import Recorder
+    from sdk.routing import RouteDecision
     from sdk.routing.types import Mode, Objective
     from sdk.sharing.config import CacheConfig
     from sdk.sharing.sharing import Sharing
+    from sdk.sources import EdgeSource
     from sdk.steps import Step
     from sdk.telemetry import Telemetry
 
@@ -346,6 +353,43 @@ class Calls:
         """The life of one batch, as it is performed here."""
         life = self._core.run(request)
         return life if self._telemetry is None else self._telemetry.run(request, life)
+
+    async def _ask_cloud(self, state: AnswerState, permit: Permit) -> ResumableStream:
+        """Begin a streamed answer on the cloud, without waiting for its first piece."""
+        request, link = state.request, self._link
+        assert link is not None
+        with self._known.guarded():
+            return await link.generate(
+                permit,
+                model=request.model,
+                prompt=state.prompt(),
+                options=state.options(),
+                deadline=request.deadline,
+                version=request.version,
+                priority=request.priority,
+                request_id=state.request_id(),
+                trace=state.trace,
+            )
+
+    def _edge_source(
+        self, generation: EdgeGeneration, cancel: CancelToken, state: AnswerState
+    ) -> EdgeSource:
+        """The pieces of an answer that the device gives, until the deadline."""
+        from sdk.sources import EdgeSource
+
+        deadline, edge = state.request.deadline, self._edge
+        assert edge is not None
+        watched = edge.watch(deadline, cancel) if deadline.is_set else None
+        return EdgeSource(generation, cancel, deadline, watched)
+
+    def _cloud_beside(self, state: AnswerState, again: RouteDecision) -> OpenCloud | None:
+        """What begins an answer on the cloud that the device is late with, if that can be."""
+        boarded = self._core.board_beside(state.request, again)
+        if boarded is None:
+            return None
+        permit, _ = boarded
+        state.begins_beside("cloud", permit)
+        return lambda: self._ask_cloud(state, permit)
 
     def _desk(self) -> Desk:
         """The way to the queue of jobs, opened."""

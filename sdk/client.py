@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from sdk.racing import Race
     from sdk.requests import Request
     from sdk.routing import RouteDecision
-    from sdk.streams import GenerationStream, Source
+    from sdk.sources import Source
+    from sdk.streams import GenerationStream
 
 T = TypeVar("T")
 
@@ -448,20 +449,25 @@ class Client(Calls):
             traced = self._telemetry.answer(request)
             state = traced.state(self._core, self._drive(traced.route(life)))
         state.watch = watch
-        return GenerationStream(state, self._open, self._open_edge, self._check_cloud).begin()
+        return GenerationStream(
+            state,
+            open_source=self._open,
+            open_edge=self._open_edge,
+            cloud_beside=self._cloud_beside,
+            check=self._check_cloud,
+            loop=self._background,
+        ).begin()
 
     def _open_edge(
         self, state: AnswerState, decision: RouteDecision, cancel: CancelToken
     ) -> Source:
-        from sdk.streams import EdgeSource
-
         generation = self._core.generate_here(
             state.request, decision, state.prompt(), state.options(), cancel, state.watch
         )
-        return EdgeSource(generation, cancel)
+        return self._edge_source(generation, cancel, state)
 
     def _open(self, state: AnswerState) -> Source:
-        from sdk.streams import CloudSource
+        from sdk.sources import CloudSource
 
         request, attempt = state.request, state.attempt
         if attempt.delay_s:
@@ -473,22 +479,7 @@ class Client(Calls):
             return self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = self._drive(self._core.board(request, attempt))
         state.opening(permit)
-        link = self._link
-        assert link is not None
-        with self._known.guarded():
-            stream = self._call(
-                link.generate(
-                    permit,
-                    model=request.model,
-                    prompt=state.prompt(),
-                    options=state.options(),
-                    deadline=request.deadline,
-                    version=request.version,
-                    priority=request.priority,
-                    request_id=state.request_id(),
-                    trace=state.trace,
-                )
-            )
+        stream = self._call(self._ask_cloud(state, permit))
         return CloudSource(
             stream, request.deadline, self._call, self._post, self._background().submit
         )

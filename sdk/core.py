@@ -234,16 +234,10 @@ class Core:
             assert planned is not None
             if planned.other == "edge":
                 return RunHere(request, _expected_s(again))
-            from sdk.cloud.egress import Permit
-
-            link, offer = self.known.link, self.known.offer(request)
-            if link is None or not link.state.is_connected or offer is None:
-                return None  # what is late already is not made to wait for a connection
-            try:
-                check(request, offer.manifest)
-                race.permit = Permit(again.verdict, request.model, region=self.known.region())
-            except NearfarError:
-                return None  # repair would say why; the first route is still at work
+            boarded = self.board_beside(request, again)
+            if boarded is None:
+                return None
+            race.permit, offer = boarded
             return self._there(request, race.permit, offer, ids)
 
         race = Race(self, request, decision, first, planned, make_other)
@@ -342,6 +336,26 @@ class Core:
             )
         check(request, offer.manifest)
         return permit, offer
+
+    def board_beside(
+        self, request: Request, again: RouteDecision
+    ) -> tuple[Permit, ModelOffer] | None:
+        """As `board`, for a request that is late on the device already.
+
+        Returns:
+            `None` when it cannot go at once: it is not made to wait for a connection, and repair
+            would say what is wrong, but the device is still at work.
+        """
+        from sdk.cloud.egress import Permit
+
+        link, offer = self.known.link, self.known.offer(request)
+        if link is None or not link.state.is_connected or offer is None:
+            return None
+        try:
+            check(request, offer.manifest)
+            return Permit(again.verdict, request.model, region=self.known.region()), offer
+        except NearfarError:
+            return None
 
     def explain(self, request: Request) -> RouteDecision:
         """Decide with what is known; connects nowhere, so an unknown cloud stays unknown.

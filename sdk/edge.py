@@ -12,7 +12,9 @@ from nearfar.errors import BundleError, EngineError, NearfarError
 if TYPE_CHECKING:
     from edge_runtime import EdgeModel, EdgeRuntime
     from nearfar.bundle.manifest import Manifest
-    from nearfar.engines.base import SessionOptions
+    from nearfar.engines.base import CancelToken, SessionOptions
+    from nearfar.units import Deadline
+    from sdk.due import DeadlineWatch, Watched
 
 
 class EdgeRoute:
@@ -46,6 +48,17 @@ class EdgeRoute:
         self._making = threading.Lock()
         self._runtime: EdgeRuntime | None = None
         self._found: dict[tuple[str, str | None], EdgeModel] = {}
+        self._watch: DeadlineWatch | None = None
+
+    def watch(self, deadline: Deadline, cancel: CancelToken) -> Watched:
+        """Have a call cancelled at its deadline, unless it ends before; a context manager."""
+        watch = self._watch
+        if watch is None:
+            from sdk.due import DeadlineWatch
+
+            with self._making:
+                watch = self._watch = self._watch or DeadlineWatch()
+        return watch.watch(deadline.at_s, cancel)
 
     @property
     def is_ready(self) -> bool:
@@ -107,6 +120,8 @@ class EdgeRoute:
 
     def close(self) -> None:
         """Free all loaded models; idempotent."""
+        if self._watch is not None:
+            self._watch.close()
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Union
 import msgspec
 
 from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
+from nearfar.errors import Cancelled
 from nearfar.units import Deadline
 from sdk.requests import Request
 
@@ -95,8 +96,24 @@ def run_here(edge: EdgeRoute, step: RunHere, cancel: CancelToken | None = None) 
         cancel: Ends it early.
 
     Raises:
+        DeadlineExceeded: The deadline passed; also in the middle of computing.
         NearfarError: What the edge runtime says.
     """
+    deadline = step.request.deadline
+    if not deadline.is_set:
+        return _run_here(edge, step, cancel)
+    from nearfar.engines.base import CancelToken
+
+    cancel = cancel or CancelToken()
+    try:
+        with edge.watch(deadline, cancel):
+            return _run_here(edge, step, cancel)
+    except Cancelled:
+        deadline.check("edge")
+        raise
+
+
+def _run_here(edge: EdgeRoute, step: RunHere, cancel: CancelToken | None) -> Answer:
     request = step.request
     started_s = time.perf_counter()
     runtime = edge.runtime

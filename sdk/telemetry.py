@@ -15,14 +15,14 @@ import msgspec
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
-from nearfar.errors import NearfarError
+from nearfar.errors import DeadlineExceeded, NearfarError
 from nearfar.generation import GenerationChunk
 from nearfar.telemetry import mark_failed, meter, trace_of, tracer
 from sdk.answer import AnswerState, Summary
 from sdk.core import Completed, Core
 from sdk.racing import Race
 from sdk.requests import Request
-from sdk.results import Chunk
+from sdk.results import Chunk, RouteName
 from sdk.routing import RouteDecision
 from sdk.steps import Answer, RunHere, RunThere, Step
 
@@ -199,6 +199,7 @@ class TracedState(AnswerState):
     def __init__(self, core: Core, traced: TracedAnswer, decision: RouteDecision) -> None:
         self._traced = traced
         self._span: Span | None = None
+        self._beside_span: Span | None = None
         super().__init__(core, traced.request, decision)
 
     def opening(self, permit: Permit | None = None) -> None:
@@ -208,6 +209,37 @@ class TracedState(AnswerState):
             self._traced.root, f"nearfar {route}", is_remote=route == "cloud"
         )
         self.trace = trace_of(self._span) if route == "cloud" else b""
+
+    def begins_beside(self, route: RouteName, permit: Permit | None = None) -> None:
+        super().begins_beside(route, permit)
+        self._beside_span = self._traced.telemetry.child(
+            self._traced.root, f"nearfar {route}", is_remote=route == "cloud"
+        )
+        if route == "cloud":
+            self.trace = trace_of(self._beside_span)
+
+    def outrun(self) -> bool:
+        try:
+            is_other = super().outrun()
+        finally:
+            self._end_if_over()
+        if is_other:
+            self._end_span("cancelled")
+            self._span, self._beside_span = self._beside_span, None
+        return is_other
+
+    def goes_on_beside(self, error: BaseException) -> bool:
+        goes_on = super().goes_on_beside(error)
+        if goes_on:
+            self._span, self._beside_span = self._beside_span, None
+        return goes_on
+
+    def has_begun(self) -> None:
+        super().has_begun()
+        span, self._beside_span = self._beside_span, None
+        if span is not None:  # it lost
+            mark_failed(span, "cancelled")
+            span.end()
 
     def take(self, piece: GenerationChunk, summary: Summary | None) -> Chunk | None:
         if self._span is not None and piece.text and self._first_s is None:
@@ -221,6 +253,12 @@ class TracedState(AnswerState):
         self._end_span(error.code)
         try:
             super().fail(error)
+        finally:
+            self._end_if_over()
+
+    def expire(self, error: DeadlineExceeded | None = None) -> None:
+        try:
+            super().expire(error)
         finally:
             self._end_if_over()
 

@@ -93,6 +93,13 @@ def read_trace(path: Path) -> Link:
     return Link(times, times[-1])
 
 
+def write_trace(link: Link, path: Path) -> None:
+    """Write one period of a link as `read_trace` reads it; to the millisecond."""
+    times_ms = [round(time_s * 1000.0) for time_s in link.times_s]
+    times_ms[-1] = max(times_ms[-1], round(link.period_s * 1000.0), 1)
+    path.write_text("".join(f"{time_ms}\n" for time_ms in times_ms), encoding="ascii")
+
+
 @dataclass(frozen=True, slots=True)
 class Weather:
     """One state of a generated link.

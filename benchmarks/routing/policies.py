@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
@@ -275,6 +275,8 @@ class Ours:
         self.name = OURS if hedge_budget else OURS_UNHEDGED
         self.hedging = Hedging(hedge_budget)
         self.predictor = Predictor()
+        #: Codes of the errors that callers were told.
+        self.refusals: Counter[str] = Counter()
         self._breaker = CircuitBreaker(rng=rng)
         self._running: dict[int, tuple[float, float]] = {}  # device: job to (expected ms, since)
         self._decisions: dict[int, RouteDecision] = {}
@@ -338,7 +340,10 @@ class Ours:
             outcome = Outcome(now_s=ended.visit.end_s, error=_error(ended.visit))
             try:
                 attempt = steps.send(outcome)
-            except (StopIteration, NearfarError):
+            except StopIteration:
+                return
+            except NearfarError as error:
+                self.refusals[error.code] += 1
                 return
 
     def hedge(self, job: Job, now_s: float) -> Try | None:

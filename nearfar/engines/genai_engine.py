@@ -4,8 +4,8 @@ Tokens are made and read by the `tokenizers` library rather than by onnxruntime-
 reference for ``tokenizer.json``, reads every file (onnxruntime-genai 0.11, the last version for
 Python 3.10, refuses those of transformers 5), and its decode stream can continue a text.
 
-onnxruntime-genai holds Python's global lock while it computes. So prompts are processed in pieces,
-between which other threads run and a cancellation is seen; the result is the same.
+Prompts are processed in pieces, between which other answers of the model get their turn and a
+cancellation is seen; the result is the same. A cancellation also ends what is being computed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import onnxruntime_genai as og
 from tokenizers import Tokenizer
 
 from nearfar.bundle.manifest import Manifest, Variant
+from nearfar.engines import genai_native as native
 from nearfar.engines.base import CancelToken, SessionOptions, TokenWatch
 from nearfar.engines.chat_template import ChatTemplate
 from nearfar.engines.devices import physical_cores
@@ -43,9 +45,12 @@ _OG_EXCEPTIONS = (RuntimeError, ValueError, TypeError, MemoryError)
 #: onnxruntime-genai's device name -> ONNX Runtime's provider name.
 _PROVIDER_OF_DEVICE = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-#: Tokens of a prompt processed in one go. On two CPU cores a piece takes about 0.2 s, and pieces of
-#: this size are as fast as the whole prompt at once.
-PREFILL_PIECE_TOKENS = 128
+#: How long a piece of a prompt should take: so long does everything else in this process wait, a
+#: cancellation too.
+PREFILL_PIECE_S = 0.04
+#: Tokens of a piece. Fewer make a prompt slower (16 by a quarter on two CPU cores), more than 32 do
+#: not make it faster there. The logits are the same, bit for bit, however a prompt is cut.
+PREFILL_LEAST_TOKENS, PREFILL_MOST_TOKENS = 32, 512
 
 _MAX_SEED = 2**31 - 1
 
@@ -77,7 +82,8 @@ class GenaiEngine:
         self._end_tokens = config.end_tokens
         self._tokenizer = _load_tokenizer(path / "tokenizer.json", self._label)
         self._template = ChatTemplate(path, label=self._label)
-        self._model: Any = self._load(path, options, variant)
+        self._piece_tokens = PREFILL_LEAST_TOKENS
+        self._model: native.Model | None = self._load(path, options, variant)
         device = str(self._model.device_type)
         self.execution_provider = _PROVIDER_OF_DEVICE.get(device.lower(), device)
 
@@ -115,7 +121,7 @@ class GenaiEngine:
 
     def _stream(
         self,
-        model: Any,
+        model: native.Model,
         tokens: list[int],
         seam: Seam,
         text: TextStream,
@@ -127,10 +133,11 @@ class GenaiEngine:
         finish_reason: FinishReason = "length"
         count = 0
         is_stopped = False
-        generator = None
+        generator: native.Generator | None = None
         try:
-            generator = og.Generator(model, self._parameters(model, len(tokens), options))
-            _prefill(generator, seam.before, cancel)
+            generator = native.Generator(model, self._parameters(len(tokens), options))
+            cancel.on_cancel(generator.terminate)
+            self._prefill(generator, seam.before, cancel)
             chosen: list[int] = []
             rest = ""
             while len(chosen) < len(seam.tail) and not rest and not cancel.is_cancelled:
@@ -162,12 +169,12 @@ class GenaiEngine:
             if is_stopped:
                 finish_reason = "stop_string"
         except _OG_EXCEPTIONS as exc:
-            raise EngineError(
-                f"onnxruntime-genai failed while running {self._label}: {_first_line(exc)}",
-                fix="Ask for a shorter answer or use a smaller variant if memory is short",
-            ) from exc
+            if not cancel.is_cancelled:
+                raise self._run_error(exc) from exc
+            finish_reason = "cancelled"
         finally:
-            del generator  # the KV cache goes here, also when the caller closes us early
+            if generator is not None:
+                generator.close()  # the KV cache goes here, also when the caller closes us early
         yield GenerationChunk(
             index=count,
             text=stops.flush(),
@@ -175,10 +182,22 @@ class GenaiEngine:
             usage=Usage(prompt_tokens=len(tokens), completion_tokens=count),
         )
 
-    def _parameters(self, model: Any, prompt_tokens: int, options: GenerationOptions) -> Any:
-        parameters = og.GeneratorParams(model)
+    def _prefill(self, generator: native.Generator, tokens: list[int], cancel: CancelToken) -> None:
+        """Process a prompt piece by piece, or until cancelled."""
+        start = 0
+        while start < len(tokens) and not cancel.is_cancelled:
+            piece = tokens[start : start + self._piece_tokens]
+            began_s = time.perf_counter()
+            generator.append_tokens(piece)
+            took_s = time.perf_counter() - began_s
+            start += len(piece)
+            if len(piece) >= PREFILL_LEAST_TOKENS:  # what is shorter says little about more
+                wished = int(len(piece) * PREFILL_PIECE_S / max(took_s, 1e-6)) // 8 * 8
+                self._piece_tokens = min(max(wished, PREFILL_LEAST_TOKENS), PREFILL_MOST_TOKENS)
+
+    def _parameters(self, prompt_tokens: int, options: GenerationOptions) -> dict[str, float]:
         is_sampled = options.temperature > 0
-        settings: dict[str, Any] = {
+        settings: dict[str, float] = {
             # The KV cache is allocated for this length, so it is no longer than can be needed.
             "max_length": prompt_tokens + options.max_new_tokens,
             "do_sample": is_sampled,
@@ -192,8 +211,13 @@ class GenaiEngine:
                 "top_k": min(options.top_k, self._vocabulary_size),
                 "random_seed": -1 if options.seed is None else options.seed,
             }
-        parameters.set_search_options(**settings)
-        return parameters
+        return settings
+
+    def _run_error(self, exc: Exception) -> EngineError:
+        return EngineError(
+            f"onnxruntime-genai failed while running {self._label}: {_first_line(exc)}",
+            fix="Ask for a shorter answer or use a smaller variant if memory is short",
+        )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if bool(prompt.messages) == bool(prompt.text):
@@ -229,7 +253,7 @@ class GenaiEngine:
                 fix=f"Ask for at most {context - prompt_tokens} new tokens, or shorten the prompt",
             )
 
-    def _load(self, path: Path, options: SessionOptions, variant: Variant) -> Any:
+    def _load(self, path: Path, options: SessionOptions, variant: Variant) -> native.Model:
         wished = options.execution_providers or (
             ("CUDAExecutionProvider", "CPUExecutionProvider")
             if og.is_cuda_available()
@@ -242,7 +266,7 @@ class GenaiEngine:
                 failures.append(f"{provider} is not in the installed onnxruntime-genai")
             else:
                 try:
-                    return og.Model(_config(path, device, options.threads or physical_cores()))
+                    return native.Model(path, device, _overlay(options.threads or physical_cores()))
                 except _OG_EXCEPTIONS as exc:
                     failures.append(f"{provider}: {_first_line(exc)}")
             if options.require_execution_provider:
@@ -252,14 +276,6 @@ class GenaiEngine:
             f"onnxruntime-genai {og.__version__} cannot load {self._label}: {'; '.join(failures)}",
             fix="Check `nearfar edge check`; update onnxruntime-genai, or convert the model again",
         )
-
-
-def _prefill(generator: Any, tokens: list[int], cancel: CancelToken) -> None:
-    """Process a prompt piece by piece, or until cancelled."""
-    for start in range(0, len(tokens), PREFILL_PIECE_TOKENS):
-        if cancel.is_cancelled:
-            return
-        generator.append_tokens(tokens[start : start + PREFILL_PIECE_TOKENS])
 
 
 class _GenaiConfig:
@@ -298,14 +314,9 @@ def _load_tokenizer(path: Path, label: str) -> Tokenizer:
     return tokenizer
 
 
-def _config(path: Path, device: str, threads: int) -> Any:
-    config = og.Config(str(path))
-    config.clear_providers()
-    if device != "cpu":  # not run on a GPU yet
-        config.append_provider(device)
+def _overlay(threads: int) -> str:
     session_options = {"intra_op_num_threads": threads}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
-    return config
+    return json.dumps({"model": {"decoder": {"session_options": session_options}}})
 
 
 def _check_options(options: GenerationOptions) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,26 @@ class CloudProcess:
         state: Directory of identity, certificates and API key; made by `nearfar cloud init`.
         models: Bundle store to serve.
         log: File that receives the server's output.
+        module: What runs as the server; another one stands around the real one.
+        options: Further options of `nearfar cloud serve`.
     """
 
-    def __init__(self, *, state: Path, models: Path, log: Path) -> None:
+    def __init__(
+        self,
+        *,
+        state: Path,
+        models: Path,
+        log: Path,
+        module: str = "cloud_runtime",
+        options: Sequence[str] = (),
+    ) -> None:
         self.state = state
         self.url = ""
         self.pin = ""
         self._models = models
         self._log = log
+        self._module = module
+        self._options = tuple(options)
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
 
@@ -58,8 +71,9 @@ class CloudProcess:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cloud_runtime", "serve", "--models", str(self._models),
-                 "--state", str(self.state), "--listen", f"127.0.0.1:{self._port}", "--ready-json"],
+                [sys.executable, "-m", self._module, "serve", "--models", str(self._models),
+                 "--state", str(self.state), "--listen", f"127.0.0.1:{self._port}", "--ready-json",
+                 *self._options],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         ready = self._wait_for_ready(self._process)
@@ -90,6 +104,16 @@ class CloudProcess:
         """Stop the process where it stands (SIGSTOP): it accepts bytes and answers nothing."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen process go on (SIGCONT)."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 before it was started."""
+        return self._port
 
     def kill(self) -> None:
         """End the process at once (SIGKILL), as a crash or a power cut would."""

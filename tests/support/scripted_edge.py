@@ -24,6 +24,7 @@ class ScriptedEdge:
         wait_s: Expected wait for a slot, as the router sees it.
         pause_s: Between tokens, and before an answer to `infer`.
         margins: Of the tokens, in their order, as a watch sees them; 10 for those after the last.
+        answering: Generations that have begun and not ended.
     """
 
     def __init__(self, models: Sequence[Manifest]) -> None:
@@ -36,6 +37,7 @@ class ScriptedEdge:
         self.closed = False
         self.cancelled = 0
         self.margins: tuple[float, ...] = ()
+        self.answering = 0
 
     def models(self) -> list[Manifest]:
         return list(self._models.values())
@@ -113,6 +115,14 @@ class ScriptedGeneration:
 
     @staticmethod
     def _run(edge: ScriptedEdge, count: int, cancel, watch) -> Iterator[GenerationChunk]:
+        edge.answering += 1
+        try:
+            yield from ScriptedGeneration._tokens(edge, count, cancel, watch)
+        finally:
+            edge.answering -= 1
+
+    @staticmethod
+    def _tokens(edge: ScriptedEdge, count: int, cancel, watch) -> Iterator[GenerationChunk]:
         for index in range(count):
             if edge.cut_after is not None and index >= edge.cut_after:
                 assert edge.fail_with is not None

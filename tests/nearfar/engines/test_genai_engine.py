@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -148,33 +150,63 @@ def test_cancelling_stops_the_prompt_from_being_processed(engine):
     assert last.finish_reason == "cancelled"
 
 
-def test_a_prompt_in_pieces_gives_the_same_answer_as_in_one(engine, monkeypatch):
-    from nearfar.engines import genai_engine
+def test_other_threads_go_on_while_it_computes_and_can_end_it(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_piece_tokens", 512)  # the whole prompt at once
+    cancel, ended = CancelToken(), []
+    prompt = Prompt(text="The tide comes in and the tide goes out. " * 40)
 
+    def read() -> None:
+        ended.extend(run(engine, prompt, max_new_tokens=200, cancel=cancel))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    beats = 0
+    while beats < 20 and reader.is_alive():
+        time.sleep(0.001)
+        beats += 1
+    assert beats == 20  # with Python's lock held, one beat would take the whole prompt
+    cancel.cancel()
+    reader.join()
+    assert ended[-1].finish_reason == "cancelled"
+    assert len(ended) == 1  # in the middle of the prompt
+
+
+def test_a_failure_of_the_library_is_told_in_its_words(engine):
+    from nearfar.engines import genai_native as native
+
+    generator = native.Generator(engine._model, {"max_length": 8, "do_sample": False})
+    with pytest.raises(RuntimeError, match="max"):
+        generator.append_tokens(list(range(100, 140)))
+    generator.close()
+    generator.close()
+    generator.terminate()  # nothing is left to end
+    with pytest.raises(RuntimeError, match="closed"):
+        generator.generate_next_token()
+    with pytest.raises(RuntimeError):
+        native.Model(Path("/nowhere"), "cpu", "{}")
+
+
+def test_a_prompt_in_pieces_gives_the_same_answer_as_in_one(engine, monkeypatch):
     prompt = Prompt(text=" ".join(["The tide comes in and the tide goes out."] * 6))
+    monkeypatch.setattr(engine, "_piece_tokens", 512)
     whole = text_of(run(engine, prompt, max_new_tokens=12))
-    monkeypatch.setattr(genai_engine, "PREFILL_PIECE_TOKENS", 7)
+    monkeypatch.setattr(engine, "_piece_tokens", 7)
     assert text_of(run(engine, prompt, max_new_tokens=12)) == whole
 
 
 def test_closing_the_iterator_frees_the_generator_at_once(engine, monkeypatch):
-    import onnxruntime_genai as og
-
-    alive = []
-
-    class Watched(og.Generator):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            alive.append(self)
-
-        def __del__(self):
-            freed.set()
+    from nearfar.engines import genai_native as native
 
     freed = threading.Event()
-    monkeypatch.setattr(og, "Generator", Watched)
+
+    class Watched(native.Generator):
+        def close(self):
+            super().close()
+            freed.set()
+
+    monkeypatch.setattr(native, "Generator", Watched)
     chunks = engine.generate(STORY, GenerationOptions(max_new_tokens=64))
     next(chunks)
-    alive.clear()
     assert not freed.is_set()
     chunks.close()
     assert freed.is_set()

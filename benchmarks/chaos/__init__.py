@@ -1,0 +1,1 @@
+"""What becomes of requests while servers die, stop and lose their connections."""
