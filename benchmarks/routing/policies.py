@@ -43,6 +43,10 @@ ALLOWED = Verdict(edge=True, cloud=True, rule_ids=("lab",), reason="allowed", po
 SEED_ERROR = 1.25
 
 
+#: What the device's queue takes a call that ran past its estimate to need still, of its age.
+OVERRUN_SHARE = 0.25
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Try:
     """One attempt of a plan.
@@ -96,8 +100,8 @@ class Policy(Protocol):
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         """An attempt ended; comes before the plan is told."""
 
-    def hedge(self, job: Job, now_s: float) -> Try | None:
-        """What to start beside an attempt that has not answered."""
+    def hedge(self, job: Job, now_s: float) -> Try | float | None:
+        """What to start beside an attempt that has not answered, or when to be asked again (s)."""
 
     def stalled(self, job: Job, now_s: float) -> None:
         """An attempt has been silent for longer than it should be."""
@@ -115,7 +119,7 @@ class Unhedged:
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         pass
 
-    def hedge(self, job: Job, now_s: float) -> Try | None:
+    def hedge(self, job: Job, now_s: float) -> Try | float | None:
         return None
 
     def stalled(self, job: Job, now_s: float) -> None:
@@ -341,10 +345,14 @@ class Ours:
             except (StopIteration, NearfarError):
                 return
 
-    def hedge(self, job: Job, now_s: float) -> Try | None:
+    def hedge(self, job: Job, now_s: float) -> Try | float | None:
         planned, began = self._plans[job.number], self._decisions[job.number]
         again = self.decide(job, now_s)
-        if self.hedging.start(planned, began, again) is None:
+        found = self.hedging.start(planned, began, again)
+        if isinstance(found, HedgePlan):
+            self._plans[job.number] = found
+            return (found.after_ms - planned.after_ms) / 1000.0
+        if found is None:
             return None
         self._decisions[job.number] = again
         return Try(route=planned.other)
@@ -395,9 +403,10 @@ class Ours:
         """What is expected of those before it: the running one as far as it is not done."""
         wait_ms = 0.0
         for index, (expected_ms, since_s) in enumerate(self._running.values()):
-            wait_ms += (
-                max(0.0, expected_ms - (now_s - since_s) * 1000.0) if index == 0 else expected_ms
-            )
+            if index == 0:  # as `nearfar.engines.slots` reckons
+                age_ms = (now_s - since_s) * 1000.0
+                expected_ms = max(expected_ms - age_ms, OVERRUN_SHARE * age_ms)
+            wait_ms += expected_ms
         return wait_ms
 
     def _edge_ended(self, number: int, now_s: float) -> None:

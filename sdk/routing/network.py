@@ -115,25 +115,24 @@ class LinkLatency:
         self._silence = min(ratio, MAX_RATIO) ** (1.0 - part)
         self._silent_s = now_s
 
-    def quantiles(self, transferred_bytes: float, *, now_s: float, factor: float) -> Quantiles:
+    def quantiles(self, transferred_bytes: float, *, now_s: float) -> Quantiles:
         """Quantiles at `LEVELS` of the network's part, in milliseconds.
 
         Args:
             transferred_bytes: The request's own bytes and those ahead of it.
             now_s: Monotonic time.
-            factor: How much slower it is at least, as far as requests in flight show.
         """
-        scale = self.scale(transferred_bytes, now_s, factor)
+        scale = self.scale(transferred_bytes, now_s)
         q20, q50, q80, q95, q99 = self.level.errors.quantiles
         return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
 
-    def scale(self, transferred_bytes: float, now_s: float, factor: float) -> float:
+    def scale(self, transferred_bytes: float, now_s: float) -> float:
         """The forecast, of which `level.errors` says how far it misses; as `quantiles`."""
         silence = self._silence
         if silence != 1.0:
             silence = silence ** (0.5 ** ((now_s - self._silent_s) / LINK_HALF_LIFE_S))
         forecast_ms = self.delay_ms + transferred_bytes * self._now(now_s)
-        return forecast_ms * (factor if factor > silence else silence)
+        return forecast_ms * silence
 
     def _now(self, now_s: float) -> float:
         """Milliseconds per byte just now."""
