@@ -29,7 +29,7 @@ from sdk.routing.types import (
 BURST = 10.0
 # Tokens left below which a hedge waits for the 99th percentile instead of the 95th.
 PLENTY = 3.0
-# Where all answers take about the same, a hair later than usual is no sign of anything.
+# Without a deadline. Where all answers take about the same, a hair later than usual is no sign.
 MARGIN, MARGIN_MS = 1.25, 5.0
 # Nothing is known to expect: a person notices a second, and so may the router.
 COLD_PATIENCE_MS = 1000.0
@@ -38,7 +38,7 @@ COLD_PATIENCE_MS = 1000.0
 PATIENCE = 0.5
 # Least probability of saving the request that justifies a second one while the budget is full, and
 # what it is worth when one hedge is left; in between in proportion to what is left.
-MIN_GAIN, LAST_GAIN = 0.1, 1.0
+MIN_GAIN, LAST_GAIN = 0.05, 0.5
 # An answer at once is worth so much more than one just in time.
 HASTE = 1.0
 # A device that is slowed down as much as busy phones are would still be in time.
@@ -110,10 +110,10 @@ def _moment(
             if SLOWEST_DEVICE * known[3] <= remaining_ms:
                 return None
             return _best_moment(inputs, expected, instead, silent_ms=0.0)
-        # Half of the answers have come by then; what has not is looked at again.
-        return (known[1], f"half come within {format_ms(known[1])}") if (
-            known[1] < remaining_ms
-        ) else None
+        # By then half of the answers have come; what has not is looked at again.
+        if known[1] >= remaining_ms:
+            return None
+        return known[1], f"half come within {format_ms(known[1])}"
     if first == "edge":
         return None
     _, q50, _, q95, q99 = known
@@ -288,7 +288,7 @@ class Hedging:
         first = began.inputs.state(planned.first).prediction
         instead = inputs.state(other).prediction
         known = first.first_answer()
-        if known is None or not planned.is_counted and planned.after_ms >= known[3]:
+        if not planned.is_counted and (known is None or planned.after_ms >= known[3]):
             self._late_share += _OUTAGE_WEIGHT
             planned = msgspec.structs.replace(planned, is_counted=True)
         if (
@@ -300,10 +300,8 @@ class Hedging:
         ):
             return None
         if inputs.remaining_ms is None or known is None or instead.first_answer() is None:
-            chance = gain(
-                first, instead, silent_ms=planned.after_ms, left_ms=inputs.remaining_ms
-            )
-            if chance < MIN_GAIN:
+            left_ms = inputs.remaining_ms
+            if gain(first, instead, silent_ms=planned.after_ms, left_ms=left_ms) < MIN_GAIN:
                 return None
         else:
             found = _best_moment(inputs, first, instead, silent_ms=planned.after_ms)

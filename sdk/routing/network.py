@@ -19,6 +19,8 @@ LINK_HALF_LIFE_S = 10.0
 # How fast the usual time per byte follows the level: over tens of transfers.
 USUAL_WEIGHT = 0.05
 DELAY_WEIGHT = 0.3
+# A transfer tells the bandwidth when it takes longer than this part of the round trip.
+TELLING = 0.25
 # What a process on the same machine takes; keeps ratios finite.
 SHORTEST_DELAY_MS = 0.01
 
@@ -28,6 +30,7 @@ class LinkLatency:
 
     __slots__ = (
         "_busy_until_s",
+        "_is_assumed",
         "_silence",
         "_silent_s",
         "delay_ms",
@@ -46,6 +49,13 @@ class LinkLatency:
         # How much longer than expected the last request went without an answer, until one comes.
         self._silence = 1.0
         self._silent_s = 0.0
+        #: Whether nothing has told the bandwidth yet.
+        self._is_assumed = True
+
+    def recall(self, ms_per_byte: float) -> None:
+        """Begin with what an earlier run knew of the bandwidth."""
+        self.ms_per_byte = ms_per_byte
+        self._is_assumed = False
 
     def ahead_bytes(self, now_s: float) -> float:
         """Bytes of earlier uploads that are expected to be still under way."""
@@ -80,8 +90,14 @@ class LinkLatency:
             self.delay_ms = network_ms
             self.is_measured = True
             return
-        self.is_measured = True
         self._silence = 1.0
+        moving_ms = network_ms - self.delay_ms
+        if self._is_assumed and self.is_measured and moving_ms > TELLING * self.delay_ms:
+            # The first one says where the bandwidth is, not that today is unusual.
+            self._is_assumed = False
+            self.ms_per_byte = moving_ms / max(transferred_bytes, 1.0)
+            return
+        self.is_measured = True
         level = self.level.at(now_s)
         transfer_ms = transferred_bytes * self.ms_per_byte * level
         forecast_ms = self.delay_ms + transfer_ms

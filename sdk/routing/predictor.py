@@ -31,8 +31,8 @@ QUEUE_SPREAD = 0.5
 QUEUE_HALF_LIFE_S = 1.5
 # Answers of a model that must have been seen before their length counts as expected.
 MIN_ANSWERS = 3
-# A call on the device has overrun when it takes so many times what 99 of 100 take, and is then taken
-# to need so many times what it has taken.
+# A call on the device has overrun when it takes so many times what 99 of 100 take, and is then
+# taken to need so many times what it has taken.
 OVERRUN, GROWTH = 1.05, 1.5
 # Seeds' times per token vary little from answer to answer.
 PER_TOKEN_SIGMA = 0.1

@@ -33,7 +33,7 @@ CONFIDENCE = 0.95
 #: Extra requests that hedging may cause, as a part of all requests.
 HEDGE_BUDGET = 0.05
 
-#: `Prediction.tail` until late answers were seen: among three that take `t`, one takes twice as long.
+#: `Prediction.tail` until late answers were seen: of three that take `t`, one takes twice as long.
 USUAL_TAIL = 1.5
 
 ROUTES: tuple[Route, ...] = get_args(Route)
