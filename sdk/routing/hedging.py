@@ -113,7 +113,7 @@ def _moment(
         # By then half of the answers have come; what has not is looked at again.
         if known[1] >= remaining_ms:
             return None
-        return known[1], f"half come within {format_ms(known[1])}"
+        return known[1], f"if it is worth it then; half come within {format_ms(known[1])}"
     if first == "edge":
         return None
     _, q50, _, q95, q99 = known
@@ -168,7 +168,7 @@ def _best_moment(
             best, found_ms = worth, moment_ms
     if found_ms is None:
         return None
-    return found_ms, f"started at {format_ms(found_ms)}, the other route saves most deadlines"
+    return found_ms, "when the other route saves most deadlines"
 
 
 def outlasts(known: Quantiles, limit_ms: float, tail: float) -> float:
