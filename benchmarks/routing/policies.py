@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.routing.world import Job, Nature, Speed, Visit, World
+from benchmarks.routing.world import Job, Nature, Speed, Visit, World, factor_at
 from nearfar.bundle.manifest import LatencyFigure
 from nearfar.errors import CloudUnavailable, DeadlineExceeded, NearfarError
 from sdk.policy import Verdict
@@ -37,6 +37,7 @@ from sdk.routing.types import HEDGE_BUDGET
 
 MODEL = "lab"
 OURS, OURS_UNHEDGED = "nearfar", "nearfar, no hedging"
+OURS_TOLD = "nearfar, told of its device"
 #: What anyone may know: policy allows both routes, and nothing here is content.
 ALLOWED = Verdict(edge=True, cloud=True, rule_ids=("lab",), reason="allowed", policy_hash="lab")
 #: How far a bundle's figures are off, measured on another machine than the one that runs.
@@ -415,6 +416,27 @@ class Ours:
         if was_first and self._running:  # the next one runs from now on
             first = next(iter(self._running))
             self._running[first] = (self._running[first][0], now_s)
+
+
+class Told(Ours):
+    """The client's router, told how slow the device is just now and when it will be free.
+
+    No client is. How much closer it comes to the oracle says how much of what is lost is due to
+    a device that becomes slow, or quick again, without a sign.
+    """
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        super().__init__(world.nature, rng)
+        self.name = OURS_TOLD
+        self._world = world
+
+    def decide(self, job: Job, now_s: float, failed: tuple[Route, ...] = ()) -> RouteDecision:
+        slower = factor_at(self._world.nature.thermal, now_s)
+        self.predictor.models["edge", MODEL].compute.level.set(slower, now_s=now_s)
+        return super().decide(job, now_s, failed)
+
+    def _edge_wait_ms(self, now_s: float) -> float:
+        return self._world.edge_wait_s(now_s) * 1000.0
 
 
 def size_of(job: Job) -> RequestSize:

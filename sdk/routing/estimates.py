@@ -177,6 +177,10 @@ class Level:
             return 1.0
         return float(value ** (0.5 ** (age_s / self._half_life_s)))
 
+    def set(self, value: float, *, now_s: float) -> None:
+        """Know the level from elsewhere."""
+        self.value, self._last_s = value, now_s
+
     def observe(
         self, ratio: float, *, now_s: float, cause: float | None = None, is_cut: bool = False
     ) -> None:
