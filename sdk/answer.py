@@ -177,6 +177,10 @@ class AnswerState:
             return None
         again = self._core.decide(self._request)
         why = self._core.hedging.start(planned, self.attempt.decision, again)
+        if isinstance(why, HedgePlan):  # not yet
+            self._moments.append((why.after_ms / 1000.0, why))
+            self._moments.sort(key=lambda moment: moment[0])
+            return None
         if why is None:
             return None
         self._why_beside = f"the {planned.other} was started as well: {why}"

@@ -12,6 +12,7 @@ import concurrent.futures
 import logging
 import threading
 import time
+from bisect import insort
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Union
 
@@ -120,6 +121,10 @@ class Race:
         assert self._planned is not None
         again = self._core.decide(self._request)
         why = self._core.hedging.start(self._planned, self._decision, again)
+        if isinstance(why, HedgePlan):  # not yet
+            self._planned = why
+            insort(self._moments, (why.after_ms / 1000.0, False))
+            return None
         step = None if why is None else self._make_other(again)
         if step is None:
             return None
@@ -241,13 +246,16 @@ def _from_edge(
     lock, is_over = threading.Lock(), False
 
     async def later() -> None:
-        await asyncio.sleep(race.timeout_s() or 0.0)
-        with lock:  # the device's answer does not come between question and start
-            step = None if is_over else race.wake()
-            if isinstance(step, RunThere):
-                future = there(step)
-                second.append(future)
-                future.add_done_callback(answered)
+        while not second and (timeout_s := race.timeout_s()) is not None:
+            await asyncio.sleep(timeout_s)
+            with lock:  # the device's answer does not come between question and start
+                if is_over:
+                    return
+                step = race.wake()
+                if isinstance(step, RunThere):
+                    future = there(step)
+                    second.append(future)
+                    future.add_done_callback(answered)
 
     def answered(future: concurrent.futures.Future[Answer]) -> None:
         if not future.cancelled() and future.exception() is None:

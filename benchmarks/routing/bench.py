@@ -14,12 +14,14 @@ from benchmarks.harness import Bar, Direction, Figure, Report, Run, quantile
 from benchmarks.routing.causes import causes
 from benchmarks.routing.policies import (
     OURS,
+    OURS_TOLD,
     OURS_UNHEDGED,
     MeanOfTen,
     Oracle,
     Ours,
     PeakEwma,
     Policy,
+    Told,
     fixed_policies,
 )
 from benchmarks.routing.scenarios import Scenario, Use, of_group, scenarios
@@ -28,7 +30,7 @@ from benchmarks.routing.world import Nature, World
 from benchmarks.subjects import Begin
 
 ORACLE = Oracle.name
-ADAPTIVE = (MeanOfTen.name, PeakEwma.name, OURS_UNHEDGED, OURS, ORACLE)
+ADAPTIVE = (MeanOfTen.name, PeakEwma.name, OURS_UNHEDGED, OURS, OURS_TOLD, ORACLE)
 
 MAX_BEHIND_ORACLE = -2.0  # points of SLO attainment
 MIN_AHEAD_OF_STATIC = 10.0  # points, where links vary
@@ -128,6 +130,7 @@ def _policies(nature: Nature, seed: int) -> list[Callable[[World], Policy]]:
         lambda world: PeakEwma(),
         lambda world: Ours(nature, random.Random(seed), hedge_budget=0.0),
         lambda world: Ours(nature, random.Random(seed)),
+        lambda world: Told(world, random.Random(seed)),
         Oracle,
     ]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.routing.world import Job, Nature, Speed, Visit, World
+from benchmarks.routing.world import Job, Nature, Speed, Visit, World, factor_at
 from nearfar.bundle.manifest import LatencyFigure
 from nearfar.errors import CloudUnavailable, DeadlineExceeded, NearfarError
 from sdk.policy import Verdict
@@ -37,10 +37,15 @@ from sdk.routing.types import HEDGE_BUDGET
 
 MODEL = "lab"
 OURS, OURS_UNHEDGED = "nearfar", "nearfar, no hedging"
+OURS_TOLD = "nearfar, told of its device"
 #: What anyone may know: policy allows both routes, and nothing here is content.
 ALLOWED = Verdict(edge=True, cloud=True, rule_ids=("lab",), reason="allowed", policy_hash="lab")
 #: How far a bundle's figures are off, measured on another machine than the one that runs.
 SEED_ERROR = 1.25
+
+
+#: What the device's queue takes a call that ran past its estimate to need still, of its age.
+OVERRUN_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +101,8 @@ class Policy(Protocol):
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         """An attempt ended; comes before the plan is told."""
 
-    def hedge(self, job: Job, now_s: float) -> Try | None:
-        """What to start beside an attempt that has not answered."""
+    def hedge(self, job: Job, now_s: float) -> Try | float | None:
+        """What to start beside an attempt that has not answered, or when to be asked again (s)."""
 
     def stalled(self, job: Job, now_s: float) -> None:
         """An attempt has been silent for longer than it should be."""
@@ -115,7 +120,7 @@ class Unhedged:
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         pass
 
-    def hedge(self, job: Job, now_s: float) -> Try | None:
+    def hedge(self, job: Job, now_s: float) -> Try | float | None:
         return None
 
     def stalled(self, job: Job, now_s: float) -> None:
@@ -346,10 +351,14 @@ class Ours:
                 self.refusals[error.code] += 1
                 return
 
-    def hedge(self, job: Job, now_s: float) -> Try | None:
+    def hedge(self, job: Job, now_s: float) -> Try | float | None:
         planned, began = self._plans[job.number], self._decisions[job.number]
         again = self.decide(job, now_s)
-        if self.hedging.start(planned, began, again) is None:
+        found = self.hedging.start(planned, began, again)
+        if isinstance(found, HedgePlan):
+            self._plans[job.number] = found
+            return (found.after_ms - planned.after_ms) / 1000.0
+        if found is None:
             return None
         self._decisions[job.number] = again
         return Try(route=planned.other)
@@ -400,9 +409,10 @@ class Ours:
         """What is expected of those before it: the running one as far as it is not done."""
         wait_ms = 0.0
         for index, (expected_ms, since_s) in enumerate(self._running.values()):
-            wait_ms += (
-                max(0.0, expected_ms - (now_s - since_s) * 1000.0) if index == 0 else expected_ms
-            )
+            if index == 0:  # as `nearfar.engines.slots` reckons
+                age_ms = (now_s - since_s) * 1000.0
+                expected_ms = max(expected_ms - age_ms, OVERRUN_SHARE * age_ms)
+            wait_ms += expected_ms
         return wait_ms
 
     def _edge_ended(self, number: int, now_s: float) -> None:
@@ -411,6 +421,27 @@ class Ours:
         if was_first and self._running:  # the next one runs from now on
             first = next(iter(self._running))
             self._running[first] = (self._running[first][0], now_s)
+
+
+class Told(Ours):
+    """The client's router, told how slow the device is just now and when it will be free.
+
+    No client is. How much closer it comes to the oracle says how much of what is lost is due to
+    a device that becomes slow, or quick again, without a sign.
+    """
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        super().__init__(world.nature, rng)
+        self.name = OURS_TOLD
+        self._world = world
+
+    def decide(self, job: Job, now_s: float, failed: tuple[Route, ...] = ()) -> RouteDecision:
+        slower = factor_at(self._world.nature.thermal, now_s)
+        self.predictor.models["edge", MODEL].compute.level.set(slower, now_s=now_s)
+        return super().decide(job, now_s, failed)
+
+    def _edge_wait_ms(self, now_s: float) -> float:
+        return self._world.edge_wait_s(now_s) * 1000.0
 
 
 def size_of(job: Job) -> RequestSize:

@@ -129,7 +129,9 @@ class _Run:
                 self._policy.stalled(request.job, now_s)
             else:
                 step = self._policy.hedge(request.job, now_s)
-                if step is not None:
+                if isinstance(step, float):
+                    self._push(now_s + step, request, _Silent(event.attempt, event.kind))
+                elif step is not None:
                     self._start(request, step, now_s)
 
     def _push(self, at_s: float, request: _Request, event: Event) -> None:

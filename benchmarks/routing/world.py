@@ -143,6 +143,10 @@ class World:
         """What would become of the request; changes nothing."""
         return self._edge_visit(job, now_s) if route == "edge" else self._cloud_visit(job, now_s)
 
+    def edge_wait_s(self, now_s: float) -> float:
+        """Until when the device is taken, from now."""
+        return max(0.0, self._edge_free_s - now_s)
+
     def start(self, route: Route, job: Job, now_s: float) -> Visit:
         """Take the route."""
         visit = self.foresee(route, job, now_s)

@@ -47,6 +47,10 @@ LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 100.0
 # Spread of a forecast that nobody has given one: standard deviation of its logarithm.
 DEFAULT_SIGMA = 0.25
 MIN_SIGMA = 0.02
+# Late answers that the assumed exponent of a tail counts for, what is left of one after the next,
+# and between what it stays.
+TAIL_PRIOR, TAIL_MEMORY = 3.0, 0.95
+FATTEST_TAIL, THINNEST_TAIL = 0.3, 6.0
 # Normal quantiles of a few equally likely values; a prior distribution in nine values.
 _PRIOR = (-1.59, -0.97, -0.59, -0.28, 0.0, 0.28, 0.59, 0.97, 1.59)
 
@@ -172,6 +176,10 @@ class Level:
         if age_s > 30.0 * self._half_life_s:
             return 1.0
         return float(value ** (0.5 ** (age_s / self._half_life_s)))
+
+    def set(self, value: float, *, now_s: float) -> None:
+        """Know the level from elsewhere."""
+        self.value, self._last_s = value, now_s
 
     def observe(
         self, ratio: float, *, now_s: float, cause: float | None = None, is_cut: bool = False
@@ -354,6 +362,33 @@ class SizedLatency:
                 trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
                 usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
         return usual_ms * self.level.at(now_s)
+
+
+class Tail:
+    """How fast late answers become rarer: the exponent of a Pareto distribution beyond p95.
+
+    Hill's estimator (Annals of Statistics, 1975) with older ones forgotten; an attempt that was
+    given up counts as one that would have taken longer (censored, as in the Kaplan-Meier method).
+    """
+
+    __slots__ = ("_count", "_logs", "exponent")
+
+    def __init__(self, exponent: float) -> None:
+        #: The exponent, between `THINNEST_TAIL` and `FATTEST_TAIL`.
+        self.exponent = exponent
+        self._count = TAIL_PRIOR
+        self._logs = TAIL_PRIOR / exponent
+
+    def observe(self, ratio: float, *, is_cut: bool = False) -> None:
+        """Learn a late one.
+
+        Args:
+            ratio: What it took, divided by the p95 that was forecast; above 1.
+            is_cut: It was given up then.
+        """
+        self._count = TAIL_MEMORY * self._count + (0.0 if is_cut else 1.0)
+        self._logs = TAIL_MEMORY * self._logs + math.log(ratio)
+        self.exponent = min(max(self._count / self._logs, FATTEST_TAIL), THINNEST_TAIL)
 
 
 def sigma_of(p50: float, p99: float) -> float:

@@ -15,7 +15,7 @@ import math
 import msgspec
 
 from nearfar.units import format_ms
-from sdk.routing.estimates import share_in_time
+from sdk.routing.estimates import Quantiles, share_in_time
 from sdk.routing.types import (
     HEDGE_BUDGET,
     DecisionInputs,
@@ -29,17 +29,24 @@ from sdk.routing.types import (
 BURST = 10.0
 # Tokens left below which a hedge waits for the 99th percentile instead of the 95th.
 PLENTY = 3.0
-# Where all answers take about the same, a hair later than usual is no sign of anything.
+# Without a deadline. Where all answers take about the same, a hair later than usual is no sign.
 MARGIN, MARGIN_MS = 1.25, 5.0
 # Nothing is known to expect: a person notices a second, and so may the router.
 COLD_PATIENCE_MS = 1000.0
 # A route that has been silent for t will on average be silent for as long again (heavy tails), so
 # another one is worth starting when it would take at most twice as long as was waited.
 PATIENCE = 0.5
-# Least probability of saving the request that justifies a second one.
-MIN_GAIN = 0.1
-# A device that computes does not go silent; only a likely miss of the deadline is worth a hedge.
-MIN_EDGE_RISK = 0.02
+# Least probability of saving the request that justifies a second one while the budget is full, and
+# what it is worth when one hedge is left; in between in proportion to what is left.
+MIN_GAIN, LAST_GAIN = 0.05, 0.5
+# An answer at once is worth so much more than one just in time.
+HASTE = 1.0
+# A device that is slowed down as much as busy phones are would still be in time.
+SLOWEST_DEVICE = 8.0
+# Part of the requests that are never answered, for reasons that no quantile tells beforehand.
+NEVER = 0.02
+# A moment that is so close is now.
+SOON_MS = 5.0
 # After an `Overloaded` from either route more requests are the last thing that helps.
 OVERLOAD_PAUSE_S = 5.0
 # When so many of the last requests were late, lateness is a state, which the router handles.
@@ -60,12 +67,14 @@ class HedgePlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         other: The one that would be started beside it.
         after_ms: Silence of the first one, from its start, after which it would be.
         why: That moment in words.
+        is_counted: Whether it was taken note of that the first one is late.
     """
 
     first: Route
     other: Route
     after_ms: float
     why: str
+    is_counted: bool = False
 
 
 def plan(decision: RouteDecision) -> HedgePlan | None:
@@ -96,31 +105,83 @@ def _moment(
         if remaining_ms is not None:
             at_ms = min(at_ms, 0.5 * remaining_ms)
         return at_ms, why
-    if first == "edge" and (
-        remaining_ms is None or 1.0 - share_in_time(known, remaining_ms) < MIN_EDGE_RISK
-    ):
+    if remaining_ms is not None and other is not None:
+        if first == "edge":
+            if SLOWEST_DEVICE * known[3] <= remaining_ms:
+                return None
+            return _best_moment(inputs, expected, instead, silent_ms=0.0)
+        # By then half of the answers have come; what has not is looked at again.
+        if known[1] >= remaining_ms:
+            return None
+        return known[1], f"if it is worth it then; half come within {format_ms(known[1])}"
+    if first == "edge":
         return None
-    _, q50, q80, q95, q99 = known
+    _, q50, _, q95, q99 = known
     if inputs.hedge_tokens >= PLENTY:
         at_ms, why = q95, f"95 of 100 come within {format_ms(q95)}"
     else:
         at_ms, why = q99, f"99 of 100 come within {format_ms(q99)}"
     at_ms = max(at_ms, MARGIN * q50 + MARGIN_MS)
-    if other is None:
-        return at_ms, why
-    if at_ms < PATIENCE * other[1]:
+    if other is not None and at_ms < PATIENCE * other[1]:
         at_ms = PATIENCE * other[1]
         why = f"the other route takes about {format_ms(other[1])}"
-    if remaining_ms is None or at_ms + other[3] <= remaining_ms:
-        return at_ms, why
-    # Waiting that long would be too late for the other route: as late as it bears, but not while
-    # the first one is still likely to answer.
-    latest_ms = remaining_ms - other[3]
-    if latest_ms < q80:
-        latest_ms = min(q80, remaining_ms - other[1])
-        if latest_ms < q80:
-            return None
-    return latest_ms, f"later than {format_ms(latest_ms)} the other route would miss the deadline"
+    return at_ms, why
+
+
+def _best_moment(
+    inputs: DecisionInputs, expected: Prediction, instead: Prediction, *, silent_ms: float
+) -> tuple[float, str] | None:
+    """When starting the other route is worth most, from the start of the first one.
+
+    Started at `t`, a second request is paid for by all that are silent until then, and saves those
+    that would have been late: ``P(T > d) P(other <= d - t) - price P(T > t)``.
+
+    Args:
+        inputs: Of the decision that is made now.
+        expected: What was expected of the first route when it was started.
+        instead: What is expected of the other one now.
+        silent_ms: How long the first one has been silent.
+    """
+    known, other, left_ms = expected.first_answer(), instead.first_answer(), inputs.remaining_ms
+    assert known is not None
+    assert other is not None
+    assert left_ms is not None
+    end_ms = silent_ms + left_ms
+    answers = 1.0 - max(expected.silence, NEVER)
+    late = 1.0 - answers * (1.0 - outlasts(known, end_ms, expected.tail))
+    price = max(MIN_GAIN, LAST_GAIN / inputs.hedge_tokens)
+    best, found_ms = 0.0, None
+    _, q50, q80, q95, q99 = known
+    _, other50, other80, other95, other99 = other
+    for at_ms in (
+        0.0, q50, q80, q95, q99, 1.5 * q99, 2.0 * q99, 3.0 * q99, 5.0 * q99,
+        end_ms - other99, end_ms - other95, end_ms - other80, end_ms - other50,
+    ):  # fmt: skip
+        moment_ms = max(at_ms, silent_ms)
+        if moment_ms >= end_ms:
+            continue
+        likely = (1.0 - instead.silence) * share_in_time(other, end_ms - moment_ms)
+        saved = max(0.0, (end_ms - moment_ms - other50) / end_ms)
+        silent = 1.0 - answers * (1.0 - outlasts(known, moment_ms, expected.tail))
+        worth = late * likely * (1.0 + HASTE * saved) - price * silent
+        if worth > best + 1e-9:
+            best, found_ms = worth, moment_ms
+    if found_ms is None:
+        return None
+    return found_ms, "when the other route saves most deadlines"
+
+
+def outlasts(known: Quantiles, limit_ms: float, tail: float) -> float:
+    """Probability that a duration is longer than a limit.
+
+    Beyond p95 the quantiles of what came say too little: an answer that waits for a link to come
+    back does not follow them. There the tail is one of Pareto's, with an exponent that was learned.
+    """
+    longer = 1.0 - share_in_time(known, limit_ms)
+    q95 = known[3]
+    if limit_ms > q95 > 0.0:
+        longer = max(longer, 0.05 * (q95 / limit_ms) ** tail)
+    return longer
 
 
 def _is_overloaded(prediction: Prediction) -> bool:
@@ -147,16 +208,17 @@ def gain(first: Prediction, other: Prediction, *, silent_ms: float, left_ms: flo
     """
     if left_ms is None:
         return 1.0
+    likely = 1.0 - other.silence
     in_time = other.first_answer()
-    likely = 1.0 if in_time is None else share_in_time(in_time, left_ms)
+    if in_time is not None:
+        likely *= share_in_time(in_time, left_ms)
     known = first.first_answer()
     if known is None:
         return likely
-    by_now = share_in_time(known, silent_ms)
-    by_deadline = share_in_time(known, silent_ms + left_ms)
-    # Given that it has not answered yet; the last hundredth is for those that never will.
-    later = max(0.0, 0.99 * (by_deadline - by_now)) / max(1.0 - 0.99 * by_now, 1e-9)
-    return likely * (1.0 - later)
+    answers = 1.0 - max(first.silence, NEVER)
+    silent = 1.0 - answers * (1.0 - outlasts(known, silent_ms, first.tail))
+    late = 1.0 - answers * (1.0 - outlasts(known, silent_ms + left_ms, first.tail))
+    return likely * late / max(silent, 1e-9)
 
 
 def stalls_after_ms(prediction: Prediction) -> float:
@@ -208,19 +270,27 @@ class Hedging:
         """A route refused a request because it has too many."""
         self._overloaded_at_s = now_s
 
-    def start(self, planned: HedgePlan, began: RouteDecision, again: RouteDecision) -> str | None:
+    def start(
+        self, planned: HedgePlan, began: RouteDecision, again: RouteDecision
+    ) -> str | HedgePlan | None:
         """The planned moment has come and there is no answer: start the other route?
 
         Args:
-            planned: From `plan`.
+            planned: From `plan`, or from this.
             began: The decision that the attempt began with.
             again: What policy and router say now. Only if both allow the other route it is taken.
 
         Returns:
-            Why it is started, in words; `None` when it is not.
+            Why it is started, in words; a later moment at which to ask again; `None` when it is not
+            started at all.
         """
-        self._late_share += _OUTAGE_WEIGHT
         other, inputs = planned.other, again.inputs
+        first = began.inputs.state(planned.first).prediction
+        instead = inputs.state(other).prediction
+        known = first.first_answer()
+        if not planned.is_counted and (known is None or planned.after_ms >= known[3]):
+            self._late_share += _OUTAGE_WEIGHT
+            planned = msgspec.structs.replace(planned, is_counted=True)
         if (
             self.share <= 0.0
             or inputs.hedge_tokens < 1.0
@@ -229,14 +299,16 @@ class Hedging:
             or exclusion(other, inputs)
         ):
             return None
-        chance = gain(
-            began.inputs.state(planned.first).prediction,
-            inputs.state(other).prediction,
-            silent_ms=planned.after_ms,
-            left_ms=inputs.remaining_ms,
-        )
-        if chance < MIN_GAIN:
-            return None
+        if inputs.remaining_ms is None or known is None or instead.first_answer() is None:
+            left_ms = inputs.remaining_ms
+            if gain(first, instead, silent_ms=planned.after_ms, left_ms=left_ms) < MIN_GAIN:
+                return None
+        else:
+            found = _best_moment(inputs, first, instead, silent_ms=planned.after_ms)
+            if found is None:
+                return None
+            if found[0] > planned.after_ms + SOON_MS:
+                return msgspec.structs.replace(planned, after_ms=found[0], why=found[1])
         self._tokens -= 1.0
         self.started += 1
         return (

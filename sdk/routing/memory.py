@@ -114,7 +114,7 @@ def recall(predictor: Predictor, text: bytes) -> None:
             predictor.answers[model] = Recent(values=lengths)
     if memory.link is not None:
         predictor.link.delay_ms = memory.link.delay_ms
-        predictor.link.ms_per_byte = memory.link.ms_per_byte
+        predictor.link.recall(memory.link.ms_per_byte)
         if memory.link.errors:
             predictor.link.level.errors = Recent(values=memory.link.errors)
 

@@ -19,6 +19,8 @@ LINK_HALF_LIFE_S = 10.0
 # How fast the usual time per byte follows the level: over tens of transfers.
 USUAL_WEIGHT = 0.05
 DELAY_WEIGHT = 0.3
+# A transfer tells the bandwidth when it takes longer than this part of the round trip.
+TELLING = 0.25
 # What a process on the same machine takes; keeps ratios finite.
 SHORTEST_DELAY_MS = 0.01
 
@@ -28,6 +30,7 @@ class LinkLatency:
 
     __slots__ = (
         "_busy_until_s",
+        "_is_assumed",
         "_silence",
         "_silent_s",
         "delay_ms",
@@ -46,6 +49,13 @@ class LinkLatency:
         # How much longer than expected the last request went without an answer, until one comes.
         self._silence = 1.0
         self._silent_s = 0.0
+        #: Whether nothing has told the bandwidth yet.
+        self._is_assumed = True
+
+    def recall(self, ms_per_byte: float) -> None:
+        """Begin with what an earlier run knew of the bandwidth."""
+        self.ms_per_byte = ms_per_byte
+        self._is_assumed = False
 
     def ahead_bytes(self, now_s: float) -> float:
         """Bytes of earlier uploads that are expected to be still under way."""
@@ -80,8 +90,14 @@ class LinkLatency:
             self.delay_ms = network_ms
             self.is_measured = True
             return
-        self.is_measured = True
         self._silence = 1.0
+        moving_ms = network_ms - self.delay_ms
+        if self._is_assumed and self.is_measured and moving_ms > TELLING * self.delay_ms:
+            # The first one says where the bandwidth is, not that today is unusual.
+            self._is_assumed = False
+            self.ms_per_byte = moving_ms / max(transferred_bytes, 1.0)
+            return
+        self.is_measured = True
         level = self.level.at(now_s)
         transfer_ms = transferred_bytes * self.ms_per_byte * level
         forecast_ms = self.delay_ms + transfer_ms
@@ -115,25 +131,24 @@ class LinkLatency:
         self._silence = min(ratio, MAX_RATIO) ** (1.0 - part)
         self._silent_s = now_s
 
-    def quantiles(self, transferred_bytes: float, *, now_s: float, factor: float) -> Quantiles:
+    def quantiles(self, transferred_bytes: float, *, now_s: float) -> Quantiles:
         """Quantiles at `LEVELS` of the network's part, in milliseconds.
 
         Args:
             transferred_bytes: The request's own bytes and those ahead of it.
             now_s: Monotonic time.
-            factor: How much slower it is at least, as far as requests in flight show.
         """
-        scale = self.scale(transferred_bytes, now_s, factor)
+        scale = self.scale(transferred_bytes, now_s)
         q20, q50, q80, q95, q99 = self.level.errors.quantiles
         return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
 
-    def scale(self, transferred_bytes: float, now_s: float, factor: float) -> float:
+    def scale(self, transferred_bytes: float, now_s: float) -> float:
         """The forecast, of which `level.errors` says how far it misses; as `quantiles`."""
         silence = self._silence
         if silence != 1.0:
             silence = silence ** (0.5 ** ((now_s - self._silent_s) / LINK_HALF_LIFE_S))
         forecast_ms = self.delay_ms + transferred_bytes * self._now(now_s)
-        return forecast_ms * (factor if factor > silence else silence)
+        return forecast_ms * silence
 
     def _now(self, now_s: float) -> float:
         """Milliseconds per byte just now."""

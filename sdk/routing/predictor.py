@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sdk.routing.estimates import Quantiles, Recent, SizedLatency, moments_of, sigma_of
+from sdk.routing.estimates import Quantiles, Recent, SizedLatency, Tail, moments_of, sigma_of
 from sdk.routing.network import LinkLatency
-from sdk.routing.types import UNKNOWN, Basis, Prediction, RequestSize, Route
+from sdk.routing.types import UNKNOWN, USUAL_TAIL, Basis, Prediction, RequestSize, Route
 
 if TYPE_CHECKING:  # routing alone stays light to import
     from nearfar.bundle.manifest import LatencyFigure
@@ -26,8 +26,14 @@ if TYPE_CHECKING:  # routing alone stays light to import
 ASSUMED_LOAD_BYTES_PER_MS = 250_000.0
 # How far off a known queue may be, as a part of it: p95 - p50.
 QUEUE_SPREAD = 0.5
+# How fast a queue at the cloud that was reported is forgotten. While others keep coming it does not
+# drain by a second in a second: what fills it lasts for seconds.
+QUEUE_HALF_LIFE_S = 1.5
 # Answers of a model that must have been seen before their length counts as expected.
 MIN_ANSWERS = 3
+# A call on the device has overrun when it takes so many times what 99 of 100 take, and is then
+# taken to need so many times what it has taken.
+OVERRUN, GROWTH = 1.05, 1.5
 # Seeds' times per token vary little from answer to answer.
 PER_TOKEN_SIGMA = 0.1
 # Probability that a cloud which left so many requests in a row unanswered leaves the next one, and
@@ -73,6 +79,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         started_s: When it started.
         expected_ms: What was predicted for it (median); `None` when nothing was.
         late_ms: What was predicted to be enough for 8 of 10 such requests.
+        enough_ms: What was predicted to be enough for 19 of 20.
+        service_ms: For how long it was predicted to hold its slot.
         queue_ms: What wait for a slot was predicted.
         ahead_bytes: Bytes of earlier uploads that were under way when it started.
     """
@@ -84,6 +92,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     started_s: float
     expected_ms: float | None
     late_ms: float | None
+    enough_ms: float | None
+    service_ms: float | None
     queue_ms: float
     ahead_bytes: float
 
@@ -108,6 +118,9 @@ class Predictor:
         self._unanswered = 0
         self._unanswered_at_s = 0.0
         self._in_flight: dict[Route, dict[int, Ticket]] = {"edge": {}, "cloud": {}}
+        self._tails: dict[Route, Tail] = {"edge": Tail(USUAL_TAIL), "cloud": Tail(USUAL_TAIL)}
+        # Since when the oldest attempt on the device has had its slot.
+        self._running_since_s = 0.0
 
     def seed(
         self,
@@ -156,17 +169,23 @@ class Predictor:
             started_s=now_s,
             expected_ms=prediction.p50_ms,
             late_ms=prediction.p80_ms or prediction.p95_ms,
+            enough_ms=prediction.p95_ms,
+            service_ms=prediction.service_ms,
             queue_ms=prediction.queue_ms,
             ahead_bytes=self.link.ahead_bytes(now_s) if is_cloud else 0.0,
         )
         if is_cloud:
             self.link.sending(size.upload_bytes, now_s=now_s)
+        elif not self._in_flight[route]:
+            self._running_since_s = now_s
         self._in_flight[route][ticket.number] = ticket
         return ticket
 
     def stop(self, ticket: Ticket, *, now_s: float) -> None:
         """The attempt has ended."""
         in_flight = self._in_flight[ticket.route]
+        if ticket.route == "edge" and next(iter(in_flight), None) == ticket.number:
+            self._running_since_s = now_s  # the next one runs from now on
         in_flight.pop(ticket.number, None)
         if ticket.route == "cloud" and not in_flight:
             self.link.idle(now_s=now_s)
@@ -184,6 +203,8 @@ class Predictor:
         """Learn from one complete answer; `ticket` where its start was noted."""
         latency = self.models.setdefault((route, model), ModelLatency(None, 0))
         seen = observation
+        if ticket is not None and ticket.enough_ms and seen.total_ms > ticket.enough_ms:
+            self._tails[route].observe(seen.total_ms / ticket.enough_ms)
         compute_ms = 0.0
         if seen.load_ms > 0:
             latency.load.observe(0, seen.load_ms, now_s=now_s)
@@ -215,6 +236,8 @@ class Predictor:
         On the cloud that is held against the link, whose silence it was.
         """
         elapsed_ms = (now_s - ticket.started_s) * 1000.0
+        if ticket.enough_ms and elapsed_ms > ticket.enough_ms:
+            self._tails[ticket.route].observe(elapsed_ms / ticket.enough_ms, is_cut=True)
         if ticket.route == "cloud":
             self._unanswered += 1
             self._unanswered_at_s = now_s
@@ -272,14 +295,19 @@ class Predictor:
             return UNKNOWN
         parts: list[tuple[float, Quantiles]] = []
         if queue_ms is None:
-            # The queue drains while nobody looks.
-            queue_ms = latency.reported_queue_ms - (now_s - latency.reported_at_s) * 1000.0
-            if queue_ms < 0.0:
-                queue_ms = 0.0
+            queue_ms = latency.reported_queue_ms
+            if queue_ms:
+                age_s = now_s - latency.reported_at_s
+                queue_ms = queue_ms * 0.5 ** (age_s / QUEUE_HALF_LIFE_S) if age_s < 60.0 else 0.0
             if latency.queue_errors is not None:
                 parts.append((1.0, latency.queue_errors.moments))
-        factor = self._overdue(route, now_s) if self._in_flight[route] else 1.0
-        here = factor if route == "edge" else 1.0
+        overdue_ms, here = 0.0, 1.0
+        if self._in_flight[route]:
+            if route == "cloud":
+                overdue_ms = self._overdue_ms(now_s)
+            else:
+                here = self._slowed(latency, now_s)
+                queue_ms *= here
         prefill: Quantiles | None = None
         per_token_ms: float | None = None
         if size.max_new_tokens > 0:
@@ -314,7 +342,7 @@ class Predictor:
         if route == "cloud":
             transferred = size.upload_bytes + size.download_bytes + self.link.ahead_bytes(now_s)
             link = self.link
-            scale = link.scale(transferred, now_s, factor)
+            scale = link.scale(transferred, now_s) + overdue_ms
             moments = link.level.errors.moments
             network_ms = scale * moments[0]
             parts.append((scale, moments))
@@ -341,6 +369,7 @@ class Predictor:
             p80_ms=p80,
             p99_ms=p99,
             silence=self._silence(now_s) if self._unanswered and route == "cloud" else 0.0,
+            tail=self._tails[route].exponent,
         )
 
     def _silence(self, now_s: float) -> float:
@@ -349,17 +378,32 @@ class Predictor:
         age_s = now_s - self._unanswered_at_s
         return float(worst * 0.5 ** max(0.0, age_s / SILENCE_HALF_LIFE_S))
 
-    def _overdue(self, route: Route, now_s: float) -> float:
-        """How much slower a route is at least than it was: the oldest request in flight says."""
-        in_flight = self._in_flight[route]
-        if not in_flight:
-            return 1.0
-        for ticket in tuple(in_flight.values())[:1]:  # a copy: other threads start and stop
+    def _overdue_ms(self, now_s: float) -> float:
+        """By how much the oldest request in flight to the cloud is late; 0 when it is not.
+
+        Whatever it waits for, a queue there or a link to come back, the next one waits for too.
+        """
+        for ticket in tuple(self._in_flight["cloud"].values())[:1]:  # threads start and stop them
             if ticket.expected_ms is None or ticket.late_ms is None:
                 break
             elapsed_ms = (now_s - ticket.started_s) * 1000.0
             if elapsed_ms > ticket.late_ms:
-                return elapsed_ms / max(ticket.expected_ms, 1e-6)
+                return elapsed_ms - ticket.expected_ms
+        return 0.0
+
+    def _slowed(self, latency: ModelLatency, now_s: float) -> float:
+        """How much slower the device is than it was, as far as the attempt that runs there says.
+
+        One that runs for longer than 99 of 100 would is taken to need half as long again: a device
+        that is hot, or in use by others, stays so for longer than a call lasts.
+        """
+        for ticket in tuple(self._in_flight["edge"].values())[:1]:
+            if not ticket.service_ms:
+                break
+            ratio = (now_s - self._running_since_s) * 1000.0 / ticket.service_ms
+            _, q50, _, _, q99 = latency.compute.level.errors.quantiles
+            if ratio * q50 > OVERRUN * q99:
+                return GROWTH * ratio
         return 1.0
 
     def _learn_length(self, model: str, tokens: int) -> None:

@@ -33,6 +33,9 @@ CONFIDENCE = 0.95
 #: Extra requests that hedging may cause, as a part of all requests.
 HEDGE_BUDGET = 0.05
 
+#: `Prediction.tail` until late answers were seen: of three that take `t`, one takes twice as long.
+USUAL_TAIL = 1.5
+
 ROUTES: tuple[Route, ...] = get_args(Route)
 MODES: tuple[Mode, ...] = get_args(Mode)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -81,6 +84,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
         ttft_p95_ms: Time within which 19 of 20 answers have their first token (text generation).
         silence: Probability of no answer at all, as the last attempts show it; the times above are
             those of answers that come.
+        tail: How thin the distribution is beyond p95: an answer that has taken `t` takes longer
+            than `u` with probability ``(t / u) ** tail`` (Pareto).
     """
 
     basis: Basis = "unknown"
@@ -96,6 +101,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     p99_ms: float | None = None
     ttft_p95_ms: float | None = None
     silence: float = 0.0
+    tail: float = USUAL_TAIL
 
     @property
     def service_ms(self) -> float | None:

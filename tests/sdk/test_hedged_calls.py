@@ -6,6 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -118,6 +119,31 @@ def test_a_device_that_is_late_is_outrun_by_the_cloud_and_stopped(both, cloud, m
     assert "a test says so" in result.route.hedge
     assert both.device.cancelled == 1
     assert result.bytes_sent >= X["x"].nbytes
+
+
+@pytest.mark.parametrize("mode", ["prefer_edge", "prefer_cloud"])
+def test_a_hedge_that_would_come_too_early_is_asked_about_again(both, cloud, monkeypatch, mode):
+    learn(both)
+    first, other = ("edge", "cloud") if mode == "prefer_edge" else ("cloud", "edge")
+    planned = HedgePlan(first=first, other=other, after_ms=20.0, why="a test says so")
+    monkeypatch.setattr("sdk.core.plan", lambda decision: planned)
+    asked: list[float] = []
+
+    def start(hedging, planned, began, again):
+        asked.append(planned.after_ms)
+        if len(asked) < 3:
+            return msgspec.structs.replace(planned, after_ms=planned.after_ms + 20.0)
+        return "now it is worth it"
+
+    monkeypatch.setattr("sdk.routing.hedging.Hedging.start", start)
+    if first == "cloud":
+        cloud.behaviour = hang
+    else:
+        both.device.pause_s = 20.0
+    result = both.infer("tensor", X, mode=mode, deadline_ms=60_000)
+    assert result.route.name == other
+    assert asked == [20.0, 40.0, 60.0]
+    assert "now it is worth it" in result.route.hedge
 
 
 def test_a_device_that_answers_before_the_moment_is_left_alone(both, cloud, monkeypatch):

@@ -54,7 +54,7 @@ def test_a_state_file_that_cannot_be_written_does_not_break_closing(tmp_path: Pa
 def test_nothing_stays_under_way_after_an_answer(tmp_path: Path) -> None:
     with client(tmp_path) as made:
         ask(made)
-        assert made._known.predictor._overdue("edge", 1e12) == 1.0
+        assert made._known.predictor._in_flight["edge"] == {}
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.95])

@@ -3,8 +3,10 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
+
 from benchmarks.routing.causes import UNAVOIDABLE, Watched, causes
-from benchmarks.routing.policies import Ours
+from benchmarks.routing.policies import Ours, Told
 from benchmarks.routing.scenarios import Scenario, scenarios
 from benchmarks.routing.simulate import Score, simulate
 from benchmarks.routing.world import Nature, World
@@ -32,3 +34,19 @@ def test_watching_changes_nothing() -> None:
     world = World(nature)
     watched = simulate(world, Watched(nature, world, random.Random(5)))
     assert watched == simulate(World(nature), Ours(nature, random.Random(5)))
+
+
+def test_a_router_that_is_told_of_its_device_knows_it_and_waits_for_it() -> None:
+    hot = scenarios(None)[0].draw(2)
+    world = World(hot)
+    told = Told(world, random.Random(2))
+    window = hot.thermal[0]
+    (first, second) = hot.jobs[:2]
+    before = told.decide(replace(first, deadline_s=1e9), window.begin_s - 0.01)
+    during = told.decide(replace(first, deadline_s=1e9), window.begin_s + 0.01)
+    slower = during.inputs.edge.prediction.p50_ms / before.inputs.edge.prediction.p50_ms
+    assert slower == pytest.approx(window.factor, rel=0.01)
+    world.start("edge", replace(second, deadline_s=1e9), 0.0)
+    waits = told.decide(replace(first, deadline_s=1e9), 0.0).inputs.edge.prediction
+    assert waits.queue_ms == pytest.approx(world.edge_wait_s(0.0) * 1000.0)
+    assert waits.queue_ms > 0

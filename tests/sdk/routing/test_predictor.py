@@ -257,13 +257,14 @@ def test_a_ping_measures_the_round_trip() -> None:
     assert predictor.predict("cloud", "m", RequestSize(), now_s=0).network_ms == pytest.approx(7)
 
 
-def test_a_reported_queue_counts_and_drains() -> None:
+def test_a_reported_queue_counts_and_is_forgotten_within_seconds() -> None:
     predictor = Predictor()
     predictor.seed("cloud", "m", [figure(5)])
     predictor.report_queue("m", 800, now_s=10)
     assert predictor.predict("cloud", "m", SMALL, now_s=10).queue_ms == 800
-    assert predictor.predict("cloud", "m", SMALL, now_s=10.5).queue_ms == pytest.approx(300)
-    assert predictor.predict("cloud", "m", SMALL, now_s=20).queue_ms == 0
+    assert predictor.predict("cloud", "m", SMALL, now_s=11.5).queue_ms == pytest.approx(400)
+    assert predictor.predict("cloud", "m", SMALL, now_s=20).queue_ms < 10
+    assert predictor.predict("cloud", "m", SMALL, now_s=200).queue_ms == 0
 
 
 def test_a_bad_estimate_that_nobody_confirms_returns_to_its_seed() -> None:
@@ -304,3 +305,81 @@ def test_the_edge_is_never_held_to_be_silent() -> None:
     for _ in range(3):
         predictor.observe_late(predictor.start("edge", "m", SMALL, expected, now_s=0), now_s=1)
     assert predictor.predict("edge", "m", SMALL, now_s=1).silence == 0.0
+
+
+def test_who_comes_after_a_late_request_waits_as_long_as_that_one_is_late() -> None:
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    predictor.observe_round_trip(20, now_s=0)
+    before = predictor.predict("cloud", "m", SMALL, now_s=1)
+    assert before.p50_ms is not None
+    ticket = predictor.start("cloud", "m", SMALL, before, now_s=1)
+    during = predictor.predict("cloud", "m", SMALL, now_s=1.3)
+    assert during.p50_ms is not None
+    assert during.p50_ms >= before.p50_ms + 200
+    predictor.stop(ticket, now_s=1.3)
+    after = predictor.predict("cloud", "m", SMALL, now_s=1.3)
+    assert after.p50_ms == pytest.approx(before.p50_ms, rel=0.1)
+
+
+def test_a_call_that_overruns_on_the_device_delays_those_behind_it() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "m", [figure(100)])
+    usual = predictor.predict("edge", "m", SMALL, now_s=0, queue_ms=0)
+    assert usual.p50_ms is not None
+    predictor.start("edge", "m", SMALL, usual, now_s=0)
+    in_time = predictor.predict("edge", "m", SMALL, now_s=0.05, queue_ms=50)
+    overrun = predictor.predict("edge", "m", SMALL, now_s=0.3, queue_ms=75)
+    assert in_time.p50_ms is not None
+    assert overrun.p50_ms is not None
+    assert in_time.p50_ms == pytest.approx(usual.p50_ms + 50)
+    assert overrun.p50_ms > 3 * usual.p50_ms
+
+
+def test_the_next_call_on_the_device_is_not_blamed_for_its_wait() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "m", [figure(100)])
+    usual = predictor.predict("edge", "m", SMALL, now_s=0, queue_ms=0)
+    assert usual.p50_ms is not None
+    first = predictor.start("edge", "m", SMALL, usual, now_s=0)
+    predictor.start("edge", "m", SMALL, usual, now_s=0)
+    predictor.stop(first, now_s=0.1)
+    behind = predictor.predict("edge", "m", SMALL, now_s=0.15, queue_ms=50)
+    assert behind.p50_ms == pytest.approx(usual.p50_ms + 50)
+
+
+def test_answers_that_never_come_make_the_tail_fat_and_those_just_late_make_it_thin() -> None:
+    exponents = []
+    for is_cut in (True, False):
+        predictor = Predictor()
+        predictor.seed("cloud", "m", [figure(5)])
+        predictor.observe_round_trip(20, now_s=0)
+        for call in range(8):
+            now_s = 20.0 * call
+            expected = predictor.predict("cloud", "m", SMALL, now_s=now_s)
+            ticket = predictor.start("cloud", "m", SMALL, expected, now_s=now_s)
+            assert expected.p95_ms is not None
+            took_ms = expected.p95_ms * (4.0 if is_cut else 1.1)
+            end_s = now_s + took_ms / 1000.0
+            predictor.stop(ticket, now_s=end_s)
+            if is_cut:
+                predictor.observe_late(ticket, now_s=end_s)
+            else:
+                seen = compute(5, total_ms=took_ms)
+                predictor.observe("cloud", "m", SMALL, seen, now_s=end_s, ticket=ticket)
+        exponents.append(predictor.predict("cloud", "m", SMALL, now_s=200).tail)
+    assert exponents[0] < 1.0 < 1.5 < exponents[1]
+
+
+def test_the_first_transfer_says_what_the_bandwidth_is() -> None:
+    predictor = Predictor()
+    predictor.seed("cloud", "m", [figure(5)])
+    predictor.observe_round_trip(30, now_s=0)
+    big = RequestSize(upload_bytes=25_000, input_elements=25_000)
+    predictor.observe("cloud", "m", big, compute(5, total_ms=5 + 30 + 200), now_s=1)
+    link = predictor.link
+    assert link.ms_per_byte == pytest.approx(200 / 25_000)
+    assert link.level.at(1) == 1.0
+    assert link.level.errors.count == 0
+    predictor.observe("cloud", "m", big, compute(5, total_ms=5 + 30 + 200), now_s=2)
+    assert link.level.errors.values[-1] == pytest.approx(1.0, rel=0.01)
