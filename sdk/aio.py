@@ -24,6 +24,7 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
+    connect,
     run_here,
     run_there,
 )
@@ -212,7 +213,7 @@ class AsyncClient(Calls):
         if self._link is None:
             return
         try:
-            with self._known.guarded():
+            with self._known.reaching():
                 await self._link.connect(Deadline())
         except CloudUnavailable:
             if not has_edge:
@@ -290,7 +291,7 @@ class AsyncClient(Calls):
             return await run_there(self._link, step)
         if isinstance(step, Connect):
             assert self._link is not None
-            await self._link.connect(step.deadline)
+            await connect(self._link, step)
             return None
         if isinstance(step, Wait):
             await asyncio.sleep(step.delay_s)
@@ -311,14 +312,15 @@ class AsyncClient(Calls):
             return await race_in_tasks(race, here, lambda step: run_there(link, step))
         finally:
             if race.is_silent:
-                self._check_cloud()
+                self._check_cloud(race.silent_endpoint)
 
-    def _check_cloud(self) -> None:
+    def _check_cloud(self, name: str) -> None:
         """Ask a cloud that was silent whether it lives."""
         from sdk.racing import look_after
 
-        if self._link is not None and not self._is_closed:
-            check = asyncio.ensure_future(look_after(self._link, self._known.breaker))
+        endpoint = self._known.endpoint(name)
+        if endpoint is not None and not self._is_closed:
+            check = asyncio.ensure_future(look_after(endpoint))
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
 
@@ -358,8 +360,9 @@ class AsyncClient(Calls):
         state.opening(permit)
         link = self._link
         assert link is not None
-        with self._known.guarded():
-            stream = await link.generate(
+        decision = attempt.decision
+        with self._known.guarded(request, decision):
+            stream = await link.at(decision.inputs.endpoint).generate(
                 permit,
                 model=request.model,
                 prompt=state.prompt(),

@@ -25,7 +25,7 @@ from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions,
 from sdk.core import Core, route_of
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
-from sdk.routing import Attempt, Observation, Outcome, RouteDecision, attempts
+from sdk.routing import Attempt, Observation, Outcome, RouteDecision
 from sdk.routing.hedging import HedgePlan, plan, stalls_after_ms
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class AnswerState:
         self._core = core
         self._request = request
         core.hedging.request()
-        self._plan = attempts(decision, core.decide_again(request), at_s=request.deadline.at_s)
+        self._plan = core.repair(request, decision)
         self.attempt: Attempt = next(self._plan)
         self.finish_reason: FinishReason | None = None
         self.error: NearfarError | None = None
@@ -82,6 +82,8 @@ class AnswerState:
         self._summary: Summary | None = None
         self._moments = self._moments_of(decision)
         self._hedge = ""
+        #: The cloud that the device outran, by name.
+        self.silent_endpoint = ""
 
     # -- what the source needs ---------------------------------------------------------------------
 
@@ -137,7 +139,8 @@ class AnswerState:
         """The first piece is late: the decision under which the device is to begin beside it."""
         _, planned = self._moments.pop(0)
         if planned is None:
-            self._core.known.breaker.record_failure(time.monotonic())
+            endpoint = self._core.known.endpoint_of(self.attempt.decision)
+            endpoint.silent(self._request.model, time.monotonic())
             return None
         again = self._core.decide(self._request)
         why = self._core.hedging.start(planned, self.attempt.decision, again)
@@ -155,6 +158,7 @@ class AnswerState:
         first, now_s = self.attempt, time.monotonic()
         silent_s = time.perf_counter() - self._attempt_started_s
         late = CloudUnavailable(f"The cloud was silent for {silent_s * 1000.0:.0f} ms")
+        self.silent_endpoint = first.decision.inputs.endpoint
         self._core.known.observe_silence(self._request, first, since_s=now_s - silent_s)
         try:
             attempt = self._plan.send(Outcome(now_s=now_s, error=late))
@@ -355,6 +359,7 @@ class AnswerState:
                 completion_tokens=usage.completion_tokens,
                 finished=reason in ("stop", "length", "stop_string"),
             ),
+            self.attempt.decision,
         )
 
     def _cut(self, error: NearfarError) -> NearfarError:

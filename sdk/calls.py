@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from nearfar.engines.base import SessionOptions
     from sdk.cascade.settings import CascadeConfig
-    from sdk.cloud.link import CloudLink
     from sdk.edge import EdgeRoute
     from sdk.jobs.config import JobsConfig
     from sdk.jobs.desk import Desk
@@ -39,8 +38,9 @@ if TYPE_CHECKING:
     from sdk.routing.types import Mode, Objective
     from sdk.sharing.config import CacheConfig
     from sdk.sharing.sharing import Sharing
-    from sdk.steps import Step
+    from sdk.steps import Link, Step
     from sdk.telemetry import Telemetry
+    from sdk.valuation import Valuation
 
 
 class RequestOptions(TypedDict, total=False):
@@ -53,7 +53,8 @@ class RequestOptions(TypedDict, total=False):
             configuration's holds; ``math.inf`` turns it off.
         mode: ``auto``, ``edge_only``, ``prefer_edge``, ``prefer_cloud`` or ``cloud_only``, within
             policy.
-        objective: ``latency`` or ``quality``, among routes that meet the deadline.
+        objective: ``latency``, ``quality``, ``cost`` or ``energy``, among routes that meet the
+            deadline.
         purpose: What the answer is for; policy may have rules about it.
         tenant: On whose behalf the app asks; policy may have rules about it.
         priority: 0 (background) to 9 (urgent), for the cloud's queue.
@@ -106,7 +107,7 @@ class Calls:
         jobs: Where jobs wait (see `submit`); overrides the configuration.
         cache: Models whose equal requests share their computation; overrides the configuration.
         telemetry: Tell OpenTelemetry about requests; overrides the configuration.
-        cloud: The cloud runtime; overrides the configuration.
+        cloud: The cloud runtime, or several of them; overrides the configuration.
         policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
             any, everything stays on the device.
         sensitivity: Data class of requests that state none; without one they are taken to be of
@@ -131,7 +132,7 @@ class Calls:
         config: Config | str | Path | None = None,
         *,
         models: str | Path | None = None,
-        cloud: CloudConfig | None = None,
+        cloud: CloudConfig | Sequence[CloudConfig] | None = None,
         policy: Policy | str | Path | None = None,
         sensitivity: str | None = None,
         mode: Mode | None = None,
@@ -155,14 +156,14 @@ class Calls:
         self._deadline_ms = deadline_ms if deadline_ms is not None else config.routing.deadline_ms
         requests.check_settings(self._mode, self._objective, 5)
         store = Path(models).expanduser() if models is not None else config.models_store
-        cloud = cloud or config.cloud
+        clouds = _clouds_of(cloud, config)
         rules = _policy_of(policy if policy is not None else config.policy_file)
         self._edge = (
             _edge_of(store, edge_options, config.trusted_keys)
             if edge and store is not None
             else None
         )
-        self._link = _link_of(cloud) if cloud is not None else None
+        self._link = _link_of(clouds) if clouds else None
         if self._edge is None and self._link is None:
             raise ConfigError(
                 "This client has neither local models nor a cloud",
@@ -177,11 +178,11 @@ class Calls:
                 fix=f"Use one of: {', '.join(rules.classes)}",
             )
         known = Knowledge(edge=self._edge, link=self._link, state_file=config.routing.state)
-        if self._link is not None:
-            self._link.on_round_trip = known.observe_round_trip
         self._known = known
         self._jobs_config = jobs or config.jobs
         self._plans = Plans(known)
+        self._valuation = _valuation_of(config, clouds)
+        self._check_objective(self._objective, is_config=True)
         self._usual = self._settings(deadline_ms=math.inf)
         self._core = Core(
             policy=rules,
@@ -190,6 +191,8 @@ class Calls:
             confidence=config.routing.confidence,
             cascade=_cascade_of(config, calibrations),
             hedge_budget=config.routing.hedge_budget,
+            retry_budget=config.routing.retry_budget,
+            valuation=self._valuation,
         )
         caches = config.caches if cache is None else cache
         self._sharing = _sharing_of(caches, self._core) if caches else None
@@ -210,6 +213,13 @@ class Calls:
             )
 
     # -- arguments to requests -------------------------------------------------------------------
+
+    def _check_objective(self, objective: Objective, *, is_config: bool = False) -> None:
+        """Refuse an objective that no price says anything about."""
+        if objective in ("cost", "energy"):
+            from sdk.valuation import UNPRICED
+
+            (self._valuation or UNPRICED).check(objective, is_config=is_config)
 
     def _common(self, options: Any) -> dict[str, Any]:
         """The settings of a request; those of one that states none are made once."""
@@ -234,6 +244,8 @@ class Calls:
         mode = mode or self._mode
         objective = objective or self._objective
         requests.check_settings(mode, objective, priority)
+        if objective != "latency":
+            self._check_objective(objective)
         settings: dict[str, Any] = {
             "deadline": Deadline.after_ms(
                 deadline_ms if deadline_ms is not None else self._deadline_ms
@@ -478,10 +490,39 @@ def _telemetry_of() -> Telemetry:
     return Telemetry()
 
 
-def _link_of(cloud: CloudConfig) -> CloudLink:
+def _clouds_of(
+    cloud: CloudConfig | Sequence[CloudConfig] | None, config: Config
+) -> tuple[CloudConfig, ...]:
+    if cloud is None:
+        return tuple(config.clouds.values())
+    return (cloud,) if isinstance(cloud, CloudConfig) else tuple(cloud)
+
+
+def _link_of(clouds: Sequence[CloudConfig]) -> Link:
+    if len(clouds) > 1:
+        from sdk.cloud.pool import Pool
+
+        return Pool(clouds)
     from sdk.cloud.link import CloudLink
 
-    return CloudLink(cloud)
+    return CloudLink(clouds[0])
+
+
+def _valuation_of(config: Config, clouds: Sequence[CloudConfig]) -> Valuation | None:
+    """`None` where neither a price nor a weight is configured."""
+    weights, edge = config.routing.weights, config.edge_price
+    priced = [cloud for cloud in clouds if cloud.price is not None]
+    if not (weights or edge or priced):
+        return None
+    from sdk.cloud.endpoints import endpoint_name
+    from sdk.routing.objectives import FREE, checked_weights
+    from sdk.valuation import Valuation
+
+    return Valuation(
+        edge or FREE,
+        {endpoint_name(cloud.name): cloud.price for cloud in priced if cloud.price is not None},
+        checked_weights(weights),
+    )
 
 
 def _cascade_of(config: Config, calibrations: str | Path | None) -> CascadeConfig | None:

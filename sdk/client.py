@@ -22,6 +22,7 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
+    connect,
     run_here,
     run_there,
 )
@@ -313,7 +314,7 @@ class Client(Calls):
         if self._link is None:
             return
         try:
-            with self._known.guarded():
+            with self._known.reaching():
                 self._call(self._link.connect(Deadline()))
         except CloudUnavailable:
             if not has_edge:
@@ -401,7 +402,7 @@ class Client(Calls):
             return answer
         if isinstance(step, Connect):
             assert self._link is not None
-            self._call(self._link.connect(step.deadline))
+            self._call(connect(self._link, step))
             return None
         if isinstance(step, Wait):
             time.sleep(step.delay_s)
@@ -420,14 +421,15 @@ class Client(Calls):
             )
         finally:
             if race.is_silent:
-                self._check_cloud()
+                self._check_cloud(race.silent_endpoint)
 
-    def _check_cloud(self) -> None:
+    def _check_cloud(self, name: str) -> None:
         """Ask a cloud that was silent whether it lives."""
         from sdk.racing import look_after
 
-        if self._link is not None:
-            self._background().submit(look_after(self._link, self._known.breaker))
+        endpoint = self._known.endpoint(name)
+        if endpoint is not None:
+            self._background().submit(look_after(endpoint))
 
     def _stream(self, request: Request) -> GenerationStream:
         # Here and below: not every client generates text, and importing should be quick.
@@ -467,9 +469,10 @@ class Client(Calls):
         state.opening(permit)
         link = self._link
         assert link is not None
-        with self._known.guarded():
+        decision = attempt.decision
+        with self._known.guarded(request, decision):
             stream = self._call(
-                link.generate(
+                link.at(decision.inputs.endpoint).generate(
                     permit,
                     model=request.model,
                     prompt=state.prompt(),

@@ -7,6 +7,7 @@ and repair alike, and all of it can be tested without a socket.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from sdk.routing import (
     attempts,
     decide,
 )
+from sdk.routing.budget import RETRY_SHARE, RetryBudget
 from sdk.routing.hedging import Hedging, plan
 from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET
 from sdk.steps import Answer, Connect, RunHere, RunThere, Step, Wait
@@ -50,8 +52,10 @@ if TYPE_CHECKING:
     from sdk.cascade.run import Cascades
     from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.egress import Permit
+    from sdk.cloud.endpoints import Endpoint
     from sdk.racing import Race
     from sdk.results import Agreement
+    from sdk.valuation import Valuation
 
 #: Part of the time left that connecting may take while the device could answer instead.
 _CONNECT_SHARE = 0.5
@@ -82,6 +86,8 @@ class Core:
         confidence: Probability with which a route must be in time to count as being so.
         cascade: Agreements with the cloud model that the configuration states.
         hedge_budget: Extra requests that hedging may cause, as a part of all; 0 turns it off.
+        retry_budget: Requests that may go to the clouds again, as a part of all; 0 turns it off.
+        valuation: What routes cost and how much that counts; `None` when only speed may count.
     """
 
     def __init__(
@@ -93,8 +99,16 @@ class Core:
         confidence: float = CONFIDENCE,
         cascade: CascadeConfig | None = None,
         hedge_budget: float = HEDGE_BUDGET,
+        retry_budget: float = RETRY_SHARE,
+        valuation: Valuation | None = None,
     ) -> None:
         self.policy = policy
+        self.retries = RetryBudget(retry_budget)
+        self.valuation = valuation
+        self.weighs = valuation is not None and valuation.weights is not None
+        self.max_attempts = 2 + max(1, len(known.endpoints))
+        # Spreads requests over clouds; nothing secret hangs on it.
+        self._rng = random.Random()  # noqa: S311
         self.hedging = Hedging(hedge_budget)
         self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
@@ -133,7 +147,7 @@ class Core:
         started_s = time.perf_counter()
         self.hedging.request()
         decision = yield from self.route(request)
-        plan = attempts(decision, self.decide_again(request), at_s=request.deadline.at_s)
+        plan = self.repair(request, decision)
         attempt = next(plan)
         before: list[RouteName] = []
         permits = [] if permits is None else permits
@@ -150,12 +164,15 @@ class Core:
                 continue
             self.known.pin(request, answer.variant)
             route = route_of(attempt, before, race)
+            decision = attempt.decision
+            if race is not None and race.winner != attempt.route:
+                decision = race.again or decision
             return Completed(
                 request=request,
                 answer=answer,
                 route=route,
                 decision=attempt.decision,
-                manifest=self.known.manifest(request, route.name),
+                manifest=self.known.manifest(request, route.name, decision),
                 total_ms=(time.perf_counter() - started_s) * 1000.0,
                 bytes_sent=sum(permit.bytes_sent for permit in permits),
             )
@@ -179,9 +196,10 @@ class Core:
             return answer, race
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
-        there = self._there(request, permit, offer, ids)
+        there = self._there(request, permit, offer, ids, attempt.decision)
         race = self._race(request, attempt, there, ids)
-        with self.known.under_way(request, attempt) as ticket, self.known.guarded() as guard:
+        guarded = self.known.guarded(request, attempt.decision)
+        with self.known.under_way(request, attempt) as ticket, guarded as guard:
             answer = yield there if race is None else race
             guard.is_answered = race is None or race.winner == "cloud"
             _check_output(answer, request, "cloud" if guard.is_answered else "edge")
@@ -189,12 +207,19 @@ class Core:
         return answer, race
 
     def _there(
-        self, request: Request, permit: Permit, offer: ModelOffer, ids: dict[str | None, bytes]
+        self,
+        request: Request,
+        permit: Permit,
+        offer: ModelOffer,
+        ids: dict[str | None, bytes],
+        decision: RouteDecision,
     ) -> RunThere:
         # Asked for again under the same id, it is computed once; another variant is another.
         variant = self.known.variant_wanted(request)
         request_id = ids.setdefault(variant, request_id_of(request, variant))
-        return RunThere(request, permit, offer, variant, request_id)
+        return RunThere(
+            request, permit, offer, variant, request_id, endpoint=decision.inputs.endpoint
+        )
 
     def _settle(
         self,
@@ -206,16 +231,17 @@ class Core:
         permits: list[Permit],
     ) -> None:
         """Learn from an answer, and from the silence of a route that was outrun."""
-        route, known = attempt.route, self.known
+        route, known, decision = attempt.route, self.known, attempt.decision
         if race is not None:
             if race.permit is not None:
                 permits.append(race.permit)
             if race.winner != route:
-                known.predictor.observe_late(ticket, now_s=time.monotonic())
+                known.predictor_of(decision, route).observe_late(ticket, now_s=time.monotonic())
                 assert race.winner is not None
                 assert race.other_ticket is not None
-                route, ticket = race.winner, race.other_ticket
-        known.learn(request, route, answer, ticket)
+                assert race.again is not None
+                route, ticket, decision = race.winner, race.other_ticket, race.again
+        known.learn(request, route, answer, ticket, decision)
 
     def _race(
         self, request: Request, attempt: Attempt, first: RunHere | RunThere,
@@ -236,15 +262,18 @@ class Core:
                 return RunHere(request, _expected_s(again))
             from sdk.cloud.egress import Permit
 
-            link, offer = self.known.link, self.known.offer(request)
-            if link is None or not link.state.is_connected or offer is None:
+            endpoint = self.known.endpoint(again.inputs.endpoint)
+            if endpoint is None or not endpoint.link.state.is_connected:
                 return None  # what is late already is not made to wait for a connection
+            offer = self.known.offer(request, endpoint)
+            if offer is None:
+                return None
             try:
                 check(request, offer.manifest)
-                race.permit = Permit(again.verdict, request.model, region=self.known.region())
+                race.permit = Permit(again.verdict, request.model, region=endpoint.region())
             except NearfarError:
                 return None  # repair would say why; the first route is still at work
-            return self._there(request, race.permit, offer, ids)
+            return self._there(request, race.permit, offer, ids, again)
 
         race = Race(self, request, decision, first, planned, make_other)
         return race
@@ -263,7 +292,9 @@ class Core:
         known = self.known.edge_model(request)
         if known is not None:
             check(request, known.manifest)
-        if self._should_connect(request, has_edge=known is not None):
+        if len(self.known.endpoints) > 1:
+            yield from self._reach(request, has_edge=known is not None)
+        elif self._should_connect(request, has_edge=known is not None):
             yield from self._connect(request, has_edge=known is not None)
         offer = self.known.offer(request)
         if offer is not None and (
@@ -278,20 +309,40 @@ class Core:
             raise self._explained(error, request)
         return decision
 
-    def decide(self, request: Request, failed: tuple[RouteName, ...] = ()) -> RouteDecision:
-        """Ask policy and router with what is known now; nothing runs and nothing leaves."""
+    def decide(
+        self,
+        request: Request,
+        failed: tuple[RouteName, ...] = (),
+        left: tuple[str, ...] = (),
+    ) -> RouteDecision:
+        """Ask policy and router with what is known now; nothing runs and nothing leaves.
+
+        Args:
+            request: What is asked for.
+            failed: Routes that failed for this request.
+            left: Clouds that failed for it; while there is another one, the cloud has not failed.
+        """
         now_s = time.monotonic()
-        verdict = self._verdict(request)
-        size = self.known.size(request)
-        edge = self.known.edge_state(request, size, now_s)
+        known = self.known
+        endpoint = self._endpoint(request, left, now_s)
+        if left and endpoint is not None and endpoint.name not in left:
+            failed = tuple(route for route in failed if route != "cloud")
+        verdict = self._verdict(request, endpoint)
+        size = known.size(request)
+        edge = known.edge_state(request, size, now_s)
         is_alone = bool(edge.obstacle) or not verdict.edge or request.mode == "cloud_only"
+        cloud = known.cloud_state(request, size, now_s, endpoint, is_alone=is_alone)
+        weights = None
+        if request.objective != "latency" or self.weighs:
+            valuation = self.valuation or _unpriced()
+            edge, cloud, weights = valuation.of(request, size, edge, cloud, known, endpoint)
         return decide(
             DecisionInputs(
                 model=request.model,
                 sensitivity=request.sensitivity or self.default_sensitivity,
                 verdict=verdict,
                 edge=edge,
-                cloud=self.known.cloud_state(request, size, now_s, is_alone=is_alone),
+                cloud=cloud,
                 mode=request.mode,
                 objective=request.objective,
                 remaining_ms=request.deadline.remaining_ms(),
@@ -299,21 +350,66 @@ class Core:
                 failed=failed,
                 confidence=self.confidence,
                 hedge_tokens=self.hedging.tokens(now_s),
+                endpoint="" if endpoint is None else endpoint.name,
+                weights=weights,
             )
         )
 
+    def _endpoint(self, request: Request, left: tuple[str, ...], now_s: float) -> Endpoint | None:
+        """The cloud that the cloud route means for this request, now."""
+        known = self.known
+        endpoints = known.endpoints
+        if len(endpoints) < 2:
+            return endpoints[0] if endpoints else None
+        from sdk.cloud.endpoints import choose
+
+        return choose(
+            endpoints,
+            model=request.model,
+            allows=lambda endpoint: self._verdict(request, endpoint).cloud,
+            serves=lambda endpoint: known.serves(request, endpoint),
+            left=left,
+            now_s=now_s,
+            rng=self._rng,
+            price=None if self.valuation is None else self.valuation.pricing(request, known),
+        )
+
+    def repair(self, request: Request, first: RouteDecision) -> Generator[Attempt, Outcome, None]:
+        """The attempts of one request, see `attempts`."""
+        return attempts(
+            first,
+            self.decide_again(request, first),
+            at_s=request.deadline.at_s,
+            max_attempts=self.max_attempts,
+            budget=self.retries,
+        )
+
     def decide_again(
-        self, request: Request
+        self, request: Request, first: RouteDecision
     ) -> Callable[[tuple[RouteName, ...], float], RouteDecision]:
-        """For the repair generator: policy is asked again before any other route is taken."""
+        """For the repair generator: policy is asked again before any other route is taken.
+
+        Each decision that it gives is the next attempt, so the clouds that failed are those that
+        the decisions so far named.
+        """
+        last = first
+        left: tuple[str, ...] = ()
 
         def again(failed: tuple[RouteName, ...], now_s: float) -> RouteDecision:
-            decision = self.decide(request, failed)
+            nonlocal last, left
+            if last.route == "cloud":
+                left = (*left, last.inputs.endpoint)
+            # Without a retry left, a cloud that nobody asked yet is no way on either.
+            others = left if self.retries.can_retry(now_s) else self._all_endpoints()
+            last = self.decide(request, failed, others)
             if self.record is not None:
-                self.record(decision)
-            return decision
+                self.record(last)
+            return last
 
         return again
+
+    def _all_endpoints(self) -> tuple[str, ...]:
+        return tuple(endpoint.name for endpoint in self.known.endpoints)
 
     def board(
         self, request: Request, attempt: Attempt
@@ -327,15 +423,15 @@ class Core:
         """
         from sdk.cloud.egress import Permit
 
-        permit = Permit(attempt.decision.verdict, request.model, region=self.known.region())
-        link = self.known.link
-        assert link is not None  # the router takes no route that is not configured
-        if not link.state.is_connected:
-            with self.known.guarded():
-                yield Connect(request.deadline)
+        endpoint = self.known.endpoint_of(attempt.decision)
+        permit = Permit(attempt.decision.verdict, request.model, region=endpoint.region())
+        if not endpoint.link.state.is_connected:
+            with self.known.reaching():
+                yield Connect(request.deadline, (endpoint.name,))
             # The cloud may have said where it stands only now.
-            permit = Permit(self._verdict(request), request.model, region=self.known.region())
-        offer = self.known.offer(request)
+            verdict = self._verdict(request, endpoint)
+            permit = Permit(verdict, request.model, region=endpoint.region())
+        offer = self.known.offer(request, endpoint)
         if offer is None:
             raise ModelNotFound(
                 f"The cloud does not have model {request.model!r}", fix=self.known.available()
@@ -412,15 +508,16 @@ class Core:
 
     # -- policy ----------------------------------------------------------------------------------
 
-    def _verdict(self, request: Request) -> Verdict:
-        """What policy says; the same facts have the same verdict, which is worth remembering."""
+    def _verdict(self, request: Request, endpoint: Endpoint | None) -> Verdict:
+        """What policy says, if the cloud is that one; the same facts have the same verdict, which
+        is worth remembering."""
         facts = (
             request.model,
             self.known.task(request),
             request.sensitivity or self.default_sensitivity,
             request.purpose,
             request.tenant,
-            self.known.region(),
+            None if endpoint is None else endpoint.region(),
         )
         verdict = self._verdicts.get(facts)
         if verdict is None:
@@ -447,7 +544,7 @@ class Core:
         link = self.known.link
         if link is None or link.state.is_connected or request.mode == "edge_only":
             return False
-        verdict = self._verdict(request)
+        verdict = self._verdict(request, self.known.endpoints[0])
         if not verdict.cloud:
             return False
         device_can = has_edge and verdict.edge
@@ -455,14 +552,40 @@ class Core:
             return False
         return not device_can or self.known.breaker.can_try(time.monotonic())
 
-    def _connect(self, request: Request, *, has_edge: bool) -> Generator[Connect, Any, None]:
+    def _reach(self, request: Request, *, has_edge: bool) -> Generator[Connect, Any, None]:
+        """As `_should_connect` and `_connect`, with several clouds: one that can be used is waited
+        for if there is none yet, and the others are connected to beside."""
+        if request.mode == "edge_only":
+            return
+        allowed = [
+            endpoint for endpoint in self.known.endpoints if self._verdict(request, endpoint).cloud
+        ]
+        away = [endpoint for endpoint in allowed if not endpoint.link.state.is_connected]
+        if not away:
+            return
+        now_s = time.monotonic()
+        device_can = has_edge and any(self._verdict(request, one).edge for one in allowed)
+        worth = tuple(one.name for one in away if one.breaker.can_try(now_s))
+        if len(away) < len(allowed):
+            fresh = tuple(name for name in worth if not self.known.is_reaching(name))
+            if fresh:
+                yield Connect(Deadline(), fresh, is_waited=False)
+            return
+        if device_can and (request.mode == "prefer_edge" or not worth):
+            return
+        names = worth or tuple(one.name for one in away)
+        yield from self._connect(request, has_edge=has_edge, names=names)
+
+    def _connect(
+        self, request: Request, *, has_edge: bool, names: tuple[str, ...] = ()
+    ) -> Generator[Connect, Any, None]:
         deadline = request.deadline
         may_give_up = has_edge and request.mode != "cloud_only"
         if may_give_up and deadline.is_set:
             deadline = Deadline(time.monotonic() + deadline.remaining_s() * _CONNECT_SHARE)
         try:
-            with self.known.guarded():
-                yield Connect(deadline)
+            with self.known.reaching():
+                yield Connect(deadline, names)
         except (SecurityError, ConfigError):
             raise  # somebody must look at this; it is not bad weather
         except (CloudUnavailable, DeadlineExceeded):
@@ -490,12 +613,23 @@ class Core:
 def route_of(attempt: Attempt, before: list[RouteName], race: Race | None = None) -> Route:
     """The route as results show it."""
     # The decision's own reason starts with the route, which `Route` shows in another place.
-    reason = attempt.decision.reason.removeprefix(f"{attempt.route}: ")
+    decision = attempt.decision
+    reason = decision.reason.removeprefix(f"{attempt.route}: ")
     if race is None or not race.hedge:
-        return Route(attempt.route, reason, tuple(before))
-    if race.winner != attempt.route:
+        endpoint = decision.inputs.endpoint if attempt.route == "cloud" else ""
+        return Route(attempt.route, reason, tuple(before), endpoint=endpoint)
+    winner = race.winner or attempt.route
+    if winner != attempt.route:
         reason = f"the {attempt.route} was late, and this route answered first"
-    return Route(race.winner or attempt.route, reason, tuple(before), hedge=race.hedge)
+        decision = race.again or decision
+    endpoint = decision.inputs.endpoint if winner == "cloud" else ""
+    return Route(winner, reason, tuple(before), hedge=race.hedge, endpoint=endpoint)
+
+
+def _unpriced() -> Valuation:
+    from sdk.valuation import UNPRICED
+
+    return UNPRICED
 
 
 def _check_output(answer: Answer, request: Request, route: RouteName) -> None:

@@ -337,7 +337,7 @@ class GenerationStream(_Facts):
         state: AnswerState,
         open_source: Callable[[AnswerState], Source],
         open_edge: Callable[[AnswerState, RouteDecision, CancelToken], Source],
-        check: Callable[[], None],
+        check: Callable[[str], None],
     ) -> None:
         super().__init__(state)
         self._check = check
@@ -421,7 +421,7 @@ class GenerationStream(_Facts):
                     raise
                 if is_first:
                     cloud.close()
-                    self._check()
+                    self._check(state.silent_endpoint)
                     self._source = Begun(edge, (piece, summary))
                     return self._source
                 edge.close()
@@ -482,7 +482,7 @@ class AsyncGenerationStream(_Facts):
         state: AnswerState,
         open_source: Callable[[AnswerState], Awaitable[AsyncSource]],
         open_edge: Callable[[AnswerState, RouteDecision, CancelToken], Awaitable[AsyncSource]],
-        check: Callable[[], None],
+        check: Callable[[str], None],
     ) -> None:
         super().__init__(state)
         self._check = check
@@ -566,7 +566,7 @@ class AsyncGenerationStream(_Facts):
                     raise
                 if is_first:
                     await cloud.close()
-                    self._check()
+                    self._check(state.silent_endpoint)
                     self._source = begun
                     return begun
                 await begun.close()
