@@ -121,6 +121,9 @@ class AsyncClient(Calls):
         texts: Sequence[str] | None = None,
         data: bytes | str | Path | None = None,
         feeds: Mapping[str, np.ndarray] | None = None,
+        input_tokens: int | None = None,
+        upload_bytes: int | None = None,
+        cloud: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> RouteDecision:
         """As `Client.explain`."""
@@ -132,9 +135,11 @@ class AsyncClient(Calls):
             data=data,
             feeds=feeds,
             options=options,
+            input_tokens=input_tokens,
+            upload_bytes=upload_bytes,
         )
         await self._prepare()
-        return self._core.explain(request)
+        return self._core.explain(request, cloud)
 
     async def submit(
         self,

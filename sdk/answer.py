@@ -23,6 +23,7 @@ from nearfar.errors import (
 )
 from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
 from sdk.core import Core, route_of
+from sdk.repair import repair
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
 from sdk.routing import Attempt, Observation, Outcome, RouteDecision
@@ -62,7 +63,7 @@ class AnswerState:
         self._core = core
         self._request = request
         core.hedging.request()
-        self._plan = core.repair(request, decision)
+        self._plan = repair(core, request, decision)
         self.attempt: Attempt = next(self._plan)
         self.finish_reason: FinishReason | None = None
         self.error: NearfarError | None = None

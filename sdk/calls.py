@@ -156,14 +156,13 @@ class Calls:
         self._deadline_ms = deadline_ms if deadline_ms is not None else config.routing.deadline_ms
         requests.check_settings(self._mode, self._objective, 5)
         store = Path(models).expanduser() if models is not None else config.models_store
-        clouds = _clouds_of(cloud, config)
         rules = _policy_of(policy if policy is not None else config.policy_file)
         self._edge = (
             _edge_of(store, edge_options, config.trusted_keys)
             if edge and store is not None
             else None
         )
-        self._link = _link_of(clouds) if clouds else None
+        self._link, self._valuation = _clouds_of(cloud, config)
         if self._edge is None and self._link is None:
             raise ConfigError(
                 "This client has neither local models nor a cloud",
@@ -181,7 +180,6 @@ class Calls:
         self._known = known
         self._jobs_config = jobs or config.jobs
         self._plans = Plans(known)
-        self._valuation = _valuation_of(config, clouds)
         self._check_objective(self._objective, is_config=True)
         self._usual = self._settings(deadline_ms=math.inf)
         self._core = Core(
@@ -205,6 +203,11 @@ class Calls:
     def policy(self) -> Policy:
         """The policy that this client asks."""
         return self._core.policy
+
+    @property
+    def clouds(self) -> tuple[str, ...]:
+        """Names of the clouds that this client may ask, as decisions name them."""
+        return tuple(endpoint.name for endpoint in self._known.endpoints)
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
@@ -338,8 +341,18 @@ class Calls:
         feeds: Mapping[str, np.ndarray] | None,
         options: GenerateOptions,
         top_k: int = 1,
+        input_tokens: int | None = None,
+        upload_bytes: int | None = None,
     ) -> Request:
         given = [x for x in (prompt, messages, texts, data, feeds) if x is not None]
+        if not given and (input_tokens is not None or upload_bytes is not None):
+            return self._sized_request(model, input_tokens, upload_bytes, options)
+        if input_tokens is not None or upload_bytes is not None:
+            raise InvalidInput(
+                "There is an input, and a size beside it",
+                field="upload_bytes",
+                fix="Leave input_tokens and upload_bytes out: the input has its own size",
+            )
         if len(given) != 1:
             raise InvalidInput(
                 f"There are {len(given)} inputs",
@@ -358,6 +371,32 @@ class Calls:
             return self._classify_request(model, data, top_k, common)
         assert feeds is not None
         return self._infer_request(model, feeds, common)
+
+    def _sized_request(
+        self,
+        model: str,
+        input_tokens: int | None,
+        upload_bytes: int | None,
+        options: GenerateOptions,
+    ) -> Request:
+        """A request without content; see `sdk.sizes`."""
+        from sdk import sizes
+
+        manifest = next((info.manifest for info in self._models() if info.name == model), None)
+        method = sizes.method_of(manifest, input_tokens)
+        common: Any = dict(options)
+        sampling = None
+        if method == "generate":
+            sampling = _sampling(**{n: common.pop(n) for n in _SAMPLING if n in common})
+        return sizes.sized_request(
+            model,
+            method,
+            manifest,
+            input_tokens=input_tokens,
+            upload_bytes=upload_bytes,
+            options=sampling,
+            common=self._common(common),
+        )
 
     def _life(self, request: Request) -> Generator[Step, Any, Completed]:
         """The life of one batch, as it is performed here."""
@@ -492,37 +531,13 @@ def _telemetry_of() -> Telemetry:
 
 def _clouds_of(
     cloud: CloudConfig | Sequence[CloudConfig] | None, config: Config
-) -> tuple[CloudConfig, ...]:
-    if cloud is None:
-        return tuple(config.clouds.values())
-    return (cloud,) if isinstance(cloud, CloudConfig) else tuple(cloud)
+) -> tuple[Link | None, Valuation | None]:
+    if cloud is None and not (config.clouds or config.edge_price or config.routing.weights):
+        return None, None
+    from sdk.clouds import clouds_of, link_of, valuation_of
 
-
-def _link_of(clouds: Sequence[CloudConfig]) -> Link:
-    if len(clouds) > 1:
-        from sdk.cloud.pool import Pool
-
-        return Pool(clouds)
-    from sdk.cloud.link import CloudLink
-
-    return CloudLink(clouds[0])
-
-
-def _valuation_of(config: Config, clouds: Sequence[CloudConfig]) -> Valuation | None:
-    """`None` where neither a price nor a weight is configured."""
-    weights, edge = config.routing.weights, config.edge_price
-    priced = [cloud for cloud in clouds if cloud.price is not None]
-    if not (weights or edge or priced):
-        return None
-    from sdk.cloud.endpoints import endpoint_name
-    from sdk.routing.objectives import FREE, checked_weights
-    from sdk.valuation import Valuation
-
-    return Valuation(
-        edge or FREE,
-        {endpoint_name(cloud.name): cloud.price for cloud in priced if cloud.price is not None},
-        checked_weights(weights),
-    )
+    clouds = clouds_of(cloud, config)
+    return link_of(clouds), valuation_of(config, clouds)
 
 
 def _cascade_of(config: Config, calibrations: str | Path | None) -> CascadeConfig | None:

@@ -169,6 +169,9 @@ class Client(Calls):
         texts: Sequence[str] | None = None,
         data: bytes | str | Path | None = None,
         feeds: Mapping[str, np.ndarray] | None = None,
+        input_tokens: int | None = None,
+        upload_bytes: int | None = None,
+        cloud: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> RouteDecision:
         """Where a request would go now, and why. Nothing runs and nothing leaves the device.
@@ -178,11 +181,15 @@ class Client(Calls):
 
         Args:
             model: Name of the model.
-            prompt: As for `generate`. Give exactly one of the five inputs.
+            prompt: As for `generate`. Give exactly one of the five inputs, or its size.
             messages: As for `chat`.
             texts: As for `embed`.
             data: As for `classify`.
             feeds: As for `infer`.
+            input_tokens: Instead of an input: how many tokens it has.
+            upload_bytes: Instead of an input, or beside `input_tokens`: how many bytes it has.
+            cloud: Ask about that one of several clouds, by name, and not about the one that the
+                balancer would take.
             options: See `GenerateOptions`.
 
         Returns:
@@ -200,7 +207,10 @@ class Client(Calls):
                 data=data,
                 feeds=feeds,
                 options=options,
-            )
+                input_tokens=input_tokens,
+                upload_bytes=upload_bytes,
+            ),
+            cloud,
         )
 
     def submit(

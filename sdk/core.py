@@ -7,7 +7,6 @@ and repair alike, and all of it can be tested without a socket.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
 from sdk.knowledge import Knowledge
 from sdk.policy import Policy, RequestFacts, Verdict, evaluate
+from sdk.repair import repair
 from sdk.requests import Request, check, request_id_of
 from sdk.results import Route, RouteName
 from sdk.routing import (
@@ -37,7 +37,6 @@ from sdk.routing import (
     Outcome,
     RouteDecision,
     Ticket,
-    attempts,
     decide,
 )
 from sdk.routing.budget import RETRY_SHARE, RetryBudget
@@ -107,8 +106,6 @@ class Core:
         self.valuation = valuation
         self.weighs = valuation is not None and valuation.weights is not None
         self.max_attempts = 2 + max(1, len(known.endpoints))
-        # Spreads requests over clouds; nothing secret hangs on it.
-        self._rng = random.Random()  # noqa: S311
         self.hedging = Hedging(hedge_budget)
         self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
@@ -147,7 +144,7 @@ class Core:
         started_s = time.perf_counter()
         self.hedging.request()
         decision = yield from self.route(request)
-        plan = self.repair(request, decision)
+        plan = repair(self, request, decision)
         attempt = next(plan)
         before: list[RouteName] = []
         permits = [] if permits is None else permits
@@ -293,9 +290,11 @@ class Core:
         if known is not None:
             check(request, known.manifest)
         if len(self.known.endpoints) > 1:
-            yield from self._reach(request, has_edge=known is not None)
+            from sdk.several import reach
+
+            yield from reach(self, request, has_edge=known is not None)
         elif self._should_connect(request, has_edge=known is not None):
-            yield from self._connect(request, has_edge=known is not None)
+            yield from self.connect(request, has_edge=known is not None)
         offer = self.known.offer(request)
         if offer is not None and (
             known is None or known.manifest.version != offer.manifest.version
@@ -314,6 +313,7 @@ class Core:
         request: Request,
         failed: tuple[RouteName, ...] = (),
         left: tuple[str, ...] = (),
+        cloud: str | None = None,
     ) -> RouteDecision:
         """Ask policy and router with what is known now; nothing runs and nothing leaves.
 
@@ -321,28 +321,39 @@ class Core:
             request: What is asked for.
             failed: Routes that failed for this request.
             left: Clouds that failed for it; while there is another one, the cloud has not failed.
+            cloud: Name of the cloud that is meant; `None` for the balancer's choice.
+
+        Raises:
+            InvalidInput: There is no cloud of that name.
         """
         now_s = time.monotonic()
         known = self.known
-        endpoint = self._endpoint(request, left, now_s)
+        endpoints = known.endpoints
+        endpoint = endpoints[0] if endpoints else None
+        if cloud is not None or len(endpoints) > 1:
+            from sdk.several import endpoint_for
+
+            endpoint = (
+                endpoint_for(self, request, left, now_s) if cloud is None else known.named(cloud)
+            )
         if left and endpoint is not None and endpoint.name not in left:
             failed = tuple(route for route in failed if route != "cloud")
-        verdict = self._verdict(request, endpoint)
+        verdict = self.verdict(request, endpoint)
         size = known.size(request)
         edge = known.edge_state(request, size, now_s)
         is_alone = bool(edge.obstacle) or not verdict.edge or request.mode == "cloud_only"
-        cloud = known.cloud_state(request, size, now_s, endpoint, is_alone=is_alone)
+        far = known.cloud_state(request, size, now_s, endpoint, is_alone=is_alone)
         weights = None
         if request.objective != "latency" or self.weighs:
             valuation = self.valuation or _unpriced()
-            edge, cloud, weights = valuation.of(request, size, edge, cloud, known, endpoint)
+            edge, far, weights = valuation.of(request, size, edge, far, known, endpoint)
         return decide(
             DecisionInputs(
                 model=request.model,
                 sensitivity=request.sensitivity or self.default_sensitivity,
                 verdict=verdict,
                 edge=edge,
-                cloud=cloud,
+                cloud=far,
                 mode=request.mode,
                 objective=request.objective,
                 remaining_ms=request.deadline.remaining_ms(),
@@ -354,62 +365,6 @@ class Core:
                 weights=weights,
             )
         )
-
-    def _endpoint(self, request: Request, left: tuple[str, ...], now_s: float) -> Endpoint | None:
-        """The cloud that the cloud route means for this request, now."""
-        known = self.known
-        endpoints = known.endpoints
-        if len(endpoints) < 2:
-            return endpoints[0] if endpoints else None
-        from sdk.cloud.endpoints import choose
-
-        return choose(
-            endpoints,
-            model=request.model,
-            allows=lambda endpoint: self._verdict(request, endpoint).cloud,
-            serves=lambda endpoint: known.serves(request, endpoint),
-            left=left,
-            now_s=now_s,
-            rng=self._rng,
-            price=None if self.valuation is None else self.valuation.pricing(request, known),
-        )
-
-    def repair(self, request: Request, first: RouteDecision) -> Generator[Attempt, Outcome, None]:
-        """The attempts of one request, see `attempts`."""
-        return attempts(
-            first,
-            self.decide_again(request, first),
-            at_s=request.deadline.at_s,
-            max_attempts=self.max_attempts,
-            budget=self.retries,
-        )
-
-    def decide_again(
-        self, request: Request, first: RouteDecision
-    ) -> Callable[[tuple[RouteName, ...], float], RouteDecision]:
-        """For the repair generator: policy is asked again before any other route is taken.
-
-        Each decision that it gives is the next attempt, so the clouds that failed are those that
-        the decisions so far named.
-        """
-        last = first
-        left: tuple[str, ...] = ()
-
-        def again(failed: tuple[RouteName, ...], now_s: float) -> RouteDecision:
-            nonlocal last, left
-            if last.route == "cloud":
-                left = (*left, last.inputs.endpoint)
-            # Without a retry left, a cloud that nobody asked yet is no way on either.
-            others = left if self.retries.can_retry(now_s) else self._all_endpoints()
-            last = self.decide(request, failed, others)
-            if self.record is not None:
-                self.record(last)
-            return last
-
-        return again
-
-    def _all_endpoints(self) -> tuple[str, ...]:
-        return tuple(endpoint.name for endpoint in self.known.endpoints)
 
     def board(
         self, request: Request, attempt: Attempt
@@ -429,7 +384,7 @@ class Core:
             with self.known.reaching():
                 yield Connect(request.deadline, (endpoint.name,))
             # The cloud may have said where it stands only now.
-            verdict = self._verdict(request, endpoint)
+            verdict = self.verdict(request, endpoint)
             permit = Permit(verdict, request.model, region=endpoint.region())
         offer = self.known.offer(request, endpoint)
         if offer is None:
@@ -439,22 +394,26 @@ class Core:
         check(request, offer.manifest)
         return permit, offer
 
-    def explain(self, request: Request) -> RouteDecision:
+    def explain(self, request: Request, cloud: str | None = None) -> RouteDecision:
         """Decide with what is known; connects nowhere, so an unknown cloud stays unknown.
 
+        Args:
+            request: What would be asked for; without content its size is all that counts.
+            cloud: Name of the cloud that is meant; `None` for the one that would be taken.
+
         Raises:
-            InvalidInput: The request does not fit the model.
+            InvalidInput: The request does not fit the model, or there is no such cloud.
         """
         model = self.known.edge_model(request)
         offer = self.known.offer(request)
         manifest = model.manifest if model is not None else offer.manifest if offer else None
-        if manifest is not None:
+        if manifest is not None and request.has_content:
             check(request, manifest)
         if self.states_agreement(request):
             from sdk.cascade.run import first_step
 
             request = first_step(self, request)
-        return self.decide(request)
+        return self.decide(request, cloud=cloud)
 
     # -- the device ------------------------------------------------------------------------------
 
@@ -508,7 +467,7 @@ class Core:
 
     # -- policy ----------------------------------------------------------------------------------
 
-    def _verdict(self, request: Request, endpoint: Endpoint | None) -> Verdict:
+    def verdict(self, request: Request, endpoint: Endpoint | None) -> Verdict:
         """What policy says, if the cloud is that one; the same facts have the same verdict, which
         is worth remembering."""
         facts = (
@@ -544,7 +503,7 @@ class Core:
         link = self.known.link
         if link is None or link.state.is_connected or request.mode == "edge_only":
             return False
-        verdict = self._verdict(request, self.known.endpoints[0])
+        verdict = self.verdict(request, self.known.endpoints[0])
         if not verdict.cloud:
             return False
         device_can = has_edge and verdict.edge
@@ -552,31 +511,7 @@ class Core:
             return False
         return not device_can or self.known.breaker.can_try(time.monotonic())
 
-    def _reach(self, request: Request, *, has_edge: bool) -> Generator[Connect, Any, None]:
-        """As `_should_connect` and `_connect`, with several clouds: one that can be used is waited
-        for if there is none yet, and the others are connected to beside."""
-        if request.mode == "edge_only":
-            return
-        allowed = [
-            endpoint for endpoint in self.known.endpoints if self._verdict(request, endpoint).cloud
-        ]
-        away = [endpoint for endpoint in allowed if not endpoint.link.state.is_connected]
-        if not away:
-            return
-        now_s = time.monotonic()
-        device_can = has_edge and any(self._verdict(request, one).edge for one in allowed)
-        worth = tuple(one.name for one in away if one.breaker.can_try(now_s))
-        if len(away) < len(allowed):
-            fresh = tuple(name for name in worth if not self.known.is_reaching(name))
-            if fresh:
-                yield Connect(Deadline(), fresh, is_waited=False)
-            return
-        if device_can and (request.mode == "prefer_edge" or not worth):
-            return
-        names = worth or tuple(one.name for one in away)
-        yield from self._connect(request, has_edge=has_edge, names=names)
-
-    def _connect(
+    def connect(
         self, request: Request, *, has_edge: bool, names: tuple[str, ...] = ()
     ) -> Generator[Connect, Any, None]:
         deadline = request.deadline

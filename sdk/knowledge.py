@@ -101,6 +101,21 @@ class Knowledge:
         """The cloud of that name, as decisions name it; the first for an empty name."""
         return self._by_name.get(name) or (self.endpoints[0] if self.endpoints else None)
 
+    def named(self, name: str) -> Endpoint:
+        """The cloud of that name.
+
+        Raises:
+            InvalidInput: There is none.
+        """
+        endpoint = self._by_name.get(name)
+        if endpoint is None:
+            raise InvalidInput(
+                f"There is no cloud {name[:40]!r}",
+                field="cloud",
+                fix=f"Configured are: {', '.join(self._by_name) or 'none'}",
+            )
+        return endpoint
+
     def endpoint_of(self, decision: RouteDecision) -> Endpoint:
         """The cloud that a decision is about; there must be one."""
         endpoint = self.endpoint(decision.inputs.endpoint)

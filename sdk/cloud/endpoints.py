@@ -165,7 +165,7 @@ class Endpoint:
     def load(self, model: str, now_s: float) -> float:
         """What the balancer compares, see `PeakEwma.load`."""
         average = self._loads.get(model) or _UNTRIED
-        return average.load(now_s, self.link.in_flight, floor_ms=self.link.state.rtt_ms or 0.0)
+        return average.load(now_s, self.link.in_flight)
 
 
 _UNTRIED = PeakEwma()
@@ -186,6 +186,7 @@ def choose(
     now_s: float,
     rng: random.Random,
     price: Callable[[Endpoint], float] | None = None,
+    in_time: Callable[[Endpoint], bool] | None = None,
 ) -> Endpoint:
     """The endpoint that the cloud route means for one request.
 
@@ -204,6 +205,8 @@ def choose(
         rng: Source of chance for the balancer.
         price: For objectives other than speed: what a request costs there; only the cheapest of
             those that are equally near are drawn from.
+        in_time: For requests with a deadline: whether an answer from there is expected within it;
+            the others are drawn from only when all are expected late.
     """
     allowed = [endpoint for endpoint in endpoints if allows(endpoint)]
     if not allowed:
@@ -211,6 +214,8 @@ def choose(
     ranks = [_rank(endpoint, model, serves(endpoint), left, now_s) for endpoint in allowed]
     best = min(ranks)
     choices = [one for one, rank in zip(allowed, ranks, strict=True) if rank == best]
+    if in_time is not None and best == _READY and len(choices) > 1:
+        choices = [one for one in choices if in_time(one)] or choices
     if price is not None and len(choices) > 1:
         prices = [price(one) for one in choices]
         least = min(prices)

@@ -51,26 +51,21 @@ class PeakEwma:
             self._ms = old_ms * kept + latency_ms * (1.0 - kept)
         self._at_s = max(self._at_s, now_s)
 
-    def latency_ms(self, now_s: float, *, floor_ms: float = 0.0) -> float:
-        """The average now: a peak that no answer confirms fades towards `floor_ms`.
-
-        Finagle fades towards 0; the round trip is known here, and no answer is faster.
-        """
+    def latency_ms(self, now_s: float) -> float:
+        """The average now; a peak that no answer confirms fades, so that it is tried again."""
         if self._ms is None:
-            return floor_ms
-        if self._ms <= floor_ms:
-            return floor_ms
-        kept = math.exp(-max(0.0, now_s - self._at_s) / self._decay_s)
-        return floor_ms + (self._ms - floor_ms) * kept
+            return 0.0
+        return self._ms * math.exp(-max(0.0, now_s - self._at_s) / self._decay_s)
 
-    def load(self, now_s: float, open_requests: int, *, floor_ms: float = 0.0) -> float:
+    def load(self, now_s: float, open_requests: int) -> float:
         """What `pick` compares: expected time until everything that is open there is answered.
 
         Who was never asked is asked soon, but not by all at once (Finagle does the same).
         """
+        latency_ms = self.latency_ms(now_s)
         if self._ms is None and open_requests:
-            floor_ms = max(GUESS_MS, floor_ms)
-        return self.latency_ms(now_s, floor_ms=floor_ms) * (open_requests + 1)
+            latency_ms = GUESS_MS
+        return latency_ms * (open_requests + 1)
 
 
 def pick(choices: Sequence[T], load: Callable[[T], float], rng: random.Random) -> T:

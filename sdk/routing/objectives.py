@@ -10,6 +10,7 @@ counts as the part that is saved, and units do not matter.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -191,33 +192,41 @@ def _by_quality(inputs: DecisionInputs) -> tuple[Route, str] | None:
 def _by_weights(inputs: DecisionInputs, beside: Weights) -> tuple[Route, str] | None:
     """The route with the smaller weighted sum; measures that one side lacks are left out."""
     edge, cloud = inputs.edge, inputs.cloud
-    weights = list(beside)
-    weights[OBJECTIVES.index(inputs.objective)] = 100
+    objective = OBJECTIVES.index(inputs.objective)
     here = there = 0.0
-    words = []
-    for index, (a, b) in enumerate(
-        (
-            (edge.prediction.p50_ms, cloud.prediction.p50_ms),
-            (_lost(edge), _lost(cloud)),
-            (edge.cost, cloud.cost),
-            (edge.energy_j, cloud.energy_j),
-        )
+    counted = 0
+    for index, a, b in (
+        (_LATENCY, edge.prediction.p50_ms, cloud.prediction.p50_ms),
+        (_QUALITY, _lost(edge), _lost(cloud)),
+        (_COST, edge.cost, cloud.cost),
+        (_ENERGY, edge.energy_j, cloud.energy_j),
     ):
-        weight = weights[index] / 100.0
+        weight = 100 if index == objective else beside[index]
         if not weight or a is None or b is None:
             continue
+        counted |= 1 << index
         # Of quality the loss is a part already: 3 % worse counts 0.03.
-        largest = 1.0 if index == _QUALITY else max(a, b)
+        largest = 100.0 if index == _QUALITY else 100.0 * (a if a > b else b)
         if largest > 0.0:
             here += weight * a / largest
             there += weight * b / largest
-        words.append(f"{OBJECTIVES[index]} {weight:g}")
-    if not words or here == there:
+    if here == there:
         return None
+    less, more = (here, there) if here < there else (there, here)
     return (
         "edge" if here < there else "cloud",
-        f"the better balance of {', '.join(words)} ({min(here, there):.2f} against "
-        f"{max(here, there):.2f}){_in_time(inputs)}",
+        f"the better balance of {_words(objective, beside, counted)} ({less:.2f} against "
+        f"{more:.2f}){_in_time(inputs)}",
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _words(objective: int, beside: Weights, counted: int) -> str:
+    """What was weighed, in words; the same for all decisions of a configuration."""
+    return ", ".join(
+        f"{name} {(100 if index == objective else beside[index]) / 100:g}"
+        for index, name in enumerate(OBJECTIVES)
+        if counted >> index & 1
     )
 
 

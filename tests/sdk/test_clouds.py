@@ -148,6 +148,24 @@ def test_the_slow_cloud_gets_less(far, clouds):
     assert used["eu"] > 2 * used["us"]
 
 
+def test_a_cloud_that_would_be_late_is_not_drawn(far, clouds):
+    def slow(session, message, tensors):
+        yield 0.25
+        yield from answer_infer(session, message, tensors)
+
+    clouds.us.behaviour = slow
+    while not clouds.us.saw(wire.Infer):
+        far.infer("tensor", X)
+    for _ in range(6):
+        far.infer("tensor", X)
+    # However the balancer's memory has faded: the prediction says that it would be late.
+    far._known.endpoint("us")._loads.clear()
+    asked = len(clouds.us.saw(wire.Infer))
+    for _ in range(10):
+        assert far.infer("tensor", X, deadline_ms=120).route.endpoint == "eu"
+    assert len(clouds.us.saw(wire.Infer)) == asked
+
+
 @pytest.mark.parametrize("behaviour", [abort, fail_with("overloaded")])
 def test_when_one_cloud_fails_the_other_answers(far, clouds, behaviour):
     clouds.us.behaviour = behaviour
