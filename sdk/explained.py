@@ -99,7 +99,8 @@ def print_table(decision: RouteDecision, others: Sequence[RouteDecision]) -> Non
     titles = ["route", "may take part", "about", "19 of 20 within"]
     titles += ["in time"] if has_deadline else []
     for title in (*titles, *(extra[0] for extra in extras), "known from", "note"):
-        table.add_column(title, header_style="dim")
+        # In a narrow terminal words give way, figures and names do not.
+        table.add_column(title, header_style="dim", no_wrap=title in ("route", "costs", "energy"))
     for row, (one, candidate) in enumerate(shown):
         is_chosen = one is decision and candidate.route == decision.route
         late = "" if candidate.meets_deadline else " (too late)"
