@@ -366,7 +366,8 @@ class AsyncClient(Calls):
         link = self._link
         assert link is not None
         decision = attempt.decision
-        with self._known.guarded(request, decision):
+        with self._known.guarded(request, decision) as guard:
+            guard.is_answered = state.is_answered_when_open
             stream = await link.at(decision.inputs.endpoint).generate(
                 permit,
                 model=request.model,
@@ -378,6 +379,7 @@ class AsyncClient(Calls):
                 request_id=state.request_id(),
                 trace=state.trace,
             )
+        state.opened()
         return AsyncCloudSource(stream, request.deadline)
 
     async def _work(self, function: Callable[[], T]) -> T:

@@ -85,6 +85,10 @@ class AnswerState:
         self._hedge = ""
         #: The cloud that the device outran, by name.
         self.silent_endpoint = ""
+        # A client with one cloud goes there again sooner rather than not at all; with several, one
+        # that takes requests and breaks their answers is left for the others.
+        self.is_answered_when_open = len(core.known.endpoints) < 2
+        self._is_open = False
 
     # -- what the source needs ---------------------------------------------------------------------
 
@@ -127,6 +131,10 @@ class AnswerState:
         self._attempt_started_s = time.perf_counter()
         if permit is not None:
             self._permits.append(permit)
+
+    def opened(self) -> None:
+        """Note that a cloud has taken the request."""
+        self._is_open = True
 
     # -- while the cloud has not begun its answer --------------------------------------------------
 
@@ -236,6 +244,7 @@ class AnswerState:
             self.expire(error)
             return
         self._before.append(self.attempt.route)
+        self._tell_breakers(type(error))
         if self._kept_tokens >= self._request.options.max_new_tokens:
             self._finish("length", None, None)  # every token came, only the last word is missing
             return
@@ -347,6 +356,7 @@ class AnswerState:
         if summary is None:
             return
         self.variant, self.execution_provider = summary.variant, summary.execution_provider
+        self._tell_breakers(None)
         if usage is None or self._base_tokens:
             return  # a continued answer has another size than the request
         self._core.known.observe(
@@ -362,6 +372,17 @@ class AnswerState:
             ),
             self.attempt.decision,
         )
+
+    def _tell_breakers(self, kind: type[BaseException] | None) -> None:
+        """The answer of one of several clouds has ended, with that error or well."""
+        is_open, self._is_open = self._is_open, False
+        if not is_open or self.is_answered_when_open or self.attempt.route != "cloud":
+            return
+        endpoint, now_s = self._core.known.endpoint_of(self.attempt.decision), time.monotonic()
+        if kind is None:
+            endpoint.answered(self._request.model, now_s)
+        else:
+            endpoint.failed(self._request.model, kind, now_s)
 
     def _cut(self, error: NearfarError) -> NearfarError:
         """An answer that was begun and cannot be ended is an interrupted stream."""

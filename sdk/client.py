@@ -480,7 +480,8 @@ class Client(Calls):
         link = self._link
         assert link is not None
         decision = attempt.decision
-        with self._known.guarded(request, decision):
+        with self._known.guarded(request, decision) as guard:
+            guard.is_answered = state.is_answered_when_open
             stream = self._call(
                 link.at(decision.inputs.endpoint).generate(
                     permit,
@@ -494,6 +495,7 @@ class Client(Calls):
                     trace=state.trace,
                 )
             )
+        state.opened()
         return CloudSource(
             stream, request.deadline, self._call, self._post, self._background().submit
         )

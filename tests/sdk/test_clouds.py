@@ -248,6 +248,21 @@ def test_an_answer_that_broke_off_goes_on_on_the_other_cloud(far, clouds):
     assert len(clouds.of[stream.route.endpoint].saw(wire.Generate)) == 1
 
 
+def test_a_cloud_that_breaks_its_answers_is_left(far, clouds):
+    """It takes each request, and fails before the first token; both ends of the budget hold."""
+
+    def broken(session, message, tensors):
+        yield from fail_with("engine")(session, message, tensors)
+
+    clouds.us.behaviour = broken
+    for _ in range(40):
+        stream = far.generate("story", "Once", max_new_tokens=2)
+        assert stream.text() == "w0 w1 "
+        assert stream.route.endpoint == "eu"
+    assert len(clouds.us.saw(wire.Generate)) < 10
+    assert far._known.endpoint("us").breaker.state(time.monotonic()) is BreakerState.CLOSED
+
+
 def test_without_a_cloud_left_the_device_goes_on(both, clouds):
     clouds.eu.behaviour = clouds.us.behaviour = abort
     result = both.infer("tensor", X, mode="prefer_cloud", deadline_ms=10_000)
