@@ -322,6 +322,9 @@ class Knowledge:
 
     def offer(self, request: Request, endpoint: Endpoint | None = None) -> ModelOffer | None:
         """What a cloud offers for the request; without an endpoint, what any of them does."""
+        if endpoint is None and len(self.endpoints) > 1:
+            found = (self.offer(request, one) for one in self.endpoints)
+            return next((offer for offer in found if offer is not None), None)
         link = self.link if endpoint is None else endpoint.link
         if link is None:
             return None

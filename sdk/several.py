@@ -33,6 +33,14 @@ def endpoint_for(core: Core, request: Request, left: tuple[str, ...], now_s: flo
         now_s: Monotonic time.
     """
     known, valuation, remaining_ms = core.known, core.valuation, request.deadline.remaining_ms()
+    allowed: dict[str | None, bool] = {}  # of an endpoint, policy sees the region only
+
+    def allows(endpoint: Endpoint) -> bool:
+        region = endpoint.region()
+        verdict = allowed.get(region)
+        if verdict is None:
+            verdict = allowed[region] = core.verdict(request, endpoint).cloud
+        return verdict
 
     def in_time(endpoint: Endpoint) -> bool:
         state = known.cloud_state(request, known.size(request), now_s, endpoint)
@@ -41,7 +49,7 @@ def endpoint_for(core: Core, request: Request, left: tuple[str, ...], now_s: flo
     return choose(
         known.endpoints,
         model=request.model,
-        allows=lambda endpoint: core.verdict(request, endpoint).cloud,
+        allows=allows,
         serves=lambda endpoint: known.serves(request, endpoint),
         left=left,
         now_s=now_s,

@@ -7,6 +7,7 @@ endpoint and model, for what fails or goes silent there. The choice is sans-IO.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
@@ -214,15 +215,31 @@ def choose(
     ranks = [_rank(endpoint, model, serves(endpoint), left, now_s) for endpoint in allowed]
     best = min(ranks)
     choices = [one for one, rank in zip(allowed, ranks, strict=True) if rank == best]
-    if in_time is not None and best == _READY and len(choices) > 1:
-        choices = [one for one in choices if in_time(one)] or choices
-    if price is not None and len(choices) > 1:
-        prices = [price(one) for one in choices]
-        least = min(prices)
-        choices = [one for one, cost in zip(choices, prices, strict=True) if cost == least]
+    if len(choices) == 1:
+        return choices[0]
     if best == _OPEN:
         return min(choices, key=lambda one: one.retry_in_s(model, now_s))
-    return pick(choices, lambda one: one.load(model, now_s), rng)
+    load = functools.partial(_load, model, now_s)
+    chosen = pick(_cheapest(choices, price), load, rng)
+    if in_time is None or best != _READY or in_time(chosen):
+        return chosen
+    # Forecasts are only asked of the others when they may matter: they take longer than all else.
+    timely = [one for one in choices if one is not chosen and in_time(one)]
+    return pick(_cheapest(timely, price), load, rng) if timely else chosen
+
+
+def _cheapest(
+    choices: Sequence[Endpoint], price: Callable[[Endpoint], float] | None
+) -> Sequence[Endpoint]:
+    if price is None or len(choices) == 1:
+        return choices
+    prices = [price(one) for one in choices]
+    least = min(prices)
+    return [one for one, cost in zip(choices, prices, strict=True) if cost == least]
+
+
+def _load(model: str, now_s: float, endpoint: Endpoint) -> float:
+    return endpoint.load(model, now_s)
 
 
 def _rank(
