@@ -25,6 +25,7 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
+    connect,
     run_here,
     run_there,
 )
@@ -115,6 +116,9 @@ class AsyncClient(Calls):
         texts: Sequence[str] | None = None,
         data: bytes | str | Path | None = None,
         feeds: Mapping[str, np.ndarray] | None = None,
+        input_tokens: int | None = None,
+        upload_bytes: int | None = None,
+        cloud: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> RouteDecision:
         """As `Client.explain`."""
@@ -126,9 +130,11 @@ class AsyncClient(Calls):
             data=data,
             feeds=feeds,
             options=options,
+            input_tokens=input_tokens,
+            upload_bytes=upload_bytes,
         )
         await self._prepare()
-        return self._core.explain(request)
+        return self._core.explain(request, cloud)
 
     async def submit(
         self,
@@ -207,7 +213,7 @@ class AsyncClient(Calls):
         if self._link is None:
             return
         try:
-            with self._known.guarded():
+            with self._known.reaching():
                 await self._link.connect(Deadline())
         except CloudUnavailable:
             if not has_edge:
@@ -285,7 +291,7 @@ class AsyncClient(Calls):
             return await run_there(self._link, step)
         if isinstance(step, Connect):
             assert self._link is not None
-            await self._link.connect(step.deadline)
+            await connect(self._link, step)
             return None
         if isinstance(step, Wait):
             await asyncio.sleep(step.delay_s)
@@ -306,14 +312,15 @@ class AsyncClient(Calls):
             return await race_in_tasks(race, here, lambda step: run_there(link, step))
         finally:
             if race.is_silent:
-                self._check_cloud()
+                self._check_cloud(race.silent_endpoint)
 
-    def _check_cloud(self) -> None:
+    def _check_cloud(self, name: str) -> None:
         """Ask a cloud that was silent whether it lives."""
         from sdk.racing import look_after
 
-        if self._link is not None and not self._is_closed:
-            check = asyncio.ensure_future(look_after(self._link, self._known.breaker))
+        endpoint = self._known.endpoint(name)
+        if endpoint is not None and not self._is_closed:
+            check = asyncio.ensure_future(look_after(endpoint))
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
 
@@ -369,7 +376,7 @@ class AsyncClient(Calls):
             return await self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = await self._drive(self._core.board(request, attempt))
         state.opening(permit)
-        stream = await self._ask_cloud(state, permit)
+        stream = await self._ask_cloud(state, permit, attempt.decision)
         return AsyncCloudSource(stream, request.deadline)
 
     async def _work(self, function: Callable[[], T]) -> T:

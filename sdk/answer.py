@@ -23,9 +23,10 @@ from nearfar.errors import (
 )
 from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
 from sdk.core import Core, route_of
+from sdk.repair import repair
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
-from sdk.routing import Attempt, Observation, Outcome, RouteDecision, attempts
+from sdk.routing import Attempt, Observation, Outcome, RouteDecision
 from sdk.routing.hedging import HedgePlan, plan, stalls_after_ms
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class AnswerState:
         self._core = core
         self._request = request
         core.hedging.request()
-        self._plan = attempts(decision, core.decide_again(request), at_s=request.deadline.at_s)
+        self._plan = repair(core, request, decision)
         self.attempt: Attempt = next(self._plan)
         self.finish_reason: FinishReason | None = None
         self.error: NearfarError | None = None
@@ -88,6 +89,12 @@ class AnswerState:
         self._hedge = ""
         self._why_beside = ""
         self._beside: tuple[RouteName, float] | None = None  # where, and since when
+        #: The cloud that the device outran, by name.
+        self.silent_endpoint = ""
+        # A client with one cloud goes there again sooner rather than not at all; with several, one
+        # that takes requests and breaks their answers is left for the others.
+        self.is_answered_when_open = len(core.known.endpoints) < 2
+        self._is_open = False
 
     # -- what the source needs ---------------------------------------------------------------------
 
@@ -131,6 +138,10 @@ class AnswerState:
         if permit is not None:
             self._permits.append(permit)
 
+    def opened(self) -> None:
+        """Note that a cloud has taken the request."""
+        self._is_open = True
+
     # -- while the answer has not begun -----------------------------------------------------------
 
     @property
@@ -173,7 +184,8 @@ class AnswerState:
             return None
         _, planned = self._moments.pop(0)
         if planned is None:
-            self._core.known.breaker.record_failure(time.monotonic())
+            endpoint = self._core.known.endpoint_of(self.attempt.decision)
+            endpoint.silent(self._request.model, time.monotonic())
             return None
         again = self._core.decide(self._request)
         why = self._core.hedging.start(planned, self.attempt.decision, again)
@@ -209,6 +221,8 @@ class AnswerState:
         if self._core.decide(self._request, (first.route,)).route != other:
             self._hedge += f"; the {other} began first, and may not be taken any more"
             return False
+        if first.route == "cloud":
+            self.silent_endpoint = first.decision.inputs.endpoint
         silent_s = time.perf_counter() - self._attempt_started_s
         self._core.known.observe_silence(self._request, first, since_s=now_s - silent_s)
         problem = f"The {first.route} was silent for {silent_s * 1000.0:.0f} ms"
@@ -305,6 +319,7 @@ class AnswerState:
             self.expire(error)
             return
         self._before.append(self.attempt.route)
+        self._tell_breakers(type(error))
         if self._kept_tokens >= self._request.options.max_new_tokens:
             self._finish("length", None, None)  # every token came, only the last word is missing
             return
@@ -417,6 +432,7 @@ class AnswerState:
         if summary is None:
             return
         self.variant, self.execution_provider = summary.variant, summary.execution_provider
+        self._tell_breakers(None)
         if usage is None or self._base_tokens:
             return  # a continued answer has another size than the request
         self._core.known.observe(
@@ -430,7 +446,19 @@ class AnswerState:
                 completion_tokens=usage.completion_tokens,
                 finished=reason in ("stop", "length", "stop_string"),
             ),
+            self.attempt.decision,
         )
+
+    def _tell_breakers(self, kind: type[BaseException] | None) -> None:
+        """The answer of one of several clouds has ended, with that error or well."""
+        is_open, self._is_open = self._is_open, False
+        if not is_open or self.is_answered_when_open or self.attempt.route != "cloud":
+            return
+        endpoint, now_s = self._core.known.endpoint_of(self.attempt.decision), time.monotonic()
+        if kind is None:
+            endpoint.answered(self._request.model, now_s)
+        else:
+            endpoint.failed(self._request.model, kind, now_s)
 
     def _cut(self, error: NearfarError) -> NearfarError:
         """An answer that was begun and cannot be ended is an interrupted stream."""

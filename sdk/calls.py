@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sdk.beginnings import OpenCloud
     from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.egress import Permit
-    from sdk.cloud.link import CloudLink
     from sdk.cloud.resumption import ResumableStream
     from sdk.edge import EdgeRoute
     from sdk.jobs.config import JobsConfig
@@ -46,8 +45,9 @@ if TYPE_CHECKING:
     from sdk.sharing.config import CacheConfig
     from sdk.sharing.sharing import Sharing
     from sdk.sources import EdgeSource
-    from sdk.steps import Step
+    from sdk.steps import Link, Step
     from sdk.telemetry import Telemetry
+    from sdk.valuation import Valuation
 
 
 class RequestOptions(TypedDict, total=False):
@@ -60,7 +60,8 @@ class RequestOptions(TypedDict, total=False):
             configuration's holds; ``math.inf`` turns it off.
         mode: ``auto``, ``edge_only``, ``prefer_edge``, ``prefer_cloud`` or ``cloud_only``, within
             policy.
-        objective: ``latency`` or ``quality``, among routes that meet the deadline.
+        objective: ``latency``, ``quality``, ``cost`` or ``energy``, among routes that meet the
+            deadline.
         purpose: What the answer is for; policy may have rules about it.
         tenant: On whose behalf the app asks; policy may have rules about it.
         priority: 0 (background) to 9 (urgent), for the cloud's queue.
@@ -113,7 +114,7 @@ class Calls:
         jobs: Where jobs wait (see `submit`); overrides the configuration.
         cache: Models whose equal requests share their computation; overrides the configuration.
         telemetry: Tell OpenTelemetry about requests; overrides the configuration.
-        cloud: The cloud runtime; overrides the configuration.
+        cloud: The cloud runtime, or several of them; overrides the configuration.
         policy: Parsed policy, or the path of a policy file; overrides the configuration. Without
             any, everything stays on the device.
         sensitivity: Data class of requests that state none; without one they are taken to be of
@@ -138,7 +139,7 @@ class Calls:
         config: Config | str | Path | None = None,
         *,
         models: str | Path | None = None,
-        cloud: CloudConfig | None = None,
+        cloud: CloudConfig | Sequence[CloudConfig] | None = None,
         policy: Policy | str | Path | None = None,
         sensitivity: str | None = None,
         mode: Mode | None = None,
@@ -162,14 +163,13 @@ class Calls:
         self._deadline_ms = deadline_ms if deadline_ms is not None else config.routing.deadline_ms
         requests.check_settings(self._mode, self._objective, 5)
         store = Path(models).expanduser() if models is not None else config.models_store
-        cloud = cloud or config.cloud
         rules = _policy_of(policy if policy is not None else config.policy_file)
         self._edge = (
             _edge_of(store, edge_options, config.trusted_keys)
             if edge and store is not None
             else None
         )
-        self._link = _link_of(cloud) if cloud is not None else None
+        self._link, self._valuation = _clouds_of(cloud, config)
         if self._edge is None and self._link is None:
             raise ConfigError(
                 "This client has neither local models nor a cloud",
@@ -184,11 +184,10 @@ class Calls:
                 fix=f"Use one of: {', '.join(rules.classes)}",
             )
         known = Knowledge(edge=self._edge, link=self._link, state_file=config.routing.state)
-        if self._link is not None:
-            self._link.on_round_trip = known.observe_round_trip
         self._known = known
         self._jobs_config = jobs or config.jobs
         self._plans = Plans(known)
+        self._check_objective(self._objective, is_config=True)
         self._usual = self._settings(deadline_ms=math.inf)
         self._core = Core(
             policy=rules,
@@ -197,6 +196,8 @@ class Calls:
             confidence=config.routing.confidence,
             cascade=_cascade_of(config, calibrations),
             hedge_budget=config.routing.hedge_budget,
+            retry_budget=config.routing.retry_budget,
+            valuation=self._valuation,
         )
         caches = config.caches if cache is None else cache
         self._sharing = _sharing_of(caches, self._core) if caches else None
@@ -210,6 +211,11 @@ class Calls:
         """The policy that this client asks."""
         return self._core.policy
 
+    @property
+    def clouds(self) -> tuple[str, ...]:
+        """Names of the clouds that this client may ask, as decisions name them."""
+        return tuple(endpoint.name for endpoint in self._known.endpoints)
+
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise InvalidInput(
@@ -217,6 +223,13 @@ class Calls:
             )
 
     # -- arguments to requests -------------------------------------------------------------------
+
+    def _check_objective(self, objective: Objective, *, is_config: bool = False) -> None:
+        """Refuse an objective that no price says anything about."""
+        if objective in ("cost", "energy"):
+            from sdk.valuation import UNPRICED
+
+            (self._valuation or UNPRICED).check(objective, is_config=is_config)
 
     def _common(self, options: Any) -> dict[str, Any]:
         """The settings of a request; those of one that states none are made once."""
@@ -241,6 +254,8 @@ class Calls:
         mode = mode or self._mode
         objective = objective or self._objective
         requests.check_settings(mode, objective, priority)
+        if objective != "latency":
+            self._check_objective(objective)
         settings: dict[str, Any] = {
             "deadline": Deadline.after_ms(
                 deadline_ms if deadline_ms is not None else self._deadline_ms
@@ -328,8 +343,18 @@ class Calls:
         feeds: Mapping[str, np.ndarray] | None,
         options: GenerateOptions,
         top_k: int = 1,
+        input_tokens: int | None = None,
+        upload_bytes: int | None = None,
     ) -> Request:
         given = [x for x in (prompt, messages, texts, data, feeds) if x is not None]
+        if not given and (input_tokens is not None or upload_bytes is not None):
+            return self._sized_request(model, input_tokens, upload_bytes, options)
+        if input_tokens is not None or upload_bytes is not None:
+            raise InvalidInput(
+                "There is an input, and a size beside it",
+                field="upload_bytes",
+                fix="Leave input_tokens and upload_bytes out: the input has its own size",
+            )
         if len(given) != 1:
             raise InvalidInput(
                 f"There are {len(given)} inputs",
@@ -349,17 +374,46 @@ class Calls:
         assert feeds is not None
         return self._infer_request(model, feeds, common)
 
+    def _sized_request(
+        self,
+        model: str,
+        input_tokens: int | None,
+        upload_bytes: int | None,
+        options: GenerateOptions,
+    ) -> Request:
+        """A request without content; see `sdk.sizes`."""
+        from sdk import sizes
+
+        manifest = next((info.manifest for info in self._models() if info.name == model), None)
+        method = sizes.method_of(manifest, input_tokens)
+        common: Any = dict(options)
+        sampling = None
+        if method == "generate":
+            sampling = _sampling(**{n: common.pop(n) for n in _SAMPLING if n in common})
+        return sizes.sized_request(
+            model,
+            method,
+            manifest,
+            input_tokens=input_tokens,
+            upload_bytes=upload_bytes,
+            options=sampling,
+            common=self._common(common),
+        )
+
     def _life(self, request: Request) -> Generator[Step, Any, Completed]:
         """The life of one batch, as it is performed here."""
         life = self._core.run(request)
         return life if self._telemetry is None else self._telemetry.run(request, life)
 
-    async def _ask_cloud(self, state: AnswerState, permit: Permit) -> ResumableStream:
+    async def _ask_cloud(
+        self, state: AnswerState, permit: Permit, decision: RouteDecision
+    ) -> ResumableStream:
         """Begin a streamed answer on the cloud, without waiting for its first piece."""
         request, link = state.request, self._link
         assert link is not None
-        with self._known.guarded():
-            return await link.generate(
+        with self._known.guarded(request, decision) as guard:
+            guard.is_answered = state.is_answered_when_open
+            stream = await link.at(decision.inputs.endpoint).generate(
                 permit,
                 model=request.model,
                 prompt=state.prompt(),
@@ -370,6 +424,8 @@ class Calls:
                 request_id=state.request_id(),
                 trace=state.trace,
             )
+        state.opened()
+        return stream
 
     def _edge_source(
         self, generation: EdgeGeneration, cancel: CancelToken, state: AnswerState
@@ -389,7 +445,7 @@ class Calls:
             return None
         permit, _ = boarded
         state.begins_beside("cloud", permit)
-        return lambda: self._ask_cloud(state, permit)
+        return lambda: self._ask_cloud(state, permit, again)
 
     def _desk(self) -> Desk:
         """The way to the queue of jobs, opened."""
@@ -517,10 +573,15 @@ def _telemetry_of() -> Telemetry:
     return Telemetry()
 
 
-def _link_of(cloud: CloudConfig) -> CloudLink:
-    from sdk.cloud.link import CloudLink
+def _clouds_of(
+    cloud: CloudConfig | Sequence[CloudConfig] | None, config: Config
+) -> tuple[Link | None, Valuation | None]:
+    if cloud is None and not (config.clouds or config.edge_price or config.routing.weights):
+        return None, None
+    from sdk.clouds import clouds_of, link_of, valuation_of
 
-    return CloudLink(cloud)
+    clouds = clouds_of(cloud, config)
+    return link_of(clouds), valuation_of(config, clouds)
 
 
 def _cascade_of(config: Config, calibrations: str | Path | None) -> CascadeConfig | None:

@@ -22,6 +22,7 @@ from sdk.steps import (
     RunThere,
     Step,
     Wait,
+    connect,
     run_here,
     run_there,
 )
@@ -169,6 +170,9 @@ class Client(Calls):
         texts: Sequence[str] | None = None,
         data: bytes | str | Path | None = None,
         feeds: Mapping[str, np.ndarray] | None = None,
+        input_tokens: int | None = None,
+        upload_bytes: int | None = None,
+        cloud: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> RouteDecision:
         """Where a request would go now, and why. Nothing runs and nothing leaves the device.
@@ -178,11 +182,15 @@ class Client(Calls):
 
         Args:
             model: Name of the model.
-            prompt: As for `generate`. Give exactly one of the five inputs.
+            prompt: As for `generate`. Give exactly one of the five inputs, or its size.
             messages: As for `chat`.
             texts: As for `embed`.
             data: As for `classify`.
             feeds: As for `infer`.
+            input_tokens: Instead of an input: how many tokens it has.
+            upload_bytes: Instead of an input, or beside `input_tokens`: how many bytes it has.
+            cloud: Ask about that one of several clouds, by name, and not about the one that the
+                balancer would take.
             options: See `GenerateOptions`.
 
         Returns:
@@ -200,7 +208,10 @@ class Client(Calls):
                 data=data,
                 feeds=feeds,
                 options=options,
-            )
+                input_tokens=input_tokens,
+                upload_bytes=upload_bytes,
+            ),
+            cloud,
         )
 
     def submit(
@@ -314,7 +325,7 @@ class Client(Calls):
         if self._link is None:
             return
         try:
-            with self._known.guarded():
+            with self._known.reaching():
                 self._call(self._link.connect(Deadline()))
         except CloudUnavailable:
             if not has_edge:
@@ -402,7 +413,7 @@ class Client(Calls):
             return answer
         if isinstance(step, Connect):
             assert self._link is not None
-            self._call(self._link.connect(step.deadline))
+            self._call(connect(self._link, step))
             return None
         if isinstance(step, Wait):
             time.sleep(step.delay_s)
@@ -421,14 +432,15 @@ class Client(Calls):
             )
         finally:
             if race.is_silent:
-                self._check_cloud()
+                self._check_cloud(race.silent_endpoint)
 
-    def _check_cloud(self) -> None:
+    def _check_cloud(self, name: str) -> None:
         """Ask a cloud that was silent whether it lives."""
         from sdk.racing import look_after
 
-        if self._link is not None:
-            self._background().submit(look_after(self._link, self._known.breaker))
+        endpoint = self._known.endpoint(name)
+        if endpoint is not None:
+            self._background().submit(look_after(endpoint))
 
     def _answer(self, request: Request) -> GenerationStream:
         if self._core.states_agreement(request):
@@ -479,7 +491,7 @@ class Client(Calls):
             return self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = self._drive(self._core.board(request, attempt))
         state.opening(permit)
-        stream = self._call(self._ask_cloud(state, permit))
+        stream = self._call(self._ask_cloud(state, permit, attempt.decision))
         return CloudSource(
             stream, request.deadline, self._call, self._post, self._background().submit
         )

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from sdk.client import Client
     from sdk.results import Answered
-    from sdk.routing import RouteDecision
     from sdk.streams import GenerationStream
 
 # Optional[…] instead of `… | None`: typer reads these annotations at run time, on Python 3.10 too.
@@ -34,7 +33,7 @@ _Mode = Annotated[
 ]
 _Objective = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="latency or quality."),
+    typer.Option(help="latency, quality, cost or energy."),
 ]
 _Purpose = Annotated[
     Optional[str],  # noqa: UP045
@@ -179,11 +178,23 @@ def explain(
         Optional[Path],  # noqa: UP045
         typer.Option(help="As for infer FILE: something to classify, or an .npz of tensors."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="As for chat.")] = 256,
+    tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Instead of an input: how many tokens it has."),
+    ] = None,
+    size_bytes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--bytes", help="Instead of an input: how many bytes it has."),
+    ] = None,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="As for chat (256)."),
+    ] = None,
     connect: Annotated[
         bool,
         typer.Option("--connect", help="Ask the cloud first what it serves; sends no content."),
     ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     config: _Config = _DEFAULT_CONFIG,
     sensitivity: _Sensitivity = None,
     deadline_ms: _Deadline = None,
@@ -192,9 +203,14 @@ def explain(
     purpose: _Purpose = None,
     tenant: _Tenant = None,
 ) -> None:
-    """Say where a request would go, and why. Nothing runs and no content leaves the device."""
+    """Say where a request would go, and why. Nothing runs and no content leaves the device.
+
+    nearfar explain assistant --tokens 200 --max-new-tokens 64 --deadline-ms 800 ·
+    nearfar explain file-type --bytes 1500 · nearfar explain minilm --text "near and far"
+    """
     from nearfar.errors import NearfarError
     from sdk.client import Client
+    from sdk.explained import print_json, print_table
 
     options = _options(sensitivity, deadline_ms, mode, objective, purpose, tenant)
     with Client.from_config(config) as client:
@@ -203,7 +219,8 @@ def explain(
                 client.models(refresh=True)
             except NearfarError as error:
                 _say(f"cloud: {error}")
-        if not (prompt or text or file):
+        is_sized = tokens is not None or size_bytes is not None
+        if not (prompt or text or file or is_sized):
             # No input given: take the smallest that fits the model's task.
             tasks = {info.name: info.task for info in client.models()}
             task = tasks.get(model, "text-generation")
@@ -212,16 +229,26 @@ def explain(
             elif task == "text-generation":
                 prompt = " "
         given: dict[str, Any]
+        if max_new_tokens is not None and (prompt or is_sized):
+            options["max_new_tokens"] = max_new_tokens
         if prompt:
-            given = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+            given = {"prompt": prompt}
+        elif is_sized and not (text or file):
+            given = {}
         elif text:
             given = {"texts": text}
         elif file is not None and file.suffix == ".npz":
             given = {"feeds": load_tensors(file)}
         else:
             given = {"data": file if file is not None else b" "}
+        given |= {"input_tokens": tokens, "upload_bytes": size_bytes}
         decision = client.explain(model, **given, **options)
-    _print_decision(decision)
+        others = [
+            client.explain(model, **given, **options, cloud=name)
+            for name in client.clouds
+            if name != decision.inputs.endpoint
+        ]
+    (print_json if json else print_table)(decision, others)
     decision.raise_if_denied()
 
 
@@ -325,44 +352,6 @@ def _stream_summary(stream: GenerationStream) -> str:
     if stream.finish_reason not in ("stop", "stop_string"):
         parts.append(f"ended by: {stream.finish_reason}")
     return " · ".join(parts)
-
-
-def _print_decision(decision: RouteDecision) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from nearfar.units import format_ms
-    from sdk.routing.hedging import plan
-
-    console = Console(highlight=False)
-    console.print(Text(f"{decision.route or 'no route'}", style="bold"), end="  ")
-    console.print(Text(decision.reason.removeprefix(f"{decision.route}: ")))
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("route", "may take part", "about", "19 of 20 within", "known from", "note"):
-        table.add_column(title, header_style="dim")
-    for candidate in decision.candidates:
-        late = "" if candidate.meets_deadline else " (too late)"
-        table.add_row(
-            Text(candidate.route, style="bold" if candidate.route == decision.route else ""),
-            "yes" if candidate.is_eligible else "no",
-            format_ms(candidate.prediction.p50_ms),
-            f"{format_ms(candidate.prediction.p95_ms)}{late}",
-            candidate.prediction.basis,
-            Text(candidate.note),
-        )
-    console.print(table)
-    planned = plan(decision)
-    if planned is not None:
-        console.print(
-            Text(
-                f"hedge: {planned.other} as well after {format_ms(planned.after_ms)} of silence "
-                f"({planned.why})"
-            )
-        )
-    verdict = decision.verdict
-    rules = ", ".join(verdict.rule_ids) or "none"
-    console.print(Text(f"policy: {verdict.reason} (rules: {rules})", style="dim"))
 
 
 def _print(line: str) -> None:

@@ -19,6 +19,7 @@ import msgspec
 
 from nearfar.errors import ConfigError
 from nearfar.secure.shaping import Shaping, check_shaping
+from sdk.routing.budget import RETRY_SHARE, check_share
 from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET, MODES, OBJECTIVES, Mode, Objective
 from sdk.toml_table import suggestion
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from nearfar.secure.identity import Pin
     from sdk.cascade.settings import CascadeConfig
     from sdk.jobs.config import JobsConfig
+    from sdk.routing.objectives import Price
     from sdk.sharing.config import CacheConfig
 
 logger = logging.getLogger(__name__)
@@ -58,17 +60,11 @@ def check_objective(objective: str) -> Objective:
     """The objective, checked.
 
     Raises:
-        ConfigError: There is no such objective, or nothing measures it yet.
+        ConfigError: There is no such objective.
     """
     for known in OBJECTIVES:
         if objective == known:
             return known
-    if objective in ("cost", "energy"):
-        raise ConfigError(
-            f"'objective' is '{objective}', and this version has no {objective} figures to go by",
-            field="objective",
-            fix="Use 'latency' or 'quality'",
-        )
     raise ConfigError(
         f"'objective' is {str(objective)[:40]!r}",
         field="objective",
@@ -99,6 +95,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
         ca_file: PEM file of certificate authorities to trust; `None` uses the system's.
         region: Where it stands, for policy; `None` when not stated.
         shaping: How sizes and times of the traffic are hidden: ``off``, ``balanced``, ``strict``.
+        price: What requests to it cost, for the objectives ``cost`` and ``energy``.
         name: Name in the configuration file.
 
     Raises:
@@ -117,6 +114,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     ca_file: Path | None = None
     region: str | None = None
     shaping: Shaping = "balanced"
+    price: Price | None = None
     name: str = "main"
 
     def __post_init__(self) -> None:
@@ -263,8 +261,12 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
         deadline_ms: Time an answer may take; `None` for as long as it takes.
         confidence: Probability with which a route must be expected within the deadline to count as
             being in time; above 0 and below 1.
+        weights: How much latency, quality, cost and energy count beside the objective, by name; the
+            objective itself counts 1.
         hedge_budget: Extra requests that starting the other route beside a late one may cause, as a
             part of all requests; 0 never starts it before the first has failed.
+        retry_budget: Requests that may go to the clouds once more after one failed there, as a part
+            of all requests; 0 never asks again.
         state: File in which the client keeps what routes took, across restarts; `None` for none.
         record: File in which the client writes down its last decisions; `None` for none.
 
@@ -276,7 +278,9 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     objective: Objective = "latency"
     deadline_ms: float | None = None
     confidence: float = CONFIDENCE
+    weights: dict[str, float] = {}
     hedge_budget: float = HEDGE_BUDGET
+    retry_budget: float = RETRY_SHARE
     state: Path | None = None
     record: Path | None = None
 
@@ -302,6 +306,11 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
                 field="hedge_budget",
                 fix="Give a part of all requests, as in hedge_budget = 0.05, or 0 for no hedges",
             )
+        check_share(self.retry_budget)
+        if self.weights:
+            from sdk.routing.objectives import checked_weights
+
+            checked_weights(self.weights)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -311,7 +320,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         models_store: Directory of bundles; `None` when the app runs no local models.
         trusted_keys: Public keys, as text (``ed25519:…``) or paths; when there are any, only
             bundles that one of them signed run on this device.
-        clouds: Cloud runtimes by name; at most one in this version, see `cloud`.
+        clouds: Cloud runtimes by name.
+        edge_price: What requests on this device cost, for the objectives ``cost`` and ``energy``.
         routing: Defaults for every request.
         policy_file: Policy; `None` keeps everything on the device.
         default_sensitivity: Class of requests that state none; `None` takes the policy's strictest.
@@ -325,6 +335,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     models_store: Path | None = None
     trusted_keys: tuple[str, ...] = ()
     clouds: dict[str, CloudConfig] = {}
+    edge_price: Price | None = None
     routing: RoutingConfig = RoutingConfig()
     policy_file: Path | None = None
     default_sensitivity: str | None = None
@@ -336,7 +347,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cloud(self) -> CloudConfig | None:
-        """The cloud runtime, if one is configured."""
+        """The first cloud runtime, if any is configured."""
         return next(iter(self.clouds.values()), None)
 
 

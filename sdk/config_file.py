@@ -20,21 +20,39 @@ from sdk.config import (
     check_mode,
     check_objective,
 )
-from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET
+from sdk.routing.budget import RETRY_SHARE
+from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET, OBJECTIVES
 from sdk.toml_table import Table, parse_toml, read_text
 
 if TYPE_CHECKING:
     from sdk.cascade.settings import CascadeConfig
     from sdk.jobs.config import JobsConfig
+    from sdk.routing.objectives import Price
     from sdk.sharing.config import CacheConfig
 
-_TOP_KEYS = ("models", "cloud", "routing", "policy", "cascade", "jobs", "cache", "telemetry")
+_TOP_KEYS = (
+    "models",
+    "edge",
+    "cloud",
+    "routing",
+    "policy",
+    "cascade",
+    "jobs",
+    "cache",
+    "telemetry",
+)
 _ROUTING_KEYS = (
-    "mode", "objective", "deadline_ms", "confidence", "hedge_budget", "state", "record",
+    "mode", "objective", "weights", "deadline_ms", "confidence", "hedge_budget", "retry_budget",
+    "state", "record",
+)  # fmt: skip
+# `sdk.routing.objectives.PRICE_KEYS`, which is imported where there is a price only.
+_PRICE_KEYS = (
+    "cost_per_request", "cost_per_1k_input_tokens", "cost_per_1k_output_tokens", "power_w",
+    "energy_per_request_j", "energy_per_mb_j",
 )  # fmt: skip
 _CLOUD_KEYS = (
     "url", "identity", "credentials", "token_file", "key_file", "trust_file", "ca_file", "region",
-    "shaping", "attestation",
+    "shaping", "attestation", *_PRICE_KEYS,
 )  # fmt: skip
 _SHAPING_FIX = 'Write a word in quotes, as in shaping = "balanced"'
 
@@ -66,10 +84,11 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
     top = Table(parse_toml(text, source=source), where=source, known=_TOP_KEYS)
     models = top.table("models", known=("store", "trusted_keys"))
     policy = top.table("policy", known=("file", "default_sensitivity"))
-    return Config(
+    config = Config(
         models_store=_path(models, "store", base, must_exist=False),
         trusted_keys=_trusted_keys(models, base),
         clouds=_clouds(top, base),
+        edge_price=_price(top.table("edge", known=_PRICE_KEYS)) if top.has("edge") else None,
         routing=_routing(top.table("routing", known=_ROUTING_KEYS), base),
         policy_file=_path(policy, "file", base, must_exist=True),
         default_sensitivity=policy.name(
@@ -81,6 +100,21 @@ def parse_config(text: str, *, source: str = "nearfar.toml", base: Path | None =
         telemetry=top.table("telemetry", known=("enabled",)).boolean("enabled", default=False),
         caches=_caches(top),
     )
+    if config.routing.objective in ("cost", "energy"):
+        _check_prices(config, top)
+    return config
+
+
+def _check_prices(config: Config, top: Table) -> None:
+    """Refuse an objective that no price says anything about."""
+    from sdk.routing.objectives import check_figures
+
+    prices = [config.edge_price, *(cloud.price for cloud in config.clouds.values())]
+    found = tuple(price for price in prices if price is not None)
+    try:
+        check_figures(config.routing.objective, found, is_config=True)
+    except ConfigError as exc:
+        raise _in_table(exc, top.table("routing", known=_ROUTING_KEYS)) from exc
 
 
 def _caches(top: Table) -> dict[str, CacheConfig]:
@@ -109,12 +143,6 @@ def _clouds(top: Table, base: Path) -> dict[str, CloudConfig]:
         raise top.error("cloud", "must be a table", fix=section_fix)
     if any(key in value and not isinstance(value[key], dict) for key in _CLOUD_KEYS):
         raise top.error("cloud", "is a section without a name", fix=section_fix)
-    if len(value) > 1:
-        raise top.error(
-            "cloud",
-            f"holds {len(value)} clouds, and this version uses one",
-            fix="Keep one [cloud.NAME] section",
-        )
     section = top.table("cloud", known=tuple(value))
     return {
         name: _cloud(name, section.table(name, known=_CLOUD_KEYS), section, base) for name in value
@@ -147,6 +175,7 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
             ca_file=_path(table, "ca_file", base, must_exist=True),
             region=table.name("region", max_length=32, fix='Write a name, as in region = "eu"'),
             shaping=check_shaping("balanced" if shaping is None else shaping),
+            price=_price(table),
             attestation=table.text("attestation", fix=ATTESTATION_FIX),
         )
         if not config.identity.startswith(PIN_PREFIXES):
@@ -156,19 +185,50 @@ def _cloud(name: str, table: Table, section: Table, base: Path) -> CloudConfig:
     return config
 
 
+def _price(table: Table) -> Price | None:
+    values = {}
+    for key in _PRICE_KEYS:
+        value = _number(table, key, "must be a number, 0 or more")
+        if value is not None:
+            values[key] = float(value)
+    if not values:
+        return None
+    from sdk.routing.objectives import Price
+
+    try:
+        return Price(**values)
+    except ConfigError as exc:
+        raise _in_table(exc, table) from exc
+
+
+def _weights(table: Table) -> dict[str, float]:
+    if not table.has("weights"):
+        return {}
+    weights = table.table("weights", known=OBJECTIVES)
+    found: dict[str, float] = {}
+    for name in OBJECTIVES:
+        weight = _number(weights, name, "must be a number, 0 or more")
+        if weight is not None:
+            found[name] = float(weight)
+    return found
+
+
 def _routing(table: Table, base: Path) -> RoutingConfig:
     for key in ("mode", "objective"):
         table.text(key, fix='Write a word in quotes, as in mode = "auto"')
     deadline_ms = _number(table, "deadline_ms", "must be a number of milliseconds")
     confidence = _number(table, "confidence", "must be a number between 0 and 1")
     budget = _number(table, "hedge_budget", "must be a number from 0 to 1")
+    retries = _number(table, "retry_budget", "must be a number from 0 to 1")
     try:
         return RoutingConfig(
             mode=check_mode(str(table.raw("mode") or "auto")),
             objective=check_objective(str(table.raw("objective") or "latency")),
             deadline_ms=None if deadline_ms is None else float(deadline_ms),
             confidence=CONFIDENCE if confidence is None else float(confidence),
+            weights=_weights(table),
             hedge_budget=HEDGE_BUDGET if budget is None else float(budget),
+            retry_budget=RETRY_SHARE if retries is None else float(retries),
             state=_path(table, "state", base, must_exist=False),
             record=_path(table, "record", base, must_exist=False),
         )

@@ -28,6 +28,7 @@ from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
 from sdk.knowledge import Knowledge
 from sdk.policy import Policy, RequestFacts, Verdict, evaluate
+from sdk.repair import repair
 from sdk.requests import Request, check, request_id_of
 from sdk.results import Route, RouteName
 from sdk.routing import (
@@ -36,9 +37,9 @@ from sdk.routing import (
     Outcome,
     RouteDecision,
     Ticket,
-    attempts,
     decide,
 )
+from sdk.routing.budget import RETRY_SHARE, RetryBudget
 from sdk.routing.hedging import Hedging, plan
 from sdk.routing.types import CONFIDENCE, HEDGE_BUDGET
 from sdk.steps import Answer, Connect, RunHere, RunThere, Step, Wait
@@ -50,8 +51,10 @@ if TYPE_CHECKING:
     from sdk.cascade.run import Cascades
     from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.egress import Permit
+    from sdk.cloud.endpoints import Endpoint
     from sdk.racing import Race
     from sdk.results import Agreement
+    from sdk.valuation import Valuation
 
 #: Part of the time left that connecting may take while the device could answer instead.
 _CONNECT_SHARE = 0.5
@@ -82,6 +85,8 @@ class Core:
         confidence: Probability with which a route must be in time to count as being so.
         cascade: Agreements with the cloud model that the configuration states.
         hedge_budget: Extra requests that hedging may cause, as a part of all; 0 turns it off.
+        retry_budget: Requests that may go to the clouds again, as a part of all; 0 turns it off.
+        valuation: What routes cost and how much that counts; `None` when only speed may count.
     """
 
     def __init__(
@@ -93,8 +98,14 @@ class Core:
         confidence: float = CONFIDENCE,
         cascade: CascadeConfig | None = None,
         hedge_budget: float = HEDGE_BUDGET,
+        retry_budget: float = RETRY_SHARE,
+        valuation: Valuation | None = None,
     ) -> None:
         self.policy = policy
+        self.retries = RetryBudget(retry_budget)
+        self.valuation = valuation
+        self.weighs = valuation is not None and valuation.weights is not None
+        self.max_attempts = 2 + max(1, len(known.endpoints))
         self.hedging = Hedging(hedge_budget)
         self.confidence = confidence
         self.default_sensitivity = default_sensitivity or policy.strictest
@@ -133,7 +144,7 @@ class Core:
         started_s = time.perf_counter()
         self.hedging.request()
         decision = yield from self.route(request)
-        plan = attempts(decision, self.decide_again(request), at_s=request.deadline.at_s)
+        plan = repair(self, request, decision)
         attempt = next(plan)
         before: list[RouteName] = []
         permits = [] if permits is None else permits
@@ -150,12 +161,15 @@ class Core:
                 continue
             self.known.pin(request, answer.variant)
             route = route_of(attempt, before, race)
+            decision = attempt.decision
+            if race is not None and race.winner != attempt.route:
+                decision = race.again or decision
             return Completed(
                 request=request,
                 answer=answer,
                 route=route,
                 decision=attempt.decision,
-                manifest=self.known.manifest(request, route.name),
+                manifest=self.known.manifest(request, route.name, decision),
                 total_ms=(time.perf_counter() - started_s) * 1000.0,
                 bytes_sent=sum(permit.bytes_sent for permit in permits),
             )
@@ -179,9 +193,10 @@ class Core:
             return answer, race
         permit, offer = yield from self.board(request, attempt)
         permits.append(permit)
-        there = self._there(request, permit, offer, ids)
+        there = self._there(request, permit, offer, ids, attempt.decision)
         race = self._race(request, attempt, there, ids)
-        with self.known.under_way(request, attempt) as ticket, self.known.guarded() as guard:
+        guarded = self.known.guarded(request, attempt.decision)
+        with self.known.under_way(request, attempt) as ticket, guarded as guard:
             answer = yield there if race is None else race
             guard.is_answered = race is None or race.winner == "cloud"
             _check_output(answer, request, "cloud" if guard.is_answered else "edge")
@@ -189,12 +204,19 @@ class Core:
         return answer, race
 
     def _there(
-        self, request: Request, permit: Permit, offer: ModelOffer, ids: dict[str | None, bytes]
+        self,
+        request: Request,
+        permit: Permit,
+        offer: ModelOffer,
+        ids: dict[str | None, bytes],
+        decision: RouteDecision,
     ) -> RunThere:
         # Asked for again under the same id, it is computed once; another variant is another.
         variant = self.known.variant_wanted(request)
         request_id = ids.setdefault(variant, request_id_of(request, variant))
-        return RunThere(request, permit, offer, variant, request_id)
+        return RunThere(
+            request, permit, offer, variant, request_id, endpoint=decision.inputs.endpoint
+        )
 
     def _settle(
         self,
@@ -206,16 +228,17 @@ class Core:
         permits: list[Permit],
     ) -> None:
         """Learn from an answer, and from the silence of a route that was outrun."""
-        route, known = attempt.route, self.known
+        route, known, decision = attempt.route, self.known, attempt.decision
         if race is not None:
             if race.permit is not None:
                 permits.append(race.permit)
             if race.winner != route:
-                known.predictor.observe_late(ticket, now_s=time.monotonic())
+                known.predictor_of(decision, route).observe_late(ticket, now_s=time.monotonic())
                 assert race.winner is not None
                 assert race.other_ticket is not None
-                route, ticket = race.winner, race.other_ticket
-        known.learn(request, route, answer, ticket)
+                assert race.again is not None
+                route, ticket, decision = race.winner, race.other_ticket, race.again
+        known.learn(request, route, answer, ticket, decision)
 
     def _race(
         self, request: Request, attempt: Attempt, first: RunHere | RunThere,
@@ -238,7 +261,7 @@ class Core:
             if boarded is None:
                 return None
             race.permit, offer = boarded
-            return self._there(request, race.permit, offer, ids)
+            return self._there(request, race.permit, offer, ids, again)
 
         race = Race(self, request, decision, first, planned, make_other)
         return race
@@ -257,8 +280,12 @@ class Core:
         known = self.known.edge_model(request)
         if known is not None:
             check(request, known.manifest)
-        if self._should_connect(request, has_edge=known is not None):
-            yield from self._connect(request, has_edge=known is not None)
+        if len(self.known.endpoints) > 1:
+            from sdk.several import reach
+
+            yield from reach(self, request, has_edge=known is not None)
+        elif self._should_connect(request, has_edge=known is not None):
+            yield from self.connect(request, has_edge=known is not None)
         offer = self.known.offer(request)
         if offer is not None and (
             known is None or known.manifest.version != offer.manifest.version
@@ -272,20 +299,52 @@ class Core:
             raise self._explained(error, request)
         return decision
 
-    def decide(self, request: Request, failed: tuple[RouteName, ...] = ()) -> RouteDecision:
-        """Ask policy and router with what is known now; nothing runs and nothing leaves."""
+    def decide(
+        self,
+        request: Request,
+        failed: tuple[RouteName, ...] = (),
+        left: tuple[str, ...] = (),
+        cloud: str | None = None,
+    ) -> RouteDecision:
+        """Ask policy and router with what is known now; nothing runs and nothing leaves.
+
+        Args:
+            request: What is asked for.
+            failed: Routes that failed for this request.
+            left: Clouds that failed for it; while there is another one, the cloud has not failed.
+            cloud: Name of the cloud that is meant; `None` for the balancer's choice.
+
+        Raises:
+            InvalidInput: There is no cloud of that name.
+        """
         now_s = time.monotonic()
-        verdict = self._verdict(request)
-        size = self.known.size(request)
-        edge = self.known.edge_state(request, size, now_s)
+        known = self.known
+        endpoints = known.endpoints
+        endpoint = endpoints[0] if endpoints else None
+        if cloud is not None or len(endpoints) > 1:
+            from sdk.several import endpoint_for
+
+            endpoint = (
+                endpoint_for(self, request, left, now_s) if cloud is None else known.named(cloud)
+            )
+        if left and endpoint is not None and endpoint.name not in left:
+            failed = tuple(route for route in failed if route != "cloud")
+        verdict = self.verdict(request, endpoint)
+        size = known.size(request)
+        edge = known.edge_state(request, size, now_s)
         is_alone = bool(edge.obstacle) or not verdict.edge or request.mode == "cloud_only"
+        far = known.cloud_state(request, size, now_s, endpoint, is_alone=is_alone)
+        weights = None
+        if request.objective != "latency" or self.weighs:
+            valuation = self.valuation or _unpriced()
+            edge, far, weights = valuation.of(request, size, edge, far, known, endpoint)
         return decide(
             DecisionInputs(
                 model=request.model,
                 sensitivity=request.sensitivity or self.default_sensitivity,
                 verdict=verdict,
                 edge=edge,
-                cloud=self.known.cloud_state(request, size, now_s, is_alone=is_alone),
+                cloud=far,
                 mode=request.mode,
                 objective=request.objective,
                 remaining_ms=request.deadline.remaining_ms(),
@@ -293,21 +352,10 @@ class Core:
                 failed=failed,
                 confidence=self.confidence,
                 hedge_tokens=self.hedging.tokens(now_s),
+                endpoint="" if endpoint is None else endpoint.name,
+                weights=weights,
             )
         )
-
-    def decide_again(
-        self, request: Request
-    ) -> Callable[[tuple[RouteName, ...], float], RouteDecision]:
-        """For the repair generator: policy is asked again before any other route is taken."""
-
-        def again(failed: tuple[RouteName, ...], now_s: float) -> RouteDecision:
-            decision = self.decide(request, failed)
-            if self.record is not None:
-                self.record(decision)
-            return decision
-
-        return again
 
     def board(
         self, request: Request, attempt: Attempt
@@ -321,15 +369,15 @@ class Core:
         """
         from sdk.cloud.egress import Permit
 
-        permit = Permit(attempt.decision.verdict, request.model, region=self.known.region())
-        link = self.known.link
-        assert link is not None  # the router takes no route that is not configured
-        if not link.state.is_connected:
-            with self.known.guarded():
-                yield Connect(request.deadline)
+        endpoint = self.known.endpoint_of(attempt.decision)
+        permit = Permit(attempt.decision.verdict, request.model, region=endpoint.region())
+        if not endpoint.link.state.is_connected:
+            with self.known.reaching():
+                yield Connect(request.deadline, (endpoint.name,))
             # The cloud may have said where it stands only now.
-            permit = Permit(self._verdict(request), request.model, region=self.known.region())
-        offer = self.known.offer(request)
+            verdict = self.verdict(request, endpoint)
+            permit = Permit(verdict, request.model, region=endpoint.region())
+        offer = self.known.offer(request, endpoint)
         if offer is None:
             raise ModelNotFound(
                 f"The cloud does not have model {request.model!r}", fix=self.known.available()
@@ -348,31 +396,38 @@ class Core:
         """
         from sdk.cloud.egress import Permit
 
-        link, offer = self.known.link, self.known.offer(request)
-        if link is None or not link.state.is_connected or offer is None:
+        endpoint = self.known.endpoint(again.inputs.endpoint)
+        if endpoint is None or not endpoint.link.state.is_connected:
+            return None
+        offer = self.known.offer(request, endpoint)
+        if offer is None:
             return None
         try:
             check(request, offer.manifest)
-            return Permit(again.verdict, request.model, region=self.known.region()), offer
+            return Permit(again.verdict, request.model, region=endpoint.region()), offer
         except NearfarError:
             return None
 
-    def explain(self, request: Request) -> RouteDecision:
+    def explain(self, request: Request, cloud: str | None = None) -> RouteDecision:
         """Decide with what is known; connects nowhere, so an unknown cloud stays unknown.
 
+        Args:
+            request: What would be asked for; without content its size is all that counts.
+            cloud: Name of the cloud that is meant; `None` for the one that would be taken.
+
         Raises:
-            InvalidInput: The request does not fit the model.
+            InvalidInput: The request does not fit the model, or there is no such cloud.
         """
         model = self.known.edge_model(request)
         offer = self.known.offer(request)
         manifest = model.manifest if model is not None else offer.manifest if offer else None
-        if manifest is not None:
+        if manifest is not None and request.has_content:
             check(request, manifest)
         if self.states_agreement(request):
             from sdk.cascade.run import first_step
 
             request = first_step(self, request)
-        return self.decide(request)
+        return self.decide(request, cloud=cloud)
 
     # -- the device ------------------------------------------------------------------------------
 
@@ -428,17 +483,18 @@ class Core:
 
     # -- policy ----------------------------------------------------------------------------------
 
-    def _verdict(self, request: Request) -> Verdict:
-        """What policy says; the same facts have the same verdict, which is worth remembering."""
+    def verdict(self, request: Request, endpoint: Endpoint | None) -> Verdict:
+        """What policy says, if the cloud is that one; the same facts have the same verdict, which
+        is worth remembering."""
         facts = (
             request.model,
             self.known.task(request),
             request.sensitivity or self.default_sensitivity,
             request.purpose,
             request.tenant,
-            self.known.region(),
-            self.known.shaping(),
-            self.known.attested(),
+            None if endpoint is None else endpoint.region(),
+            None if endpoint is None else endpoint.shaping(),
+            None if endpoint is None else endpoint.attested(),
         )
         verdict = self._verdicts.get(facts)
         if verdict is None:
@@ -467,7 +523,7 @@ class Core:
         link = self.known.link
         if link is None or link.state.is_connected or request.mode == "edge_only":
             return False
-        verdict = self._verdict(request)
+        verdict = self.verdict(request, self.known.endpoints[0])
         if not verdict.cloud:
             return False
         device_can = has_edge and verdict.edge
@@ -475,14 +531,16 @@ class Core:
             return False
         return not device_can or self.known.breaker.can_try(time.monotonic())
 
-    def _connect(self, request: Request, *, has_edge: bool) -> Generator[Connect, Any, None]:
+    def connect(
+        self, request: Request, *, has_edge: bool, names: tuple[str, ...] = ()
+    ) -> Generator[Connect, Any, None]:
         deadline = request.deadline
         may_give_up = has_edge and request.mode != "cloud_only"
         if may_give_up and deadline.is_set:
             deadline = Deadline(time.monotonic() + deadline.remaining_s() * _CONNECT_SHARE)
         try:
-            with self.known.guarded():
-                yield Connect(deadline)
+            with self.known.reaching():
+                yield Connect(deadline, names)
         except (SecurityError, ConfigError):
             raise  # somebody must look at this; it is not bad weather
         except (CloudUnavailable, DeadlineExceeded):
@@ -510,12 +568,23 @@ class Core:
 def route_of(attempt: Attempt, before: list[RouteName], race: Race | None = None) -> Route:
     """The route as results show it."""
     # The decision's own reason starts with the route, which `Route` shows in another place.
-    reason = attempt.decision.reason.removeprefix(f"{attempt.route}: ")
+    decision = attempt.decision
+    reason = decision.reason.removeprefix(f"{attempt.route}: ")
     if race is None or not race.hedge:
-        return Route(attempt.route, reason, tuple(before))
-    if race.winner != attempt.route:
+        endpoint = decision.inputs.endpoint if attempt.route == "cloud" else ""
+        return Route(attempt.route, reason, tuple(before), endpoint=endpoint)
+    winner = race.winner or attempt.route
+    if winner != attempt.route:
         reason = f"the {attempt.route} was late, and this route answered first"
-    return Route(race.winner or attempt.route, reason, tuple(before), hedge=race.hedge)
+        decision = race.again or decision
+    endpoint = decision.inputs.endpoint if winner == "cloud" else ""
+    return Route(winner, reason, tuple(before), hedge=race.hedge, endpoint=endpoint)
+
+
+def _unpriced() -> Valuation:
+    from sdk.valuation import UNPRICED
+
+    return UNPRICED
 
 
 def _check_output(answer: Answer, request: Request, route: RouteName) -> None:

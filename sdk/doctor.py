@@ -104,8 +104,10 @@ def examine(config_path: Path) -> Iterator[Finding]:
     yield from _store(config)
     if config.cloud is None:
         yield Finding("ok", "cloud", "none configured: everything runs on this device")
-    else:
-        yield from _cloud(config.cloud, is_only_route=config.models_store is None)
+    # Where there are several, one that is away is not the only route.
+    is_only_route = config.models_store is None and len(config.clouds) == 1
+    for cloud in config.clouds.values():
+        yield from _cloud(cloud, is_only_route=is_only_route)
 
 
 def _python() -> Finding:

@@ -5,23 +5,18 @@ Reads the state of the edge runtime and of the cloud link; waits for nothing and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
-from nearfar.errors import (
-    Cancelled,
-    CloudUnavailable,
-    DeadlineExceeded,
-    InvalidInput,
-    NearfarError,
-)
+from nearfar.errors import DeadlineExceeded, InvalidInput, NearfarError
 from sdk.requests import TASK_OF_METHOD, Request
 from sdk.results import ModelInfo, RouteName
 from sdk.routing import (
@@ -31,6 +26,7 @@ from sdk.routing import (
     Prediction,
     Predictor,
     RequestSize,
+    RouteDecision,
     RouteState,
     Ticket,
 )
@@ -38,10 +34,13 @@ from sdk.steps import Answer
 
 if TYPE_CHECKING:
     from edge_runtime import EdgeModel
-    from nearfar.secure.shaping import Shaping
+    from nearfar.bundle.manifest import Variant
     from nearfar.wire.messages import ModelOffer
+    from sdk.cloud.endpoints import Endpoint
     from sdk.cloud.link import CloudLink
+    from sdk.cloud.pool import Pool
     from sdk.edge import EdgeRoute
+    from sdk.steps import Link
 
 logger = logging.getLogger(__name__)
 
@@ -53,35 +52,90 @@ class Knowledge:
         edge: The near route; `None` when the client has none.
         link: The far route; `None` when the client has none. Only its state is read here.
         state_file: Where what was measured is kept across restarts; `None` keeps nothing.
+
+    Attributes:
+        endpoints: The clouds, in the configuration's order.
+        predictor: What the device takes, and the cloud where there is one only; several have their
+            own, see `Endpoint.predictor`.
+        breaker: Of the first cloud.
     """
 
     def __init__(
-        self, *, edge: EdgeRoute | None, link: CloudLink | None, state_file: Path | None = None
+        self, *, edge: EdgeRoute | None, link: Link | None, state_file: Path | None = None
     ) -> None:
         self.edge = edge
         self.link = link
         self.predictor = Predictor()
-        self.breaker = CircuitBreaker()
+        self.endpoints: tuple[Endpoint, ...] = ()
+        self._by_name: dict[str, Endpoint] = {}
+        if link is not None:
+            self.endpoints = _endpoints_of(link, self.predictor)
+            self._by_name = {endpoint.name: endpoint for endpoint in self.endpoints}
+        self.breaker = self.endpoints[0].breaker if self.endpoints else CircuitBreaker()
         self._pins: dict[str, str] = {}
-        self._seeded: set[tuple[str, str, str]] = set()
+        self._seeded: set[tuple[str, str, str, str]] = set()
         self._row_bytes: dict[tuple[str, str], int] = {}
         self._state_file = state_file
         #: Told every answer that is learned from; `None` when nobody asked for it.
         self.record: Callable[[RouteName, str, Observation], None] | None = None
-        if state_file is not None:
-            _recall(self.predictor, state_file)
+        for predictor, path in self._state_files():
+            _recall(predictor, path)
 
     def save(self) -> None:
         """Write what was measured to the state file, if there is one; only warns when it cannot."""
-        if self._state_file is not None:
-            _remember(self.predictor, self._state_file)
+        for predictor, path in self._state_files():
+            _remember(predictor, path)
 
-    def manifest(self, request: Request, route: RouteName) -> Manifest:
+    def _state_files(self) -> list[tuple[Predictor, Path]]:
+        """Each predictor and its file; several clouds have one each, beside that of the device."""
+        path = self._state_file
+        if path is None:
+            return []
+        several = self.endpoints if len(self.endpoints) > 1 else ()
+        return [
+            (self.predictor, path),
+            *((one.predictor, path.with_name(f"{path.name}.{one.name}")) for one in several),
+        ]
+
+    def endpoint(self, name: str) -> Endpoint | None:
+        """The cloud of that name, as decisions name it; the first for an empty name."""
+        return self._by_name.get(name) or (self.endpoints[0] if self.endpoints else None)
+
+    def named(self, name: str) -> Endpoint:
+        """The cloud of that name.
+
+        Raises:
+            InvalidInput: There is none.
+        """
+        endpoint = self._by_name.get(name)
+        if endpoint is None:
+            raise InvalidInput(
+                f"There is no cloud {name[:40]!r}",
+                field="cloud",
+                fix=f"Configured are: {', '.join(self._by_name) or 'none'}",
+            )
+        return endpoint
+
+    def endpoint_of(self, decision: RouteDecision) -> Endpoint:
+        """The cloud that a decision is about; there must be one."""
+        endpoint = self.endpoint(decision.inputs.endpoint)
+        assert endpoint is not None  # the router takes no route that is not configured
+        return endpoint
+
+    def is_reaching(self, name: str) -> bool:
+        """Whether a connection to that cloud is being made; only where there are several."""
+        return cast("Pool", self.link).is_reaching(name)
+
+    def predictor_of(self, decision: RouteDecision, route: RouteName) -> Predictor:
+        """What knows how long that route takes, on the endpoint that the decision is about."""
+        return self.predictor if route == "edge" else self.endpoint_of(decision).predictor
+
+    def manifest(self, request: Request, route: RouteName, decision: RouteDecision) -> Manifest:
         """Manifest of the model on the route that answered."""
         if route == "edge":
             assert self.edge is not None
             return self.edge.find(request.model, request.version).manifest
-        offer = self.offer(request)
+        offer = self.offer(request, self.endpoint_of(decision))
         assert offer is not None
         return offer.manifest
 
@@ -90,22 +144,22 @@ class Knowledge:
         request: Request,
         route: RouteName,
         observation: Observation,
+        decision: RouteDecision,
         received_bytes: int = 0,
         ticket: Ticket | None = None,
     ) -> None:
-        """Learn from one complete answer."""
+        """Learn from one complete answer, of the cloud that `decision` is about if it is one's."""
         size = self.size(request)
         if received_bytes:
             size = msgspec.structs.replace(size, download_bytes=received_bytes)
-        self.predictor.observe(
-            route, request.model, size, observation, now_s=time.monotonic(), ticket=ticket
+        now_s = time.monotonic()
+        self.predictor_of(decision, route).observe(
+            route, request.model, size, observation, now_s=now_s, ticket=ticket
         )
+        if route == "cloud" and len(self.endpoints) > 1:
+            self.endpoint_of(decision).observe(request.model, observation, now_s)
         if self.record is not None:
             self.record(route, request.model, observation)
-
-    def observe_round_trip(self, rtt_ms: float) -> None:
-        """Learn the link's round trip."""
-        self.predictor.observe_round_trip(rtt_ms, now_s=time.monotonic())
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Models of this device, and those of the cloud as far as it was asked."""
@@ -139,28 +193,8 @@ class Knowledge:
         offer = self.offer(request)
         return offer.manifest.task if offer is not None else TASK_OF_METHOD[request.method]
 
-    def region(self) -> str | None:
-        """Where the cloud stands: what the configuration states, unless the cloud contradicts."""
-        if self.link is None:
-            return None
-        stated, claimed = self.link.config.region, self.link.state.region
-        if stated and claimed and stated != claimed:
-            return None  # one of them is wrong; rules that need a region then do not hold
-        return stated or claimed
-
-    def shaping(self) -> Shaping | None:
-        """Least shaping of every connection: the session refuses a cloud that offers less."""
-        return None if self.link is None else self.link.config.shaping
-
-    def attested(self) -> bool | None:
-        """Whether no connection is made without evidence that a plug-in accepts."""
-        if self.link is None:
-            return None
-        config = self.link.config
-        return config.attestation is not None or config.verifier is not None
-
     def claimed_region(self) -> str | None:
-        """Where the cloud itself says it stands; `None` before it was asked."""
+        """Where the cloud itself says it stands (all of them); `None` before it was asked."""
         return None if self.link is None else self.link.state.region
 
     # -- what is known about the routes ----------------------------------------------------------
@@ -211,18 +245,25 @@ class Knowledge:
         )
 
     def cloud_state(
-        self, request: Request, size: RequestSize, now_s: float, *, is_alone: bool = False
+        self,
+        request: Request,
+        size: RequestSize,
+        now_s: float,
+        endpoint: Endpoint | None,
+        *,
+        is_alone: bool = False,
     ) -> RouteState:
-        """State of the cloud; when it is the only route, it is asked however often it failed."""
-        link, model = self.link, request.model
-        if link is None:
+        """State of one cloud; when it is the only route, it is asked however often it failed."""
+        model = request.model
+        if endpoint is None:
             return RouteState(obstacle="not_configured", detail="no cloud is configured")
+        state = endpoint.link.state
         # A connection is no sign of life: a cloud may accept requests and never answer.
-        if not (is_alone and link.state.is_connected) and not self.breaker.can_try(now_s):
-            return RouteState(obstacle="unreachable", detail=self.breaker.describe(now_s))
-        if link.state.offers is None:
+        if not (is_alone and state.is_connected) and not endpoint.can_try(model, now_s):
+            return RouteState(obstacle="unreachable", detail=endpoint.describe(model, now_s))
+        if state.offers is None:
             return RouteState(prediction=Prediction())
-        offer = self.offer(request)
+        offer = self.offer(request, endpoint)
         if offer is None:
             return RouteState(obstacle="no_model", detail=f"the cloud does not serve {model!r}")
         pin = self.variant_wanted(request)
@@ -231,28 +272,63 @@ class Knowledge:
             return RouteState(
                 obstacle="no_model", detail=_other_variant(model, offer.variant, pin or "")
             )
-        if self._seed("cloud", model, variant.id, offer.manifest):
-            self.predictor.report_queue(model, offer.queue_ms, now_s=link.state.offers_at_s)
+        predictor = endpoint.predictor
+        if self._seed("cloud", model, variant.id, offer.manifest, endpoint):
+            predictor.report_queue(model, offer.queue_ms, now_s=state.offers_at_s)
         return RouteState(
-            prediction=self.predictor.predict("cloud", model, size, now_s=now_s),
+            prediction=predictor.predict("cloud", model, size, now_s=now_s),
             quality_rank=variant.quality_rank,
-            ahead=link.state.in_flight,
+            ahead=state.in_flight,
         )
 
-    def _seed(self, route: RouteName, model: str, variant_id: str, manifest: Manifest) -> bool:
-        key = (route, model, variant_id)
+    def serves(self, request: Request, endpoint: Endpoint) -> bool | None:
+        """Whether a cloud has the model as it is wanted; `None` before it was asked."""
+        if endpoint.link.state.offers is None:
+            return None
+        offer = self.offer(request, endpoint)
+        if offer is None:
+            return False
+        return offer.manifest.variant(self.variant_wanted(request) or offer.variant) is not None
+
+    def variant(
+        self, request: Request, route: RouteName, endpoint: Endpoint | None
+    ) -> Variant | None:
+        """The variant that would answer there; `None` when it is not known."""
+        if route == "edge":
+            known = self.edge_model(request)
+            return None if known is None else known.variant
+        offer = None if endpoint is None else self.offer(request, endpoint)
+        if offer is None:
+            return None
+        return offer.manifest.variant(self.variant_wanted(request) or offer.variant)
+
+    def _seed(
+        self,
+        route: RouteName,
+        model: str,
+        variant_id: str,
+        manifest: Manifest,
+        endpoint: Endpoint | None = None,
+    ) -> bool:
+        key = (route, "" if endpoint is None else endpoint.name, model, variant_id)
         if key in self._seeded:
             return False
         self._seeded.add(key)
         variant = manifest.variant(variant_id)
         if variant is not None:
-            self.predictor.seed(route, model, variant.latency, size_bytes=variant.size_bytes)
+            predictor = self.predictor if endpoint is None else endpoint.predictor
+            predictor.seed(route, model, variant.latency, size_bytes=variant.size_bytes)
         return True
 
-    def offer(self, request: Request) -> ModelOffer | None:
-        if self.link is None:
+    def offer(self, request: Request, endpoint: Endpoint | None = None) -> ModelOffer | None:
+        """What a cloud offers for the request; without an endpoint, what any of them does."""
+        if endpoint is None and len(self.endpoints) > 1:
+            found = (self.offer(request, one) for one in self.endpoints)
+            return next((offer for offer in found if offer is not None), None)
+        link = self.link if endpoint is None else endpoint.link
+        if link is None:
             return None
-        offers = self.link.state.offers
+        offers = link.state.offers
         offer = offers.get(request.model) if offers else None
         if offer is not None and request.version not in (None, offer.manifest.version):
             return None
@@ -281,7 +357,14 @@ class Knowledge:
                 size = msgspec.structs.replace(size, input_elements=width * request.rows)
         return size
 
-    def learn(self, request: Request, route: RouteName, answer: Answer, ticket: Ticket) -> None:
+    def learn(
+        self,
+        request: Request,
+        route: RouteName,
+        answer: Answer,
+        ticket: Ticket,
+        decision: RouteDecision,
+    ) -> None:
         self.observe(
             request,
             route,
@@ -291,6 +374,7 @@ class Knowledge:
                 compute_ms=answer.compute_ms,
                 load_ms=answer.load_ms,
             ),
+            decision,
             answer.received_bytes,
             ticket,
         )
@@ -303,19 +387,23 @@ class Knowledge:
             return
         now_s = time.monotonic()
         size = self.size(request)
-        ticket = self.predictor.start(
+        predictor = self.predictor_of(attempt.decision, attempt.route)
+        ticket = predictor.start(
             attempt.route,
             request.model,
             size,
             Prediction(p50_ms=usual[1], p95_ms=usual[3]),
             now_s=since_s,
         )
-        self.predictor.stop(ticket, now_s=now_s)
-        self.predictor.observe_late(ticket, now_s=now_s)
+        predictor.stop(ticket, now_s=now_s)
+        predictor.observe_late(ticket, now_s=now_s)
+        if attempt.route == "cloud":
+            endpoint = self.endpoint_of(attempt.decision)
+            endpoint.observe_latency(request.model, (now_s - since_s) * 1000.0, now_s)
 
     def under_way(self, request: Request, attempt: Attempt) -> _UnderWay:
         """Tell the predictor that an attempt runs, and whether it was given up as late."""
-        return _UnderWay(self.predictor, request.model, self.size(request), attempt)
+        return _UnderWay(self, request, attempt)
 
     def variant_wanted(self, request: Request) -> str | None:
         """The variant that this client's earlier vectors of the model came from, if that binds."""
@@ -331,9 +419,15 @@ class Knowledge:
         if manifest is not None and not manifest.mixed_routes:
             self._pins[request.model] = variant
 
-    def guarded(self) -> _Guard:
-        """Tell the circuit breaker how a use of the link went."""
-        return _Guard(self.breaker)
+    def guarded(self, request: Request, decision: RouteDecision) -> _Guard:
+        """Tell the circuit breakers how a request to the cloud of the decision went."""
+        return _Guard(self.endpoint_of(decision), request.model)
+
+    def reaching(self) -> _Guard | contextlib.nullcontext[None]:
+        """Tell the circuit breaker how connecting went; several clouds do so themselves."""
+        if len(self.endpoints) > 1:
+            return contextlib.nullcontext()
+        return _Guard(self.endpoints[0], None)
 
     def wrong_variant(self, request: Request) -> InvalidInput | None:
         pin = self.variant_wanted(request)
@@ -363,14 +457,14 @@ class _UnderWay:
     """An attempt as long as it runs. A cloud or a device that became slow shows before it answers;
     otherwise it would be asked again and again in vain."""
 
-    __slots__ = ("_attempt", "_model", "_predictor", "_size", "_ticket")
+    __slots__ = ("_attempt", "_endpoint", "_model", "_predictor", "_size", "_ticket")
 
-    def __init__(
-        self, predictor: Predictor, model: str, size: RequestSize, attempt: Attempt
-    ) -> None:
-        self._predictor = predictor
-        self._model = model
-        self._size = size
+    def __init__(self, known: Knowledge, request: Request, attempt: Attempt) -> None:
+        decision = attempt.decision
+        self._predictor = known.predictor_of(decision, attempt.route)
+        self._endpoint = known.endpoint_of(decision) if attempt.route == "cloud" else None
+        self._model = request.model
+        self._size = known.size(request)
         self._attempt = attempt
 
     def __enter__(self) -> Ticket:
@@ -386,37 +480,69 @@ class _UnderWay:
 
     def __exit__(self, kind: type[BaseException] | None, exc: object, trace: object) -> None:
         now_s = time.monotonic()
-        self._predictor.stop(self._ticket, now_s=now_s)
+        ticket = self._ticket
+        self._predictor.stop(ticket, now_s=now_s)
         if kind is not None and issubclass(kind, DeadlineExceeded):
-            self._predictor.observe_late(self._ticket, now_s=now_s)
+            self._predictor.observe_late(ticket, now_s=now_s)
+            if self._endpoint is not None:
+                late_ms = (now_s - ticket.started_s) * 1000.0
+                self._endpoint.observe_latency(self._model, late_ms, now_s)
 
 
 class _Guard:
-    """Reports the outcome of using the link to the circuit breaker."""
+    """Reports the outcome of using a cloud to its circuit breakers."""
 
-    __slots__ = ("_breaker", "is_answered")
+    __slots__ = ("_endpoint", "_model", "is_answered")
 
-    def __init__(self, breaker: CircuitBreaker) -> None:
-        self._breaker = breaker
+    def __init__(self, endpoint: Endpoint, model: str | None) -> None:
+        self._endpoint = endpoint
+        self._model = "" if model is None else model
         #: Whether the cloud had answered when the block ended without an error.
         self.is_answered = True
 
     def __enter__(self) -> _Guard:
-        self._breaker.acquire(time.monotonic())
+        self._endpoint.acquire(self._model, time.monotonic())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: object, trace: object) -> None:
-        now_s = time.monotonic()
-        if kind is None and self.is_answered:
-            self._breaker.record_success(now_s)
-        elif kind is None:
-            self._breaker.release(now_s)
-        elif issubclass(kind, CloudUnavailable):
-            self._breaker.record_failure(now_s)
-        elif issubclass(kind, (DeadlineExceeded, Cancelled)) or not issubclass(kind, NearfarError):
-            self._breaker.release(now_s)
+        endpoint, now_s = self._endpoint, time.monotonic()
+        if kind is not None:
+            endpoint.failed(self._model, kind, now_s)
+        elif self.is_answered:
+            endpoint.answered(self._model, now_s)
         else:
-            self._breaker.record_success(now_s)  # it answered, if only to refuse
+            endpoint.released(self._model, now_s)
+
+
+def _endpoints_of(link: Link, predictor: Predictor) -> tuple[Endpoint, ...]:
+    """The clouds behind a link; several have a predictor each, but learn the same answers' lengths:
+    how long a model talks is not the endpoint's doing."""
+    from sdk.cloud.endpoints import Endpoint
+
+    links: Sequence[CloudLink] | None = getattr(link, "links", None)
+    if links is None:
+        return (_listening(Endpoint(cast("CloudLink", link), predictor)),)
+    endpoints = []
+    for one in links:
+        own = Predictor()
+        own.answers = predictor.answers
+        endpoints.append(_listening(Endpoint(one, own)))
+    by_name = {endpoint.name: endpoint for endpoint in endpoints}
+
+    def reached(name: str, error: NearfarError | None) -> None:
+        by_name[name].reached(error, time.monotonic())
+
+    cast("Pool", link).on_reached = reached
+    return tuple(endpoints)
+
+
+def _listening(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, told of its link's round trips."""
+    predictor = endpoint.predictor
+    endpoint.link.on_round_trip = lambda rtt_ms: predictor.observe_round_trip(
+        rtt_ms, now_s=time.monotonic()
+    )
+    return endpoint
 
 
 def _recall(predictor: Predictor, path: Path) -> None:

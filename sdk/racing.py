@@ -29,11 +29,10 @@ from sdk.steps import Answer, RunHere, RunThere, run_here
 if TYPE_CHECKING:
     from sdk.background import BackgroundLoop
     from sdk.cloud.egress import Permit
-    from sdk.cloud.link import CloudLink
+    from sdk.cloud.endpoints import Endpoint
     from sdk.core import Core
     from sdk.edge import EdgeRoute
     from sdk.requests import Request
-    from sdk.routing import CircuitBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ class Race:
         permit: The other attempt's, if it went to the cloud.
         hedge: What was started beside the first and why, in words; ``""`` when nothing was.
         is_silent: Whether the cloud took part and did not answer.
+        again: The decision under which the other attempt was started; `None` before.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Race:
         self.permit: Permit | None = None
         self.hedge = ""
         self.is_silent = False
+        self.again: RouteDecision | None = None
 
     def carry(self, trace: bytes) -> None:
         """Tell the cloud the trace of the request, whichever step goes there."""
@@ -115,7 +116,7 @@ class Race:
         known = self._core.known
         if is_stall:
             self.is_silent = True
-            known.breaker.record_failure(time.monotonic())
+            known.endpoint_of(self._decision).silent(self._request.model, time.monotonic())
             logger.info("the cloud is silent after %.0f ms", at_s * 1000.0)
             return None
         assert self._planned is not None
@@ -133,9 +134,10 @@ class Race:
         route = self._planned.other
         self.hedge = f"the {route} was started as well: {why}"
         now_s = time.monotonic()
+        self.again = again
         if route == "cloud":
-            known.breaker.acquire(now_s)
-        self.other_ticket = known.predictor.start(
+            known.endpoint_of(again).acquire(self._request.model, now_s)
+        self.other_ticket = known.predictor_of(again, route).start(
             route,
             self._request.model,
             known.size(self._request),
@@ -150,14 +152,14 @@ class Race:
         is_cloud_first = isinstance(self.first, RunThere)
         self.is_silent = is_cloud_first and route == "edge"
         now_s = time.monotonic()
-        known = self._core.known
         if self.other_ticket is not None:
-            known.predictor.stop(self.other_ticket, now_s=now_s)
+            self._stop_other(now_s)
             if not is_cloud_first:
+                endpoint = self._endpoint()
                 if route == "cloud":
-                    known.breaker.record_success(now_s)
+                    endpoint.answered(self._request.model, now_s)
                 else:
-                    known.breaker.release(now_s)
+                    endpoint.released(self._request.model, now_s)
             took = format_ms((now_s - self._began_s) * 1000.0)
             self.hedge += f"; the {route} answered first, after {took}"
         return answer
@@ -165,16 +167,31 @@ class Race:
     def failed(self, route: RouteName, error: BaseException) -> None:
         """What was started as the other route ended without an answer."""
         now_s = time.monotonic()
-        known = self._core.known
         if self.other_ticket is not None:
-            known.predictor.stop(self.other_ticket, now_s=now_s)
+            self._stop_other(now_s)
         if isinstance(error, Overloaded):
             self._core.hedging.overloaded(now_s)
         if route == "cloud":
+            endpoint = self._endpoint()
             if isinstance(error, CloudUnavailable):
-                known.breaker.record_failure(now_s)
+                endpoint.failed(self._request.model, type(error), now_s)
             else:
-                known.breaker.release(now_s)
+                endpoint.released(self._request.model, now_s)
+
+    @property
+    def silent_endpoint(self) -> str:
+        """Name of the cloud that did not answer."""
+        return self._decision.inputs.endpoint
+
+    def _stop_other(self, now_s: float) -> None:
+        assert self.other_ticket is not None
+        assert self.again is not None
+        predictor = self._core.known.predictor_of(self.again, self.other_ticket.route)
+        predictor.stop(self.other_ticket, now_s=now_s)
+
+    def _endpoint(self) -> Endpoint:
+        """The cloud that took part as the other route."""
+        return self._core.known.endpoint_of(self.again or self._decision)
 
 
 def race_in_thread(
@@ -347,11 +364,11 @@ async def race_in_tasks(
             task.cancel()
 
 
-async def look_after(link: CloudLink, breaker: CircuitBreaker) -> None:
+async def look_after(endpoint: Endpoint) -> None:
     """Ask a cloud that was silent whether it lives; open the breaker if it does not say so."""
     try:
-        await link.ping(CHECK_TIMEOUT_S)
+        await endpoint.link.ping(CHECK_TIMEOUT_S)
     except CloudUnavailable:
-        breaker.trip(time.monotonic())
+        endpoint.breaker.trip(time.monotonic())
     except NearfarError as error:
         logger.debug("the cloud cannot be asked whether it lives: %s", error)

@@ -89,6 +89,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     request_id: bytes | None = None
 
     @property
+    def has_content(self) -> bool:
+        """Whether it could be answered; one for `explain` may have a size only."""
+        return bool(self.items) or self.feeds is not None or self.prompt is not None
+
+    @property
     def rows(self) -> int:
         """Rows of the batch."""
         if self.items:

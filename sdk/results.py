@@ -31,6 +31,7 @@ class Route(msgspec.Struct, frozen=True):
             under way; ``cache``: for an equal one before.
         hedge: What was started beside the first choice because that was late, why, and which of the
             two answered first; ``""`` when nothing was.
+        endpoint: Which of the configured clouds answered, by name; ``""`` on the edge.
     """
 
     name: RouteName
@@ -38,6 +39,7 @@ class Route(msgspec.Struct, frozen=True):
     before: tuple[RouteName, ...] = ()
     source: Source = "run"
     hedge: str = ""
+    endpoint: str = ""
 
     @property
     def path(self) -> str:

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from sdk.cloud.connection import TensorReply
     from sdk.cloud.egress import Permit
     from sdk.cloud.link import CloudLink
+    from sdk.cloud.pool import Pool
     from sdk.edge import EdgeRoute
     from sdk.racing import Race
+
+    Link = Union[CloudLink, Pool]
 
 
 class Connect(msgspec.Struct, frozen=True):
@@ -30,9 +33,13 @@ class Connect(msgspec.Struct, frozen=True):
 
     Attributes:
         deadline: How long it may take.
+        endpoints: Where there are several clouds: which; one of them is enough.
+        is_waited: Whether the request waits for it.
     """
 
     deadline: Deadline
+    endpoints: tuple[str, ...] = ()
+    is_waited: bool = True
 
 
 class RunHere(msgspec.Struct, frozen=True):
@@ -55,6 +62,7 @@ class RunThere(msgspec.Struct, frozen=True):
         variant: Variant to ask for; `None` for the cloud's choice.
         request_id: The same when the same is asked again, so that it is computed only once.
         trace: For the wire, when the request is traced (`Infer.trace`).
+        endpoint: Which cloud, as the decision says.
     """
 
     request: Request
@@ -63,6 +71,7 @@ class RunThere(msgspec.Struct, frozen=True):
     variant: str | None
     request_id: bytes
     trace: bytes = b""
+    endpoint: str = ""
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -146,7 +155,22 @@ def answer_here(done: EdgeResult, total_ms: float, *, was_loaded: bool) -> Answe
     )
 
 
-async def run_there(link: CloudLink, step: RunThere) -> Answer:
+async def connect(link: Link, step: Connect) -> None:
+    """Perform `Connect`.
+
+    Raises:
+        NearfarError: What `CloudLink.connect` or `Pool.connect` says.
+    """
+    if step.is_waited:
+        await link.connect(step.deadline, step.endpoints)
+        return
+    from sdk.cloud.pool import Pool
+
+    assert isinstance(link, Pool)
+    link.reach(step.endpoints)
+
+
+async def run_there(link: Link, step: RunThere) -> Answer:
     """Perform `RunThere`.
 
     Raises:
@@ -154,7 +178,7 @@ async def run_there(link: CloudLink, step: RunThere) -> Answer:
     """
     request = step.request
     started_s = time.perf_counter()
-    reply = await link.infer(
+    reply = await link.at(step.endpoint).infer(
         step.permit,
         model=request.model,
         form=request.form,

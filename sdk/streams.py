@@ -110,7 +110,7 @@ class GenerationStream(_Facts):
         open_source: Callable[[AnswerState], Source],
         open_edge: OpenEdge,
         cloud_beside: CloudBeside,
-        check: Callable[[], None],
+        check: Callable[[str], None],
         loop: Callable[[], BackgroundLoop],
     ) -> None:
         super().__init__(state)
@@ -220,7 +220,7 @@ class GenerationStream(_Facts):
         if isinstance(source, CloudSource):
             self._source = first = first_to_begin(state, CloudOpened(source), self._start_beside)
             if state.attempt.route == "edge":
-                self._check()
+                self._check(state.silent_endpoint)
             return first
         assert isinstance(source, EdgeBeginning)
         self._source = first = first_to_begin(state, source, self._start_beside)
@@ -259,7 +259,7 @@ class AsyncGenerationStream(_Facts):
         open_source: Callable[[AnswerState], Awaitable[AsyncSource]],
         open_edge: AsyncOpenEdge,
         cloud_beside: CloudBeside,
-        check: Callable[[], None],
+        check: Callable[[str], None],
     ) -> None:
         super().__init__(state)
         self._check = check
@@ -356,7 +356,7 @@ class AsyncGenerationStream(_Facts):
             opened = AsyncCloudOpened(source)
             self._source = first = await first_task_to_begin(state, opened, self._start_beside)
             if state.attempt.route == "edge":
-                self._check()
+                self._check(state.silent_endpoint)
             return first
         assert isinstance(source, AsyncEdgeBeginning)
         self._source = first = await first_task_to_begin(state, source, self._start_beside)

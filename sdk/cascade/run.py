@@ -330,9 +330,10 @@ def applicable(core: Core, cascades: Cascades, request: Request) -> Watched | No
     scores.task_of(near.manifest)
     watched = cascades.of(request.model)
     watched.check("edge", near.manifest, near.variant.id)
-    offer = core.known.offer(request)
-    if offer is not None:
-        watched.check("cloud", offer.manifest, offer.variant)
+    for endpoint in core.known.endpoints:  # any of them may be asked
+        offer = core.known.offer(request, endpoint)
+        if offer is not None:
+            watched.check("cloud", offer.manifest, offer.variant)
     return watched
 
 

@@ -94,7 +94,23 @@ class CloudLink:
         self._rtt_at_s = 0.0
         self._is_closed = False
 
-    async def connect(self, deadline: Deadline) -> LinkState:
+    @property
+    def in_flight(self) -> int:
+        """How many requests are open there now, streams included."""
+        connection = self._connection
+        return 0 if connection is None else connection.in_flight
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the cloud said that it takes no new requests."""
+        connection = self._connection
+        return connection is not None and connection.is_leaving
+
+    def at(self, _: str) -> CloudLink:
+        """The link to the endpoint of that name: a client with one cloud has no other."""
+        return self
+
+    async def connect(self, deadline: Deadline, _: Sequence[str] = ()) -> LinkState:
         """Make sure that a request can be sent; nothing of any request leaves.
 
         Callers that come while a connection is being made share it.

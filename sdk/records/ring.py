@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from nearfar.errors import InvalidInput, NearfarError
 from sdk.records.entries import Decided, Entry, Finished, Moment, decode_entry, encode_entry
+from sdk.routing.breaker import BreakerState
 
 if TYPE_CHECKING:
     from sdk.knowledge import Knowledge
@@ -66,12 +67,17 @@ class Recorder:
 
     def decided(self, decision: RouteDecision) -> None:
         """Note a decision."""
-        link, breaker = self._known.predictor.link, self._known.breaker
+        endpoint = self._known.endpoint(decision.inputs.endpoint)
+        if endpoint is None:
+            link, state, failures = self._known.predictor.link, BreakerState.CLOSED, 0
+        else:
+            link = endpoint.predictor.link
+            state, failures = endpoint.health(decision.inputs.model, time.monotonic())
         moment = Moment(
             delay_ms=link.delay_ms,
             ms_per_byte=link.ms_per_byte,
-            breaker=breaker.state(time.monotonic()).value,
-            failures=breaker.failures,
+            breaker=state.value,
+            failures=failures,
         )
         self.write(Decided(at_s=time.time(), decision=decision, moment=moment))
 

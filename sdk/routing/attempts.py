@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator
 import msgspec
 
 from nearfar.errors import CloudUnavailable, DeadlineExceeded, NearfarError
+from sdk.routing.budget import RetryBudget
 from sdk.routing.types import Route, RouteDecision
 
 # A route that just failed is tried once more when there is no other: a dropped connection is
@@ -69,18 +70,21 @@ def attempts(
     *,
     at_s: float = math.inf,
     max_attempts: int = 3,
+    budget: RetryBudget | None = None,
 ) -> Generator[Attempt, Outcome, None]:
     """Yield attempts until one succeeds.
 
     After a retryable failure policy is asked again; the other route is taken when both this
     verdict and the first one allow it, so a repair never widens what the request began with.
-    Without another route, a cloud that went away is tried once more.
+    Without another route, a cloud that went away is tried once more. Where a decision names another
+    endpoint than those that failed, that is another way: it is taken at once.
 
     Args:
         first: The decision the request started with.
         decide_again: Asks policy again before any further attempt.
         at_s: Absolute deadline, `Deadline.at_s`.
         max_attempts: Upper bound, the first one included.
+        budget: Asked before a request goes to the clouds a second time; `None` for no bound.
 
     Raises:
         PolicyDenied: (and the others of `RouteDecision.raise_if_denied`) `first` has no route.
@@ -90,11 +94,15 @@ def attempts(
     first.raise_if_denied()
     decision = first
     tried: list[Route] = []
+    places: list[tuple[Route, str]] = []
     delay_s = 0.0
+    if budget is not None:
+        budget.request()
     while True:
         route = decision.route
         assert route is not None
         tried.append(route)
+        places.append(_place(decision))
         outcome = yield Attempt(number=len(tried), route=route, decision=decision, delay_s=delay_s)
         error = outcome.error
         if error is None:
@@ -110,13 +118,24 @@ def attempts(
         if route is None or not first.verdict.allows(route):
             raise error
         delay_s = 0.0
-        if route in tried:
-            went_away = route == tried[-1] == "cloud" and isinstance(error, CloudUnavailable)
-            if not went_away or tried.count(route) > 1:
+        place = _place(decision)
+        if place in places:
+            went_away = place == places[-1] and isinstance(error, CloudUnavailable)
+            if route != "cloud" or not went_away or tried.count(route) > 1:
                 raise error
             delay_s = SAME_ROUTE_DELAY_S
             if outcome.now_s + delay_s >= at_s:
                 raise _too_late(tried, error) from error
+        # Going on here after the cloud failed costs nobody but this device.
+        is_retry = route == "cloud" and "cloud" in tried
+        if is_retry and budget is not None and not budget.withdraw(outcome.now_s):
+            raise error
+
+
+def _place(decision: RouteDecision) -> tuple[Route, str]:
+    """Where an attempt runs: the device, or one of the clouds."""
+    assert decision.route is not None
+    return decision.route, decision.inputs.endpoint if decision.route == "cloud" else ""
 
 
 def _too_late(tried: list[Route], error: NearfarError) -> DeadlineExceeded:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import random
+from collections import deque
 
 
 class BreakerState(enum.Enum):
@@ -19,10 +20,14 @@ class BreakerState(enum.Enum):
 
 
 class CircuitBreaker:
-    """Opens after consecutive failures, lets one probe through after a jittered backoff.
+    """Opens after consecutive failures or many among the last, then lets one probe through after a
+    jittered backoff.
 
     Args:
         failure_threshold: Consecutive failures that open it.
+        rate_threshold: Part of failures among the last `window` outcomes that opens it as well: an
+            endpoint that fails every second request never fails often in a row.
+        window: How many outcomes are looked at; half as many must have been seen.
         base_backoff_s: First backoff; doubles with every failed probe.
         max_backoff_s: Upper bound of the backoff.
         probe_timeout_s: A probe that reports nothing for so long is taken to be lost.
@@ -33,12 +38,16 @@ class CircuitBreaker:
         self,
         *,
         failure_threshold: int = 2,
+        rate_threshold: float = 0.5,
+        window: int = 20,
         base_backoff_s: float = 1.0,
         max_backoff_s: float = 60.0,
         probe_timeout_s: float = 10.0,
         rng: random.Random | None = None,
     ) -> None:
         self._failure_threshold = failure_threshold
+        self._rate_threshold = rate_threshold
+        self._recent: deque[bool] = deque(maxlen=window)  # True: failed
         self._base_backoff_s = base_backoff_s
         self._max_backoff_s = max_backoff_s
         self._probe_timeout_s = probe_timeout_s
@@ -73,6 +82,9 @@ class CircuitBreaker:
 
     def record_success(self, now_s: float) -> None:
         """The endpoint answered (even with a typed error of its own): close."""
+        if self._retry_at_s is not None:
+            self._recent.clear()  # what was before it opened has been paid for
+        self._recent.append(False)
         self._failures = 0
         self._retry_at_s = None
         self._probe_until_s = None
@@ -83,11 +95,18 @@ class CircuitBreaker:
             return  # an attempt that began before it opened says nothing new
         self._failures += 1
         self._probe_until_s = None
-        if self._failures >= self._failure_threshold:
-            doublings = min(self._failures - self._failure_threshold, 30)
+        self._recent.append(True)
+        if self._failures >= self._failure_threshold or self._fails_often():
+            doublings = min(max(0, self._failures - self._failure_threshold), 30)
             backoff_s = min(self._max_backoff_s, self._base_backoff_s * 2.0**doublings)
             # Half fixed, half random: never at once, never all devices together.
             self._retry_at_s = now_s + backoff_s * (0.5 + 0.5 * self._rng.random())
+
+    def _fails_often(self) -> bool:
+        recent = self._recent
+        if 2 * len(recent) < (recent.maxlen or 0):
+            return False
+        return sum(recent) >= self._rate_threshold * len(recent)
 
     def trip(self, now_s: float) -> None:
         """The endpoint is known to be dead: open at once, however few failures there were."""

@@ -191,6 +191,8 @@ def _is_overloaded(prediction: Prediction) -> bool:
 
 def _would_lose_quality(inputs: DecisionInputs, first: Route, other: Route) -> bool:
     """An app that wants quality and can wait is not given less of it for speed."""
+    if inputs.objective in ("cost", "energy") and inputs.remaining_ms is None:
+        return True  # nor is one that counts its money made to pay twice
     if inputs.objective != "quality" or inputs.remaining_ms is not None:
         return False
     here, there = inputs.state(first).quality_rank, inputs.state(other).quality_rank

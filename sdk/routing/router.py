@@ -13,6 +13,7 @@ from nearfar.errors import InvalidInput
 from nearfar.units import format_ms
 from sdk.policy.model import Verdict
 from sdk.routing.types import (
+    UNKNOWN,
     DecisionInputs,
     Prediction,
     Route,
@@ -37,9 +38,10 @@ HOPELESS = 0.01
 MAX_MODEL_BYTES = 40
 MAX_SENSITIVITY_BYTES = 24
 MAX_DETAIL_BYTES = 34
-MAX_VERDICT_REASON_BYTES = 160
-MAX_REASON_BYTES = 184
-MAX_RULE_IDS_BYTES = 72
+MAX_VERDICT_REASON_BYTES = 136
+MAX_REASON_BYTES = 176
+MAX_RULE_IDS_BYTES = 68
+MAX_ENDPOINT_BYTES = 24
 
 
 def decide(inputs: DecisionInputs) -> RouteDecision:
@@ -122,7 +124,12 @@ def _is_possible(inputs: DecisionInputs) -> bool:
             figure is None or 0 <= figure < math.inf for figure in figures
         ):
             return False
-    return True
+    for state in (inputs.edge, inputs.cloud):
+        if not (state.quality is None or 0 <= state.quality <= 1) or not all(
+            figure is None or 0 <= figure < math.inf for figure in (state.cost, state.energy_j)
+        ):
+            return False
+    return inputs.weights is None or all(0 <= weight <= 10**6 for weight in inputs.weights)
 
 
 _DECODER = msgspec.msgpack.Decoder(RouteDecision)
@@ -205,17 +212,12 @@ def _choose_freely(
         return "edge", "the mode is prefer_edge"
     if inputs.mode == "prefer_cloud":
         return "cloud", "the mode is prefer_cloud"
-    edge_rank, cloud_rank = inputs.edge.quality_rank, inputs.cloud.quality_rank
-    if (
-        inputs.objective == "quality"
-        and edge_rank is not None
-        and cloud_rank is not None
-        and edge_rank != cloud_rank
-    ):
-        route: Route = "edge" if edge_rank < cloud_rank else "cloud"
-        return route, "its variant of the model has the better quality" + (
-            "" if inputs.remaining_ms is None else ", and it is expected in time"
-        )
+    if inputs.objective != "latency" or inputs.weights is not None:
+        from sdk.routing.objectives import choose  # here: most only ask for speed
+
+        chosen = choose(inputs)
+        if chosen is not None:
+            return chosen
     if edge.p50_ms is None or cloud.p50_ms is None:
         return _choose_blindly(inputs, edge, cloud)
     is_faster = cloud.p50_ms < CLOUD_MUST_WIN_BY * edge.p50_ms
@@ -288,10 +290,12 @@ def _clip(text: str, max_bytes: int) -> str:
 
 
 def _clip_state(state: RouteState) -> RouteState:
-    detail = _clip(state.detail, MAX_DETAIL_BYTES)
-    if detail is state.detail:
+    detail = _clip(state.detail, MAX_DETAIL_BYTES) if state.obstacle else ""
+    # What cannot be taken is not predicted; a record has no room for both.
+    prediction = UNKNOWN if state.obstacle else state.prediction
+    if detail is state.detail and prediction is state.prediction:
         return state
-    return msgspec.structs.replace(state, detail=detail)
+    return msgspec.structs.replace(state, detail=detail, prediction=prediction)
 
 
 def _clip_verdict(verdict: Verdict) -> Verdict:

@@ -23,7 +23,7 @@ from sdk.routing.estimates import Quantiles, share_in_time
 
 Route = Literal["edge", "cloud"]
 Mode = Literal["auto", "edge_only", "prefer_edge", "prefer_cloud", "cloud_only"]
-Objective = Literal["latency", "quality"]
+Objective = Literal["latency", "quality", "cost", "energy"]
 Basis = Literal["measured", "seeded", "unknown"]
 Obstacle = Literal["", "no_model", "not_configured", "unreachable"]
 
@@ -160,6 +160,10 @@ class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
         quality_rank: `Variant.quality_rank` of the variant that would answer; 0 is the best,
             `None` when unknown.
         ahead: Requests running or waiting there.
+        quality: How much of the reference's quality that variant keeps, 0 to 1; like the two below,
+            `None` when unknown and when only speed counts.
+        cost: Money for this request, in the configuration's currency.
+        energy_j: Energy of the device for this request.
     """
 
     obstacle: Obstacle = ""
@@ -167,6 +171,9 @@ class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     prediction: Prediction = UNKNOWN
     quality_rank: int | None = None
     ahead: int = 0
+    quality: float | None = None
+    cost: float | None = None
+    energy_j: float | None = None
 
 
 class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -187,6 +194,9 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True,
         confidence: Probability with which a route must be in time to count as being so.
         hedge_tokens: Hedges that the budget has left, see `hedging.Hedging`; below 1 the other
             route is not started before the first has failed.
+        endpoint: Which of the configured clouds the cloud route means; ``""`` without any.
+        weights: How much latency, quality, cost and energy count beside the objective, in
+            hundredths; the objective counts 100. `None` for the objective alone.
     """
 
     model: str
@@ -201,6 +211,8 @@ class DecisionInputs(msgspec.Struct, frozen=True, kw_only=True, array_like=True,
     failed: tuple[Route, ...] = ()
     confidence: float = CONFIDENCE
     hedge_tokens: float = 0.0
+    endpoint: str = ""
+    weights: tuple[int, int, int, int] | None = None
 
     def state(self, route: Route) -> RouteState:
         """State of one route."""

@@ -33,7 +33,8 @@ def state(tmp_path):
     edge._runtime = ScriptedEdge((STORY,))
     offers = {"story": ModelOffer(manifest=STORY, variant="fp32")}
     link = SimpleNamespace(
-        state=LinkState(is_connected=True, offers=offers), config=SimpleNamespace(region=None)
+        state=LinkState(is_connected=True, offers=offers),
+        config=SimpleNamespace(name="main", region=None),
     )
     core = Core(policy=OPEN, default_sensitivity=None, known=Knowledge(edge=edge, link=link))
 

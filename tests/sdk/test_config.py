@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nearfar.errors import ConfigError
 from sdk.config import CloudConfig, Config, RoutingConfig
 from sdk.config_file import load_config, parse_config
+from sdk.routing.objectives import Price
 
 PIN = "nf1:9k2fexample"
 GOOD = f"""
@@ -95,11 +96,17 @@ def test_paths_are_relative_to_the_file_and_the_home_is_expanded(
         ('region = "eu"', 'attestation = ""', "cloud.main.attestation", "MODULE:NAME"),
         ('region = "eu"', "attestation = false", "cloud.main.attestation", "MODULE:NAME"),
         ("[cloud.main]", "[cloud]", "cloud", "[cloud.main]"),
-        ("[routing]", f'[cloud.b]\nurl = "wss://b"\nidentity = "{PIN}"\n[routing]', "cloud",
-         "Keep one"),
+        ('region = "eu"', "power_w = true", "cloud.main.power_w", "without quotes"),
+        ('region = "eu"', "cost_per_request = -1", "cloud.main.cost_per_request", "0 or more"),
+        ("[routing]", "[edge]\npower_w = inf\n[routing]", "edge.power_w", "0 or more"),
+        ("[routing]", "[edge]\npower = 1\n[routing]", "edge.power", "Did you mean 'power_w'"),
+        ("[routing]", "[routing]\nretry_budget = 2", "routing.retry_budget", "0.2"),
+        ("[routing]", "[routing]\nweights = 1", "routing.weights", "must be a table"),
+        ("[routing]", "[routing]\nweights = {cost = -1}", "routing.weights", "from 0 to 100"),
+        ("[routing]", "[routing]\nweights = {costs = 1}", "routing.weights.costs", "'cost'"),
         ('"quality"', '"qualty"', "routing.objective", "Did you mean 'quality'"),
-        ('"quality"', '"energy"', "routing.objective", "no energy figures"),
-        ('"quality"', '"cost"', "routing.objective", "no cost figures"),
+        ('"quality"', '"energy"', "routing.objective", "power_w"),
+        ('"quality"', '"cost"', "routing.objective", "cost_per_request"),
         ('"prefer_edge"', '"edge"', "routing.mode", "edge_only"),
         ('"prefer_edge"', "true", "routing.mode", "non-empty string"),
         ("800", '"800"', "routing.deadline_ms", "without quotes"),
@@ -187,8 +194,8 @@ def test_settings_made_in_code_are_checked_too() -> None:
     assert caught.value.field == "url"
     with pytest.raises(ConfigError, match="positive"):
         RoutingConfig(deadline_ms=-1)
-    with pytest.raises(ConfigError, match="no energy figures"):
-        RoutingConfig(objective="energy")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'objective' is 'speed'"):
+        RoutingConfig(objective="speed")  # type: ignore[arg-type]
 
 
 PIECES = st.sampled_from(
@@ -344,3 +351,26 @@ def test_mistakes_in_the_cascade_are_named(text, field):
     with pytest.raises(ConfigError) as caught:
         parse_config(text)
     assert caught.value.field == field
+
+
+def test_several_clouds_prices_and_weights_are_read(folder: Path) -> None:
+    text = GOOD.replace('objective = "quality"', 'objective = "cost"\nweights = {latency = 0.25}')
+    text += f"""
+[edge]
+power_w = 5
+cost_per_1k_output_tokens = 0.001
+
+[cloud.us]
+url = "wss://us.example.com/v1/nearfar"
+identity = "{PIN}"
+region = "us"
+cost_per_request = 0.002
+"""
+    (folder / "nearfar.toml").write_text(text)
+    config = load_config(folder / "nearfar.toml")
+    assert list(config.clouds) == ["main", "us"]
+    assert config.cloud == config.clouds["main"]
+    assert config.clouds["main"].price is None
+    assert config.clouds["us"].price == Price(cost_per_request=0.002)
+    assert config.edge_price == Price(power_w=5.0, cost_per_1k_output_tokens=0.001)
+    assert (config.routing.objective, config.routing.weights) == ("cost", {"latency": 0.25})

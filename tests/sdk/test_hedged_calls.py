@@ -226,7 +226,8 @@ def test_a_stalled_cloud_opens_the_breaker_and_the_device_is_asked(cloud, tmp_pa
                 for _ in range(2)
             ]
             ends_s = time.monotonic() + 2.0
-            while client._known.breaker.state(time.monotonic()) is BreakerState.CLOSED:
+            stalled = client._known.endpoints[0].breaker_of("tensor")
+            while stalled.state(time.monotonic()) is BreakerState.CLOSED:
                 assert time.monotonic() < ends_s, "the stall was not noticed"
                 time.sleep(0.005)
             assert not any(future.done() for future in waiting)
@@ -392,7 +393,7 @@ def test_async_streams_are_hedged_alike(cloud, tmp_path):
 
             for _ in range(30):
                 client._core.hedging.request()
-            client._known.breaker.record_success(time.monotonic())
+            client._known.endpoints[0].answered("tensor", time.monotonic())
             device.pause_s = 0.5
             cloud.behaviour = late
             stream = await client.generate("story", "x", **ask)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -230,6 +231,33 @@ def test_when_the_answer_is_kept_no_longer_the_device_goes_on(state, tmp_path, m
     assert stream.route.path == "cloud → edge"
     assert [chunk.index for chunk in chunks] == list(range(400))
     assert sum(chunk.handover for chunk in chunks) == 1
+
+
+def test_of_two_clouds_the_one_that_holds_the_answer_is_gone_back_to(state, tmp_path):
+    (tmp_path / "policy.toml").write_text(POLICY)
+    with contextlib.ExitStack() as stack:
+        worlds, proxies = {}, {}
+        for name in ("a", "b"):
+            worlds[name] = stack.enter_context(World(state, keep_s=60.0))
+            proxies[name] = stack.enter_context(CuttingProxy(worlds[name].port))
+        configs = [msgspec.structs.replace(worlds[n].config(proxies[n]), name=n) for n in "ab"]
+        client = stack.enter_context(
+            Client(cloud=configs, policy=tmp_path / "policy.toml", sensitivity="public")
+        )
+        client.warm_up("chat")
+        stream = client.generate("chat", "Once", max_new_tokens=TOKENS)
+        chunks = []
+        for chunk in stream:
+            chunks.append(chunk)
+            if len(chunks) == 10:
+                for proxy in proxies.values():
+                    proxy.cut()
+        assert "".join(chunk.text for chunk in chunks) == WHOLE
+        assert not any(chunk.handover for chunk in chunks)
+        held = stream.route.endpoint
+        (other,) = {"a", "b"} - {held}
+        assert (worlds[held].chat.runs, worlds[held].chat.tokens) == (1, TOKENS)
+        assert worlds[other].chat.runs == 0
 
 
 # The link by itself.

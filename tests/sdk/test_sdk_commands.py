@@ -113,6 +113,74 @@ def test_explain_ends_with_an_error_when_there_is_no_route(config, cloud, capsys
     assert cloud.connections == 0
 
 
+@pytest.mark.parametrize("size", [("--tokens", 200), ("--bytes", 1500)])
+def test_explain_takes_sizes_instead_of_content(config, cloud, capsys, size):
+    status = run(
+        commands.explain, "story", *size, "--max-new-tokens", 64, "--deadline-ms", 60_000,
+        "--connect", "--json", "-c", config, "--sensitivity", "public",
+    )  # fmt: skip
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert (told["route"], told["endpoint"], told["meets_deadline"]) == ("cloud", "main", True)
+    assert told["reason"].startswith("cloud: ")
+    assert told["asked"]["max_new_tokens"] == 64
+    assert told["asked"]["input_tokens"] == (200 if size[0] == "--tokens" else 376)
+    assert told["asked"]["upload_bytes"] == (800 if size[0] == "--tokens" else 1500)
+    assert 0 < told["asked"]["remaining_ms"] <= 60_000
+    assert [one["route"] for one in told["candidates"]] == ["edge", "cloud"]
+    assert [one["eligible"] for one in told["candidates"]] == [False, True]
+    assert told["policy"]["rules"] == ["open"]
+    assert cloud.saw(wire.Infer) == cloud.saw(wire.Generate) == []
+
+
+def test_explain_without_a_route_says_so_in_json_too(config, capsys):
+    assert run(commands.explain, "story", "--tokens", 9, "--json", "-c", config) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["route"] is None
+    assert told["error"]["code"] == "policy_denied"
+
+
+def test_explain_lists_every_cloud_and_what_it_costs(config, tmp_path, capsys):
+    with ScriptedCloud(tmp_path / "second") as second:
+        settings = second.config()
+        config.write_text(
+            config.read_text().replace("[policy]", "cost_per_request = 0.25\n\n[policy]")
+            + f"""
+[cloud.second]
+url = "{settings.url}"
+identity = "{settings.identity}"
+credentials = "{settings.credentials}"
+ca_file = "{settings.ca_file}"
+cost_per_request = 0.125
+
+[routing]
+objective = "cost"
+"""
+        )
+        ask = ("tensor", "--bytes", 32, "--connect", "-c", config, "--sensitivity", "public")
+        assert run(commands.explain, *ask) == 0
+        table = capsys.readouterr().out
+        assert run(commands.explain, *ask, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+    rows = {name: line for line in table.splitlines() for name in ("main", "second")
+            if line.startswith(f"cloud {name} ")}  # fmt: skip
+    assert "0.125" in rows["second"]
+    assert "0.25" in rows["main"]
+    assert told["endpoint"] == "second"
+    assert {one["endpoint"]: one["cost"] for one in told["candidates"]} == {
+        None: None, "main": 0.25, "second": 0.125,
+    }  # fmt: skip
+
+
+def test_explain_takes_a_size_or_an_input(config, tmp_path, capsys):
+    ask = ("story", "--tokens", 9, "--prompt", "x", "-c", config)
+    assert run(commands.explain, *ask) == 2
+    assert "input_tokens" in capsys.readouterr().err
+    assert run(commands.explain, "story", "--bytes", -1, "-c", config) == 2
+    assert "upload_bytes is -1" in capsys.readouterr().err
+
+
 def test_a_missing_configuration_is_named(tmp_path, capsys):
     assert run(commands.chat, "story", "x", "-c", tmp_path / "none.toml") == 2
     assert "none.toml" in capsys.readouterr().err

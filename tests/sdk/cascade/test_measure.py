@@ -166,11 +166,6 @@ def test_vectors_of_different_spaces_may_not_cascade(both):
         both.embed("apart", ["a"], min_agreement=0.9)
 
 
-def test_text_generation_cannot_be_calibrated(both):
-    with pytest.raises(InvalidInput):
-        calibrate(both, "story", Data(items=["once"]))
-
-
 def test_a_cloud_that_goes_away_ends_the_calibration(both, cloud, rows):
     def gone(session, message, tensors):
         raise Abort

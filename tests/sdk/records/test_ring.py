@@ -17,10 +17,10 @@ from sdk.policy.model import Verdict
 from sdk.records import Decided, Finished, Recorder, RingReader
 from sdk.records.entries import decode_entry, encode_entry
 from sdk.records.ring import HEADER_BYTES, SLOT_BYTES
-from sdk.routing import CircuitBreaker, DecisionInputs, Observation, Prediction, RouteState, decide
+from sdk.routing import DecisionInputs, Observation, Prediction, RouteState, decide
 from sdk.routing.predictor import Predictor
 
-KNOWN = SimpleNamespace(predictor=Predictor(), breaker=CircuitBreaker())
+KNOWN = SimpleNamespace(predictor=Predictor(), endpoint=lambda name: None)
 
 
 def decision(model: str = "m", **fields: object):

@@ -90,3 +90,34 @@ def test_late_failures_of_old_attempts_do_not_prolong_the_backoff() -> None:
 def test_it_says_when_it_tries_again() -> None:
     found = opened()
     assert found.describe(0).startswith("failed 2 times, next try in 0.")
+
+
+def test_every_second_failure_opens_it_as_well() -> None:
+    found = breaker()
+    for second in range(5):
+        assert found.state(second) is BreakerState.CLOSED
+        found.record_success(second)
+        found.record_failure(second)
+    assert found.state(4) is BreakerState.OPEN
+    assert 0.5 <= found.retry_in_s(4) <= 1.0
+
+
+def test_a_failure_now_and_then_does_not() -> None:
+    found = breaker()
+    for second in range(200):
+        found.record_failure(second)
+        found.record_success(second)
+        found.record_success(second)
+    assert found.state(200) is BreakerState.CLOSED
+
+
+def test_what_was_before_it_opened_is_forgotten_when_it_closes() -> None:
+    found = breaker()
+    for second in range(5):
+        found.record_success(second)
+        found.record_failure(second)
+    now_s = 5.0 + found.retry_in_s(5)
+    assert found.acquire(now_s)
+    found.record_success(now_s)
+    found.record_failure(now_s)
+    assert found.state(now_s) is BreakerState.CLOSED

@@ -26,7 +26,7 @@ from sdk.routing import (
     decide,
     replay,
 )
-from sdk.routing.router import MAX_REASON_BYTES
+from sdk.routing.router import MAX_ENDPOINT_BYTES, MAX_REASON_BYTES
 
 HASH = "0" * 64
 BOTH = Verdict(
@@ -298,10 +298,14 @@ def test_the_largest_record_stays_within_1024_bytes() -> None:
         detail="ü" * 500,
         prediction=Prediction(
             basis="measured", p50_ms=1.1e6, p95_ms=1e7 / 3, ttft_ms=1.1, ms_per_token=1.1,
-            queue_ms=1.1, network_ms=1.1, load_ms=1.1,
+            queue_ms=1.1, network_ms=1.1, load_ms=1.1, p20_ms=1.1, p80_ms=1.1, p99_ms=1.1,
+            ttft_p95_ms=1.1, silence=0.1,
         ),
         quality_rank=1000,
         ahead=2**40,
+        quality=0.1,
+        cost=0.1,
+        energy_j=0.1,
     )  # fmt: skip
     longest_reason = 0
     for edge in (True, False):
@@ -333,6 +337,8 @@ def test_the_largest_record_stays_within_1024_bytes() -> None:
                             download_bytes=2**40,
                         ),
                         failed=("edge", "cloud"),
+                        endpoint="e" * MAX_ENDPOINT_BYTES,
+                        weights=(10_000, 10_000, 10_000, 10_000),
                     )
                 )
                 assert len(decision.encode()) <= 1024
