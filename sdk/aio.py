@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
+    from sdk.audio import AsyncAudioStream
+
     from nearfar.engines.base import CancelToken
     from sdk.jobs.desk import Desk
     from sdk.jobs.handles import AsyncJob
@@ -110,6 +112,20 @@ class AsyncClient(Calls):
         """As `Client.chat`; await it for the stream."""
         request = self._generate_request(model, requests.chat_prompt(messages), options)
         return await self._stream(request)
+
+    async def stream_audio(
+        self,
+        model: str,
+        *,
+        sample_rate_hz: int | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncAudioStream:
+        """As `Client.stream_audio`; await it for the stream, and each of its methods."""
+        from sdk.audio import AsyncAudioStream
+
+        request = self._infer_request(model, {}, options)
+        manifest = await self._drive(self._core.manifest(request))
+        return AsyncAudioStream(self, manifest, sample_rate_hz, options)
 
     async def explain(
         self,

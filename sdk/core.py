@@ -278,6 +278,26 @@ class Core:
             raise self._explained(error, request)
         return decision
 
+    def manifest(self, request: Request) -> Generator[Connect, Any, Manifest]:
+        """What the model of a request is like, before there are inputs for it.
+
+        Asks the cloud only when the device does not have the model and policy allows the cloud.
+
+        Raises:
+            ModelNotFound, PolicyDenied, CloudUnavailable, …: No route has the model.
+        """
+        known = self.known.edge_model(request)
+        if known is not None:
+            return known.manifest
+        if self._should_connect(request, has_edge=False):
+            yield from self._connect(request, has_edge=False)
+        offer = self.known.offer(request)
+        if offer is not None:
+            return offer.manifest
+        error = self.decide(request).error()
+        assert error is not None  # no route has the model
+        raise self._explained(error, request)
+
     def decide(self, request: Request, failed: tuple[RouteName, ...] = ()) -> RouteDecision:
         """Ask policy and router with what is known now; nothing runs and nothing leaves."""
         now_s = time.monotonic()
