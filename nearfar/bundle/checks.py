@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from nearfar.bundle.manifest import (
     FileEntry,
@@ -142,12 +142,14 @@ def _task_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if 0 <= preprocessing.padding_value <= 255:
             yield "preprocessing.padding_value", "is a possible byte value"
     elif isinstance(preprocessing, StreamPreprocessing):
-        yield from _stream_problems(preprocessing, manifest)
+        names = [spec.name for spec in manifest.inputs]
+        yield from stream_problems(preprocessing, names, list(outputs))
 
 
-def _stream_problems(stream: StreamPreprocessing, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    inputs = {spec.name: spec for spec in manifest.inputs}
-    outputs = {spec.name for spec in manifest.outputs}
+def stream_problems(
+    stream: StreamPreprocessing, inputs: Sequence[str], outputs: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """As `manifest_problems`, of how a signal becomes inputs; given the names of both ends."""
     if not stream.rates:
         yield "preprocessing.rates", "is empty"
     for position, rate in enumerate(stream.rates):
