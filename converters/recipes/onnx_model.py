@@ -77,6 +77,7 @@ def build(
     *,
     examples: Sequence[Feeds] = (),
     tools: Sequence[str] = (),
+    pruned: OnnxSource | None = None,
 ) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
 
@@ -86,16 +87,18 @@ def build(
         shop: Where and how.
         examples: Inputs to verify with where no samples were given.
         tools: Packages that made the model, for the lineage.
+        pruned: The model made narrower: what the variants ``pruned`` and ``int8`` are made of.
+            All are compared with `source`.
 
     Raises:
         ConversionError: A step refused or failed.
     """
     own = source.precision
-    possible = (own, "int8") if own == "fp32" else (own,)
-    ids = shop.variant_ids((own,), possible)
+    ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
     meaning = _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
     full = _optimised(source, samples, shop)
+    narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
     if own in ids:
@@ -103,11 +106,14 @@ def build(
             _copy(source, paths[own])
         else:
             shutil.copyfile(full, paths[own])
+    if "pruned" in ids and pruned is not None:
+        shutil.copyfile(narrow or pruned.path, paths["pruned"])
     if "int8" in ids and own != "int8":
+        base = (narrow or pruned.path) if pruned is not None else (full or source.path)
         samples, calibration = _split(source, samples, kind, meaning, shop)
         make_int8(
             shop,
-            full or source.path,
+            base,
             paths["int8"],
             calibration=calibration,
             judge=partial(_drop, source, calibration, meaning),
@@ -143,6 +149,13 @@ def build(
             ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
         ),
     )
+
+
+def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(variants that are made when nobody says, variants that can be made) of a precision."""
+    if is_pruned:
+        return ("pruned", own), (own, "pruned", "int8")
+    return (own,), (own, "int8") if own == "fp32" else (own,)
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
@@ -331,7 +344,7 @@ def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path
     """A smaller graph that computes the same, or `None` to take the source's own files."""
     if source.external_files:
         return None  # two gigabytes and more: nothing to gain from rewriting them
-    target = shop.work / "optimised.onnx"
+    target = shop.work / f"optimised-{source.path.stem}.onnx"
     limit = shop.settings.gates.max_optimise_error
 
     def optimise(path: Path) -> bool:
