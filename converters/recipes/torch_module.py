@@ -10,7 +10,7 @@ from msgspec import to_builtins
 from converters.recipes import onnx_model
 from converters.recipes.base import Workshop
 from converters.sources.onnx_file import OnnxSource, open_onnx
-from converters.sources.torch_module import TorchSource, open_training, run_module
+from converters.sources.torch_module import TorchSource, TrainingData, open_training, run_module
 from converters.steps.export_module import export_module
 from converters.steps.prune import prune_module
 from converters.steps.verify_tensors import Feeds
@@ -43,10 +43,13 @@ def build(source: TorchSource, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
+    is_pruned = bool(shop.settings.prune.ratio)
+    stated = shop.options.train
+    data = open_training(source, stated) if is_pruned and stated is not None else None
     path = shop.work / "exported.onnx"
     with shop.reporter.step("export to ONNX and compare with torch") as step:
         step.note(f"differs by {export_module(source, path):.1e} of the largest output")
-    pruned = _pruned(source, shop) if shop.settings.prune.ratio else None
+    pruned = _pruned(source, data, shop) if is_pruned else None
     tools = ("torch", "onnxscript") if pruned is None else _PRUNE_TOOLS
     return onnx_model.build(
         _exported(source, path), name, shop, examples=_rows(source), tools=tools, pruned=pruned
@@ -59,11 +62,9 @@ def _exported(source: TorchSource, path: Path) -> ExportedSource:
     return ExportedSource(**{**values, "title": source.title, "spec": source.spec})
 
 
-def _pruned(source: TorchSource, shop: Workshop) -> ExportedSource:
+def _pruned(source: TorchSource, data: TrainingData | None, shop: Workshop) -> ExportedSource:
     """The module made narrower and trained, as ONNX."""
     settings, seed = shop.settings.prune, shop.settings.seed
-    stated = shop.options.train
-    data = open_training(source, stated) if stated is not None else None
     path = shop.work / "pruned.onnx"
     with shop.reporter.step(f"prune {settings.ratio:.0%} of every layer and train") as step:
 
