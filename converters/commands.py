@@ -119,6 +119,13 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    dimensions: Annotated[
+        int | None,
+        typer.Option(
+            help="Sentence encoders: shorten vectors to so many numbers, all variants alike.",
+            show_default=False,
+        ),
+    ] = None,
     max_quality_drop: Annotated[
         str | None,
         typer.Option(
@@ -281,6 +288,13 @@ def convert(
         settings = msgspec.structs.replace(settings, int8=chosen)
     if prune is not None:
         settings = msgspec.structs.replace(settings, prune=_pruned(settings.prune, prune))
+    if dimensions is not None:
+        if not 2 <= dimensions <= 65_536:
+            raise ConfigError(
+                f"Vectors cannot have {dimensions} numbers", field="dimensions", fix="Use 2 or more"
+            )
+        shorter = msgspec.structs.replace(settings.embedding, dimensions=dimensions)
+        settings = msgspec.structs.replace(settings, embedding=shorter)
     if max_quality_drop is not None:
         gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
         settings = msgspec.structs.replace(settings, gates=gates)

@@ -83,7 +83,7 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
 
 def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     own = source.precision
-    ids = _ids(options, (own,), (own, "int8") if own == "fp32" else (own,))
+    ids = _ids(options, *variants_of(own, is_pruned=False))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
     if "int8" in ids and own != "int8":
@@ -108,7 +108,8 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
     if "int8" in ids:
         steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
-    sizes = {"fp32": full, "pruned": full * left, "int8": full * left * _SIZE["int8"]}
+    sizes = {"fp32": full, "pruned": full * left,
+             **{name: full * left * _SIZE[name] for name in ("fp16", "int8")}}  # fmt: skip
     return _finished(ids, steps, lambda name: sizes[name], options)
 
 

@@ -108,6 +108,21 @@ class PruneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batch: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 32
 
 
+class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How vectors of sentence encoders become shorter.
+
+    Attributes:
+        dimensions: How many numbers are left; `None` leaves all.
+        method: ``pca`` turns vectors so that the first numbers say most, for any model;
+            ``truncate`` takes the first as they are, for models trained for it (Matryoshka).
+        passages: How many texts ``pca`` looks at; none of them is judged on.
+    """
+
+    dimensions: Annotated[int, msgspec.Meta(ge=2, le=65_536)] | None = None
+    method: Literal["pca", "truncate"] = "pca"
+    passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 1024
+
+
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a variant must reach.
 
@@ -149,4 +164,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
     prune: PruneSettings = PruneSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     gates: Gates = Gates()

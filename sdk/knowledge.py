@@ -213,6 +213,11 @@ class Knowledge:
         offer = self.offer(request)
         if offer is None:
             return RouteState(obstacle="no_model", detail=f"the cloud does not serve {model!r}")
+        if request.method == "embed" and self._is_other_space(request, offer.manifest):
+            return RouteState(
+                obstacle="no_model",
+                detail="its vectors lie in another space than this device's",
+            )
         pin = self.variant_wanted(request)
         variant = offer.manifest.variant(pin or offer.variant)
         if variant is None:
@@ -226,6 +231,13 @@ class Knowledge:
             quality_rank=variant.quality_rank,
             ahead=link.state.in_flight,
         )
+
+    def _is_other_space(self, request: Request, there: Manifest) -> bool:
+        """Whether the device has the model too, and gives vectors that cannot be compared."""
+        here = self.edge_model(request)
+        if here is None or not there.space or not here.manifest.space:
+            return False
+        return there.space != here.manifest.space
 
     def _seed(self, route: RouteName, model: str, variant_id: str, manifest: Manifest) -> bool:
         key = (route, model, variant_id)

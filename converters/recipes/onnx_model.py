@@ -20,6 +20,7 @@ from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
+from converters.steps.quantize import store_fp16
 from converters.steps.verify_stream import (
     known_stream,
     recordings,
@@ -108,8 +109,11 @@ def build(
             shutil.copyfile(full, paths[own])
     if "pruned" in ids and pruned is not None:
         shutil.copyfile(narrow or pruned.path, paths["pruned"])
+    base = (narrow or pruned.path) if pruned is not None else (full or source.path)
+    if "fp16" in ids and own == "fp32":
+        with shop.reporter.step("store weights in 16 bits"):
+            store_fp16(base, paths["fp16"])
     if "int8" in ids and own != "int8":
-        base = (narrow or pruned.path) if pruned is not None else (full or source.path)
         samples, calibration = _split(source, samples, kind, meaning, shop)
         make_int8(
             shop,
@@ -154,8 +158,8 @@ def build(
 def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are made when nobody says, variants that can be made) of a precision."""
     if is_pruned:
-        return ("pruned", own), (own, "pruned", "int8")
-    return (own,), (own, "int8") if own == "fp32" else (own,)
+        return ("pruned", own), (own, "pruned", "fp16", "int8")
+    return (own,), (own, "fp16", "int8") if own == "fp32" else (own,)
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:

@@ -236,6 +236,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         embedding_output: Output tensor that holds the vectors, for embeddings.
         context_length_tokens: Prompt and answer together, for text generation.
         mixed_routes: Whether vectors of different variants may be compared (embeddings).
+        space: Name of the space that vectors lie in: those of bundles with another name here may
+            never be compared. "" where nobody said.
     """
 
     name: str
@@ -255,6 +257,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     embedding_output: str | None = None
     context_length_tokens: int | None = None
     mixed_routes: bool = False
+    space: str = ""
 
     def variant(self, variant_id: str) -> Variant | None:
         """The variant with that id, or `None`."""
