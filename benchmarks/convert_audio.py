@@ -37,9 +37,7 @@ _MAX_FILE_BYTES = 4 << 20
 _VARIANTS = ("fp32", "fp16", "int8")
 
 
-def measure_audio(
-    source: Path, sounds: Path, work: Path, cache: Path | None, begin: Begin
-) -> Part:
+def measure_audio(source: Path, sounds: Path, work: Path, cache: Path | None, begin: Begin) -> Part:
     """Convert silero-vad to each precision, and stream recorded speech through the SDK.
 
     Args:
@@ -117,9 +115,7 @@ def measure_files(
         seed: Which ones is drawn from it.
         begin: Shows progress.
     """
-    options = ConversionOptions(
-        name="file-type", variants=_VARIANTS, measure=False, cache=cache
-    )
+    options = ConversionOptions(name="file-type", variants=_VARIANTS, measure=False, cache=cache)
     bundle = convert_model(source, work / "file-type", options)
     spec = bundle.manifest.preprocessing
     assert isinstance(spec, HeadTailPreprocessing)

@@ -45,7 +45,8 @@ def make_cnn() -> Any:
 def example_inputs() -> np.ndarray:
     """Images to calibrate and to compare with; all are training images."""
     _, images, _, training, _ = _made(_seed)
-    return images[training[:256]]
+    chosen: np.ndarray = images[training[:256]]
+    return chosen
 
 
 def training_data() -> tuple[np.ndarray, np.ndarray]:

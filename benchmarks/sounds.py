@@ -100,4 +100,5 @@ def recordings_below(folder: Path) -> list[tuple[np.ndarray, int]]:
 def at_half_rate(samples: np.ndarray) -> np.ndarray:
     """The same sound at half its rate; pairs are averaged, which is filter enough for speech."""
     whole = samples[: len(samples) // 2 * 2].reshape(-1, 2)
-    return whole.astype(np.int32).mean(axis=1).astype(np.int16)
+    halved: np.ndarray = whole.astype(np.int32).mean(axis=1).astype(np.int16)
+    return halved

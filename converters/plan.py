@@ -8,8 +8,8 @@ from pathlib import Path
 
 from converters.options import ConversionOptions
 from converters.recipes import embedding, text_generation
-from converters.recipes.onnx_model import variants_of
 from converters.recipes.base import Workshop
+from converters.recipes.onnx_model import variants_of
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import HuggingFaceSource

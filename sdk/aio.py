@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
-    from sdk.audio import AsyncAudioStream
-
     from nearfar.engines.base import CancelToken
+    from sdk.audio import AsyncAudioStream
     from sdk.jobs.desk import Desk
     from sdk.jobs.handles import AsyncJob
     from sdk.jobs.runner import AsyncRunner

@@ -15,8 +15,6 @@ from nearfar.errors import InvalidInput
 from nearfar.processing.windows import Samples, SignalWindows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from nearfar.bundle.manifest import Manifest
     from sdk.aio import AsyncClient
     from sdk.calls import RequestOptions

@@ -112,9 +112,12 @@ def open_training(source: TorchSource, stated: str) -> TrainingData:
     if isinstance(found, Mapping) and "labels" in found and "labels" not in source.inputs:
         found = dict(found)
         labels = found.pop("labels")
-    elif isinstance(found, (tuple, list)) and len(found) == 2 and len(source.inputs) == 1:
-        found, labels = found
-    elif isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[0], Mapping):
+    elif (
+        isinstance(found, (tuple, list))
+        and len(found) == 2
+        # Of a module with several inputs, two tensors are two inputs.
+        and (len(source.inputs) == 1 or isinstance(found[0], Mapping))
+    ):
         found, labels = found
     inputs = _named(source.spec, source.module, found, torch)
     if labels is not None:

@@ -21,6 +21,10 @@ from nearfar.errors import ConversionError
 
 #: Modules of up to this many weights train faster on one thread, and then the same on any machine.
 _SMALL = 1_000_000
+#: What torch-pruning and torch raise where a layer cannot get narrower by itself.
+_CANNOT_CUT = (
+    RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
+)  # fmt: skip
 #: How much the teacher counts beside labels.
 _TEACHER = 0.5
 
@@ -144,8 +148,8 @@ def _is_an_output(tp: Any, module: Any, name: str, source: TorchSource) -> bool:
         prune = graph.get_pruner_of_module(layer).prune_out_channels
         graph.get_pruning_group(layer, prune, idxs=[0]).prune()
         outputs = run_module(trial, source.inputs)
-    except Exception:  # a layer that torch-pruning cannot cut by itself is left as it is
-        return True
+    except _CANNOT_CUT:
+        return True  # it is left as it is
     return any(outputs[key].shape != array.shape for key, array in source.outputs.items())
 
 

@@ -108,8 +108,10 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
 
 
-class StreamPreprocessing(msgspec.Struct, frozen=True, kw_only=True, tag="stream", tag_field="kind"):
-    """A signal window by window, with state carried from one call to the next (silero-vad's scheme).
+class StreamPreprocessing(
+    msgspec.Struct, frozen=True, kw_only=True, tag="stream", tag_field="kind"
+):
+    """A signal window by window, with state carried from call to call (silero-vad's scheme).
 
     Attributes:
         input: FP32 input with the samples, -1 to 1, of shape (1, context and window).

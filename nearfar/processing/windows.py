@@ -160,7 +160,8 @@ def _as_floats(samples: Samples) -> np.ndarray:
             fix="Give one channel as a row: samples.mean(axis=…) mixes several",
         )
     if array.dtype == np.int16:
-        return array.astype(np.float32) * _INT16_SCALE
+        scaled: np.ndarray = array.astype(np.float32) * _INT16_SCALE
+        return scaled
     if array.dtype.kind != "f" and array.size:
         raise InvalidInput(
             f"The samples have dtype {array.dtype}",

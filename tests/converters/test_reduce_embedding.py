@@ -107,7 +107,7 @@ def test_a_limit_that_shortening_alone_breaks_is_refused():
 
     check_short(figures(0.5), None)
     check_short(figures(0.96), 0.05)
-    with pytest.raises(ConversionError, match="keep 94.0% of each text's neighbours"):
+    with pytest.raises(ConversionError, match=r"keep 94\.0% of each text's neighbours"):
         check_short(figures(0.94), 0.05)
 
 

@@ -63,9 +63,7 @@ def branching_model(opset: int = 17) -> onnx.ModelProto:
             numpy_helper.from_array(np.array([4, 64], np.int64), "shape"),
         ],
     )
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
-    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
 def answers(model: onnx.ModelProto) -> list[np.ndarray]:

@@ -69,9 +69,7 @@ def silero_like() -> onnx.ModelProto:
         ],
         [numpy_helper.from_array(np.float32(0).reshape(()), "zero")],
     )
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
-    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def test_a_model_like_silero_needs_no_options_and_the_client_hears_with_it(tmp_path: Path):

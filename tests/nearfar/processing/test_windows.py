@@ -24,7 +24,8 @@ def hear(windows: SignalWindows) -> list[np.ndarray]:
     """The model's part: level = state / 2 + mean(|x|), as `tiny.stream_model` has it."""
     found = []
     while (feeds := windows.feeds()) is not None:
-        assert feeds["sr"].shape == () and feeds["sr"] == windows.rate.sample_rate_hz
+        assert feeds["sr"].shape == ()
+        assert feeds["sr"] == windows.rate.sample_rate_hz
         level = feeds["state"] / 2 + np.abs(feeds["x"]).mean()
         found.append(feeds["x"][0])
         assert list(windows.took({"level": level, "stateN": level})) == ["level"]
@@ -125,7 +126,7 @@ def test_a_manifest_with_a_stream_survives_being_written(manifest):
         ({"input": "y"}, "fills y, state, sr"),
         ({"rate_input": None}, "the inputs are x, state, sr"),
         ({"states": ({"input": "state", "output": "z", "shape": (1, 1)},)}, "'z' is not one"),
-        ({"states": ({"input": "state", "output": "stateN", "shape": (0,)},)}, "has a size outside"),
+        ({"states": ({"input": "state", "output": "stateN", "shape": (0,)},)}, "a size outside"),
         (
             {"states": ({"input": "state", "output": "stateN", "shape": (2048, 2048)},)},
             "holds more than",
