@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.bundle.checks import manifest_problems
@@ -32,6 +32,7 @@ def hear(windows: SignalWindows) -> list[np.ndarray]:
     return found
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 40), max_size=8), rate=st.sampled_from([8, 16]))
 def test_however_a_signal_is_cut_its_windows_are_the_same(manifest, cuts, rate):
     signal = np.linspace(-1, 1, 40, dtype=np.float32)
