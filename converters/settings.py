@@ -38,8 +38,9 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Attributes:
         method: ``weights``: weights in blocks (`MatMulNBits`), of convolutions and `Gemm` with a
-            scale for each channel, activations in float between the operators. ``dynamic``: activations are rounded too, with a range found in every call.
-            ``static``: with a range found beforehand, on calibration data (QDQ).
+            scale for each channel; activations stay in float between the operators. ``dynamic``:
+            activations are rounded too, with a range found in every call. ``static``: with a range
+            found beforehand, on calibration data (QDQ).
         keep: Nodes of the graph that stay in full precision, by name.
         max_kept: How many nodes more may be kept to hold ``gates.max_quality_drop``: those whose
             rounding harms the output most, and as few as are needed.
