@@ -311,11 +311,27 @@ def convert(
     ] = Path(".nearfar/sources"),
     parts: Annotated[
         str, typer.Option(help="Which comparisons, separated by commas.")
-    ] = "encoder,llm",
+    ] = "encoder,llm,vision,audio,files",
     rounds: Annotated[
         int, typer.Option(min=2, max=1000, help="How often each side of a speed is measured.")
     ] = 6,
     tokens: Annotated[int, typer.Option(min=8, max=512, help="Length of each LLM answer.")] = 64,
+    sounds: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Recordings for `audio`: .wav, 16 bits, one channel, 8 or 16 kHz. Default: those "
+            "that --fetch brings.",
+            show_default=False,
+        ),
+    ] = None,
+    files: Annotated[
+        int, typer.Option(min=1000, max=100_000, help="How many files `files` classifies.")
+    ] = 1500,
+    fetch: Annotated[
+        bool,
+        typer.Option("--fetch", help="Bring silero-vad and recorded speech below --sources first."),
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -343,9 +359,14 @@ def convert(
             field="--parts",
             fix=f"Choose of {', '.join(PARTS)}",
         )
+    if fetch:
+        from benchmarks.sounds import fetch_audio
+
+        fetch_audio(sources)
     settings = Settings(
-        sources=sources, parts=wished, rounds=rounds, tokens=tokens, cache=cache, seed=seed
-    )
+        sources=sources, parts=wished, rounds=rounds, tokens=tokens, cache=cache, seed=seed,
+        sounds=sounds, files=files,
+    )  # fmt: skip
     with harness.progress(is_quiet=check) as begin:
         report = measure(settings, begin)
     harness.conclude(report, json_path=json_file, check=check)

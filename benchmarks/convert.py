@@ -10,13 +10,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.convert_audio import measure_audio, measure_files
 from benchmarks.convert_encoder import measure_encoder
 from benchmarks.convert_llm import measure_llm
+from benchmarks.convert_vision import measure_vision
 from benchmarks.harness import Report, Run
 from benchmarks.subjects import Begin, Part
 from nearfar.errors import InvalidInput
 
-PARTS = ("encoder", "llm")
+PARTS = ("encoder", "llm", "vision", "audio", "files")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Settings:
         tokens: Length of each timed answer.
         cache: Folder with results of earlier steps; `None` does everything.
         seed: The order of the sides is drawn from it.
+        sounds: Folder with recordings; `None` takes those below `sources`.
+        files: How many files magika is asked about.
     """
 
     sources: Path
@@ -38,6 +42,8 @@ class Settings:
     tokens: int = 64
     cache: Path | None = None
     seed: int = 0
+    sounds: Path | None = None
+    files: int = 1500
 
 
 def measure(settings: Settings, begin: Begin) -> Report:
@@ -55,6 +61,9 @@ def measure(settings: Settings, begin: Begin) -> Report:
     sources = {
         "encoder": lambda: _one(settings.sources, "sentence encoder", "**/modules.json").parent,
         "llm": lambda: _one(settings.sources, "GGUF file", "**/*.gguf"),
+        "vision": lambda: Path("scikit-learn's digits"),
+        "audio": lambda: _one(settings.sources, "silero_vad.onnx", "**/silero_vad.onnx", _FETCH),
+        "files": lambda: _one(settings.sources, "magika model", "magika/**/model.onnx"),
     }
     # Before minutes of converting, find out whether all are there.
     found = {name: sources[name]() for name in settings.parts}
@@ -67,6 +76,14 @@ def measure(settings: Settings, begin: Begin) -> Report:
                 parts.append(
                     measure_encoder(source, work, settings.cache, settings.rounds, run, begin)
                 )
+            elif name == "vision":
+                parts.append(measure_vision(work, settings.cache, begin))
+            elif name == "audio":
+                sounds = settings.sounds or settings.sources
+                parts.append(measure_audio(source, sounds, work, settings.cache, begin))
+            elif name == "files":
+                count, seed = settings.files, settings.seed
+                parts.append(measure_files(source, work, settings.cache, count, seed, begin))
             else:
                 parts.append(
                     measure_llm(
@@ -85,7 +102,10 @@ def measure(settings: Settings, begin: Begin) -> Report:
     )
 
 
-def _one(folder: Path, what: str, pattern: str) -> Path:
+_FETCH = "Fetch silero-vad and recordings with --fetch; the other models with `nearfar quickstart`"
+
+
+def _one(folder: Path, what: str, pattern: str, fix: str = "") -> Path:
     """The first path that fits, by name.
 
     Raises:
@@ -96,6 +116,6 @@ def _one(folder: Path, what: str, pattern: str) -> Path:
         raise InvalidInput(
             f"There is no {what} below {folder}",
             field="--sources",
-            fix="Fetch the models with `nearfar quickstart`, or name another folder",
+            fix=fix or "Fetch the models with `nearfar quickstart`, or name another folder",
         )
     return found[0]

@@ -20,6 +20,7 @@ from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import (
     HeadTailPreprocessing,
     Manifest,
+    StreamPreprocessing,
     TensorSpec,
     TextPreprocessing,
     Variant,
@@ -29,6 +30,7 @@ from nearfar.engines.base import SessionOptions
 from nearfar.engines.model import LoadedModel
 from nearfar.errors import EngineError, InvalidInput, ModelNotFound
 from nearfar.generation import GenerationOptions, Prompt
+from nearfar.processing.windows import SignalWindows
 from nearfar.tensors import numpy_of
 from nearfar.units import Deadline, format_bytes
 from nearfar.wire.messages import ModelOffer
@@ -140,6 +142,11 @@ class ServedModel:
         elif isinstance(manifest.preprocessing, HeadTailPreprocessing):
             shortest = max(manifest.preprocessing.min_bytes, 1)
             self._model.infer_raw("bytes", [b"x" * shortest])
+        elif isinstance(manifest.preprocessing, StreamPreprocessing):
+            rate = manifest.preprocessing.rates[0]
+            windows = SignalWindows(manifest, rate.sample_rate_hz)
+            windows.add(np.zeros(rate.window_samples, np.float32))
+            self._model.infer(windows.feeds() or {})
         else:
             self._model.infer({spec.name: _zeros(spec) for spec in manifest.inputs})
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from converters.options import ConversionOptions
+    from converters.settings import PruneSettings
 
 
 class TaskName(str, Enum):
@@ -101,6 +102,30 @@ def convert(
             "activations with ranges found on samples (QDQ)."
         ),
     ] = Int8Method.weights,
+    prune: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="PyTorch: share of the channels and neurons of each layer that goes, such as "
+            "0.5; variants pruned and int8 are then made of the narrow model.",
+            show_default=False,
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch: what the pruned model is trained on, inputs or (inputs, labels), as "
+            "package.module:function or an .npz. Default: the example inputs.",
+            show_default=False,
+        ),
+    ] = None,
+    dimensions: Annotated[
+        int | None,
+        typer.Option(
+            help="Sentence encoders: shorten vectors to so many numbers, all variants alike.",
+            show_default=False,
+        ),
+    ] = None,
     max_quality_drop: Annotated[
         str | None,
         typer.Option(
@@ -245,6 +270,7 @@ def convert(
         "samples": samples,
         "inputs": inputs,
         "axes": axes,
+        "train": train,
         "license": license_,
         "description": description,
         "measure": measure,
@@ -260,6 +286,15 @@ def convert(
         # Nodes that another method had to keep say nothing about this one.
         chosen = msgspec.structs.replace(settings.int8, method=int8.value, keep=())
         settings = msgspec.structs.replace(settings, int8=chosen)
+    if prune is not None:
+        settings = msgspec.structs.replace(settings, prune=_pruned(settings.prune, prune))
+    if dimensions is not None:
+        if not 2 <= dimensions <= 65_536:
+            raise ConfigError(
+                f"Vectors cannot have {dimensions} numbers", field="dimensions", fix="Use 2 or more"
+            )
+        shorter = msgspec.structs.replace(settings.embedding, dimensions=dimensions)
+        settings = msgspec.structs.replace(settings, embedding=shorter)
     if max_quality_drop is not None:
         gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
         settings = msgspec.structs.replace(settings, gates=gates)
@@ -285,6 +320,18 @@ def convert(
             save_recipe=save_recipe,
         )
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
+
+
+def _pruned(settings: PruneSettings, ratio: float) -> PruneSettings:
+    import msgspec
+
+    from nearfar.errors import ConfigError
+
+    if not 0 <= ratio < 1:
+        raise ConfigError(
+            f"{ratio} is not a share that can go", field="prune", fix="Use 0.5, or another below 1"
+        )
+    return msgspec.structs.replace(settings, ratio=ratio)
 
 
 def _share(stated: str) -> float:

@@ -24,6 +24,8 @@ class ConversionOptions:
         inputs: Example inputs of a PyTorch module: ``package.module:function`` or an ``.npz``;
             `None` takes ``example_inputs`` beside the factory.
         axes: Its free sizes, such as ``batch=0,tokens=1``; `None` frees the first axis.
+        train: What to train a pruned module on: ``package.module:function`` or an ``.npz``; `None`
+            takes its example inputs.
         allow_pickle: Whether to read a folder's weights that exist as pickles only.
         license: SPDX expression; empty takes what the source states.
         description: One line for people.
@@ -44,6 +46,7 @@ class ConversionOptions:
     samples: Path | None = None
     inputs: str | None = None
     axes: str | None = None
+    train: str | None = None
     allow_pickle: bool = False
     license: str = ""
     description: str = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from converters.options import ConversionOptions
 from converters.recipes import embedding, text_generation
 from converters.recipes.base import Workshop
+from converters.recipes.onnx_model import variants_of
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import HuggingFaceSource
@@ -82,7 +83,7 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
 
 def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     own = source.precision
-    ids = _ids(options, (own,), (own, "int8") if own == "fp32" else (own,))
+    ids = _ids(options, *variants_of(own, is_pruned=False))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
     if "int8" in ids and own != "int8":
@@ -92,16 +93,24 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
 
 
 def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
-    ids = _ids(options, ("fp32",), ("fp32", "int8"))
+    prune = options.settings.prune
+    ids = _ids(options, *variants_of("fp32", is_pruned=bool(prune.ratio)))
     full = source.weights_bytes
+    left = (1 - prune.ratio) ** 2
     steps = [
         _step("export to ONNX and compare with torch", full, per_gib_s=100, start_s=6, disk=full),
         _step("optimise the graph", full, per_gib_s=60, disk=full),
     ]
+    if prune.ratio:
+        # How long an epoch takes depends on the data, which is not read for a plan.
+        title = f"prune and train for {prune.recovery_epochs} epochs"
+        steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
     if "int8" in ids:
         steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
-    return _finished(ids, steps, lambda name: full * _SIZE[name], options)
+    sizes = {"fp32": full, "pruned": full * left,
+             **{name: full * left * _SIZE[name] for name in ("fp16", "int8")}}  # fmt: skip
+    return _finished(ids, steps, lambda name: sizes[name], options)
 
 
 def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:

@@ -77,6 +77,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
         samples_sha256: Its digest.
         inputs: Example inputs of a PyTorch module: a function, or a file relative to the recipe.
         axes: Its free sizes; `None` is the first axis.
+        train: What a pruned module was trained on, in the form of `inputs`.
     """
 
     variants: tuple[str, ...] = ()
@@ -87,6 +88,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
     samples_sha256: str = ""
     inputs: str = ""
     axes: str | None = None
+    train: str = ""
 
 
 class Recipe(_Table, frozen=True, kw_only=True):
@@ -185,6 +187,7 @@ def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
         samples=samples,
         inputs=_inputs_from(steps.inputs, path.parent),
         axes=steps.axes,
+        train=_inputs_from(steps.train, path.parent),
         settings=recipe.settings,
     )
 
@@ -225,6 +228,7 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
             samples_sha256=samples_sha256,
             inputs=_inputs_for(options.inputs, path.absolute().parent),
             axes=options.axes,
+            train=_inputs_for(options.train, path.absolute().parent),
         ),
         settings=options.settings,
         versions=manifest.lineage.tools,

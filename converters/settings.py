@@ -37,9 +37,10 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How a model becomes 8 bits.
 
     Attributes:
-        method: ``weights``: weights in blocks (`MatMulNBits`), activations in float between the
-            operators. ``dynamic``: activations are rounded too, with a range found in every call.
-            ``static``: with a range found beforehand, on calibration data (QDQ).
+        method: ``weights``: weights in blocks (`MatMulNBits`), of convolutions and `Gemm` with a
+            scale for each channel; activations stay in float between the operators. ``dynamic``:
+            activations are rounded too, with a range found in every call. ``static``: with a range
+            found beforehand, on calibration data (QDQ).
         keep: Nodes of the graph that stay in full precision, by name.
         max_kept: How many nodes more may be kept to hold ``gates.max_quality_drop``: those whose
             rounding harms the output most, and as few as are needed.
@@ -84,6 +85,45 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     exact_minima: tuple[Matrix, ...] = get_args(Matrix)
 
 
+class PruneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a PyTorch module is made narrower before it is exported.
+
+    Attributes:
+        ratio: Share of the channels or neurons of each layer that goes; 0 prunes nothing. Weights
+            shrink by about the square of what is left.
+        importance: What goes first: the group of weights of least ``magnitude``, or ``random`` ones
+            to compare with.
+        keep: Layers that stay as wide as they are, by their name in the module.
+        round_to: Widths are made multiples of this, which some devices like.
+        recovery_epochs: How often the training data is gone through afterwards.
+        learning_rate: At the start of it; it falls to nothing (cosine).
+        batch: Rows of one step.
+    """
+
+    ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    importance: Literal["magnitude", "random"] = "magnitude"
+    keep: tuple[str, ...] = ()
+    round_to: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    recovery_epochs: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 20
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 2e-3
+    batch: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 32
+
+
+class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How vectors of sentence encoders become shorter.
+
+    Attributes:
+        dimensions: How many numbers are left; `None` leaves all.
+        method: ``pca`` turns vectors so that the first numbers say most, for any model;
+            ``truncate`` takes the first as they are, for models trained for it (Matryoshka).
+        passages: How many texts ``pca`` looks at; none of them is judged on.
+    """
+
+    dimensions: Annotated[int, msgspec.Meta(ge=2, le=65_536)] | None = None
+    method: Literal["pca", "truncate"] = "pca"
+    passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 1024
+
+
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a variant must reach.
 
@@ -124,4 +164,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 128
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
+    prune: PruneSettings = PruneSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     gates: Gates = Gates()

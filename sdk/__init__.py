@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from nearfar.generation import ChatMessage, Usage
     from sdk.aio import AsyncClient
+    from sdk.audio import AsyncAudioStream, AudioAnswer, AudioStream
     from sdk.client import Client
     from sdk.config import CloudConfig, Config
     from sdk.config_file import load_config
@@ -66,6 +67,7 @@ _MODULE_OF = {
     ),
     **dict.fromkeys(("ChatMessage", "Usage"), "nearfar.generation"),
     "AsyncClient": "sdk.aio",
+    **dict.fromkeys(("AsyncAudioStream", "AudioAnswer", "AudioStream"), "sdk.audio"),
     "Client": "sdk.client",
     **dict.fromkeys(("CloudConfig", "Config"), "sdk.config"),
     "load_config": "sdk.config_file",
@@ -85,9 +87,12 @@ _MODULE_OF = {
 
 __all__ = [
     "AgreementNotMet",
+    "AsyncAudioStream",
     "AsyncClient",
     "AsyncGenerationStream",
     "AsyncJob",
+    "AudioAnswer",
+    "AudioStream",
     "BundleError",
     "CacheConfig",
     "CalibrationError",

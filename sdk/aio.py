@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from nearfar.engines.base import CancelToken, TokenWatch
+    from sdk.audio import AsyncAudioStream
     from sdk.jobs.desk import Desk
     from sdk.jobs.handles import AsyncJob
     from sdk.jobs.runner import AsyncRunner
@@ -106,6 +107,20 @@ class AsyncClient(Calls):
         """As `Client.chat`; await it for the stream."""
         request = self._generate_request(model, requests.chat_prompt(messages), options)
         return await self._answer(request)
+
+    async def stream_audio(
+        self,
+        model: str,
+        *,
+        sample_rate_hz: int | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncAudioStream:
+        """As `Client.stream_audio`; await it for the stream, and each of its methods."""
+        from sdk.audio import AsyncAudioStream
+
+        request = self._infer_request(model, {}, options)
+        manifest = await self._drive(self._core.manifest(request))
+        return AsyncAudioStream(self, manifest, sample_rate_hz, options)
 
     async def explain(
         self,

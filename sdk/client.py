@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from nearfar.engines.base import CancelToken, TokenWatch
     from sdk.answer import AnswerState
+    from sdk.audio import AudioStream
     from sdk.background import BackgroundLoop
     from sdk.core import Completed
     from sdk.jobs.handles import Job
@@ -160,6 +161,38 @@ class Client(Calls):
         """
         request = self._generate_request(model, requests.chat_prompt(messages), options)
         return self._answer(request)
+
+    def stream_audio(
+        self,
+        model: str,
+        *,
+        sample_rate_hz: int | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AudioStream:
+        """Hear a signal piece by piece, such as speech from a microphone.
+
+        The model's state and context are kept in the stream and travel with every window, so each
+        window may be answered by another route::
+
+            vad = client.stream_audio("vad", sample_rate_hz=16_000)
+            for piece in microphone:
+                for answer in vad.feed(piece):
+                    print(answer.start_s, answer.score)
+
+        Args:
+            model: Name of a model whose bundle has preprocessing of the kind ``stream``.
+            sample_rate_hz: The signal's; one that the model knows. `None` takes its only one.
+            options: See `RequestOptions`; `deadline_ms` is for each window.
+
+        Raises:
+            InvalidInput: The model takes no signal, or none of that rate.
+            ModelNotFound, PolicyDenied, CloudUnavailable: No route has the model.
+        """
+        from sdk.audio import AudioStream
+
+        request = self._infer_request(model, {}, options)
+        manifest = self._drive(self._core.manifest(request))
+        return AudioStream(self, manifest, sample_rate_hz, options)
 
     def explain(
         self,

@@ -280,12 +280,7 @@ class Core:
         known = self.known.edge_model(request)
         if known is not None:
             check(request, known.manifest)
-        if len(self.known.endpoints) > 1:
-            from sdk.several import reach
-
-            yield from reach(self, request, has_edge=known is not None)
-        elif self._should_connect(request, has_edge=known is not None):
-            yield from self.connect(request, has_edge=known is not None)
+        yield from self._reach(request, has_edge=known is not None)
         offer = self.known.offer(request)
         if offer is not None and (
             known is None or known.manifest.version != offer.manifest.version
@@ -298,6 +293,25 @@ class Core:
         if error is not None:
             raise self._explained(error, request)
         return decision
+
+    def manifest(self, request: Request) -> Generator[Connect, Any, Manifest]:
+        """What the model of a request is like, before there are inputs for it.
+
+        Asks the cloud only when the device does not have the model and policy allows the cloud.
+
+        Raises:
+            ModelNotFound, PolicyDenied, CloudUnavailable, …: No route has the model.
+        """
+        known = self.known.edge_model(request)
+        if known is not None:
+            return known.manifest
+        yield from self._reach(request, has_edge=False)
+        offer = self.known.offer(request)
+        if offer is not None:
+            return offer.manifest
+        error = self.decide(request).error()
+        assert error is not None  # no route has the model
+        raise self._explained(error, request)
 
     def decide(
         self,
@@ -518,6 +532,15 @@ class Core:
         return verdict
 
     # -- connecting ------------------------------------------------------------------------------
+
+    def _reach(self, request: Request, *, has_edge: bool) -> Generator[Connect, Any, None]:
+        """Connect to a cloud, or to several, if the request may need that."""
+        if len(self.known.endpoints) > 1:
+            from sdk.several import reach
+
+            yield from reach(self, request, has_edge=has_edge)
+        elif self._should_connect(request, has_edge=has_edge):
+            yield from self.connect(request, has_edge=has_edge)
 
     def _should_connect(self, request: Request, *, has_edge: bool) -> bool:
         link = self.known.link

@@ -266,6 +266,11 @@ class Knowledge:
         offer = self.offer(request, endpoint)
         if offer is None:
             return RouteState(obstacle="no_model", detail=f"the cloud does not serve {model!r}")
+        if request.method == "embed" and self._is_other_space(request, offer.manifest):
+            return RouteState(
+                obstacle="no_model",
+                detail="its vectors lie in another space than this device's",
+            )
         pin = self.variant_wanted(request)
         variant = offer.manifest.variant(pin or offer.variant)
         if variant is None:
@@ -301,6 +306,13 @@ class Knowledge:
         if offer is None:
             return None
         return offer.manifest.variant(self.variant_wanted(request) or offer.variant)
+
+    def _is_other_space(self, request: Request, there: Manifest) -> bool:
+        """Whether the device has the model too, and gives vectors that cannot be compared."""
+        here = self.edge_model(request)
+        if here is None or not there.space or not here.manifest.space:
+            return False
+        return there.space != here.manifest.space
 
     def _seed(
         self,

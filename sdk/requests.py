@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest, TensorSpec, TextPreprocessing
+from nearfar.bundle.manifest import (
+    HeadTailPreprocessing,
+    Manifest,
+    StreamPreprocessing,
+    TensorSpec,
+    TextPreprocessing,
+)
 from nearfar.errors import InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
 from nearfar.units import Deadline
@@ -400,6 +406,12 @@ def _check_items(request: Request, manifest: Manifest) -> None:
             f"Model {manifest.name!r} takes tensors, it does no preprocessing of its own",
             field="model",
             fix=f"Use infer(); its inputs are: {_describe(manifest.inputs)}",
+        )
+    if isinstance(preprocessing, StreamPreprocessing):
+        raise InvalidInput(
+            f"Model {manifest.name!r} takes a signal piece by piece",
+            field="model",
+            fix="Use stream_audio()",
         )
     wants_bytes = isinstance(preprocessing, HeadTailPreprocessing)
     if wants_bytes and request.form != "bytes":

@@ -33,13 +33,13 @@ def endpoint_for(core: Core, request: Request, left: tuple[str, ...], now_s: flo
         now_s: Monotonic time.
     """
     known, valuation, remaining_ms = core.known, core.valuation, request.deadline.remaining_ms()
-    allowed: dict[str | None, bool] = {}  # of an endpoint, policy sees the region only
+    allowed: dict[tuple[object, ...], bool] = {}
 
     def allows(endpoint: Endpoint) -> bool:
-        region = endpoint.region()
-        verdict = allowed.get(region)
+        seen = (endpoint.region(), endpoint.shaping(), endpoint.attested())  # all that policy sees
+        verdict = allowed.get(seen)
         if verdict is None:
-            verdict = allowed[region] = core.verdict(request, endpoint).cloud
+            verdict = allowed[seen] = core.verdict(request, endpoint).cloud
         return verdict
 
     def in_time(endpoint: Endpoint) -> bool:

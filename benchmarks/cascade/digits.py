@@ -30,15 +30,11 @@ def digits(folder: Path, seed: int) -> list[Pair]:
         EngineError: torch or scikit-learn is not installed.
         ConversionError: The models cannot be converted.
     """
-    data = load("sklearn.datasets").load_digits()
-    images = (data.images[:, None] / 16.0).astype(np.float32)
-    labels = data.target.astype(np.int64)
-    order = np.random.default_rng(seed).permutation(len(images))
-    training, pool = order[:TRAINING_IMAGES], order[TRAINING_IMAGES:]
+    images, labels, training, pool = digit_images(seed)
     answers: dict[tuple[str, str], np.ndarray] = {}
     for name, size, variants in (("small", SMALL, ("int8",)), ("large", LARGE, ("int8", "fp32"))):
         source = folder / f"{name}.onnx"
-        _train(source, images[training], labels[training], size, seed)
+        _export(source, trained(images[training], labels[training], size, seed), images[:2])
         _convert(source, folder / name, images[training], variants)
         for variant in variants:
             answers[name, variant] = outputs_of(
@@ -63,16 +59,19 @@ def digits(folder: Path, seed: int) -> list[Pair]:
     ]
 
 
-def _train(
-    path: Path,
-    images: np.ndarray,
-    labels: np.ndarray,
-    size: tuple[tuple[int, int], int, int],
-    seed: int,
-) -> None:
-    """Train a CNN in seconds and export it to ONNX."""
-    from converters.libraries import quiet
+def digit_images(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(images, labels, numbers of the training images, numbers of the others), drawn by `seed`."""
+    data = load("sklearn.datasets").load_digits()
+    images = (data.images[:, None] / 16.0).astype(np.float32)
+    order = np.random.default_rng(seed).permutation(len(images))
+    labels = data.target.astype(np.int64)
+    return images, labels, order[:TRAINING_IMAGES], order[TRAINING_IMAGES:]
 
+
+def trained(
+    images: np.ndarray, labels: np.ndarray, size: tuple[tuple[int, int], int, int], seed: int
+) -> Any:
+    """A CNN of that size, trained in seconds; a torch module."""
     torch = load("torch")
     (first, second), hidden, epochs = size
     torch.manual_seed(seed)
@@ -88,12 +87,18 @@ def _train(
             loss.backward()
             optimiser.step()
     torch.set_num_threads(threads)
-    model.eval()
+    return model.eval()
+
+
+def _export(path: Path, model: Any, images: np.ndarray) -> None:
+    from converters.libraries import quiet
+
+    torch = load("torch")
     axes = {0: torch.export.Dim("batch")}
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
-            (inputs[:2],),
+            (torch.from_numpy(images),),
             dynamo=True,
             opset_version=18,
             input_names=[_INPUT],

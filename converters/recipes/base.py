@@ -31,7 +31,7 @@ from nearfar.errors import ConversionError
 from nearfar.units import format_ms
 
 #: Best quality first.
-_QUALITY_ORDER = ("fp32", "fp16", "int8", "int4")
+_QUALITY_ORDER = ("fp32", "fp16", "pruned", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters import texts
+from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
@@ -21,7 +23,8 @@ from converters.steps.export_encoder import (
 )
 from converters.steps.gate import UNFUSED, quality_drop
 from converters.steps.optimise import slim
-from converters.steps.verify_embedding import EmbeddingCheck, may_mix
+from converters.steps.reduce_embedding import Projection, fit, reduced_encoder, space_of
+from converters.steps.verify_embedding import EmbeddingCheck, check_short, may_mix
 from nearfar.bundle.manifest import (
     EngineName,
     LatencyFigure,
@@ -53,6 +56,10 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     preprocessing = TextPreprocessing(
         tokenizer=_TOKENIZER, max_length_tokens=pooling.max_length_tokens, truncate=True
     )
+    whole, projection = encoder, None
+    if shop.settings.embedding.dimensions is not None:
+        projection = _projection(shop, encoder, tokenizer, preprocessing)
+        encoder = reduced_encoder(encoder, projection, pooling)
     exported = shop.work / "exported.onnx"
     with shop.reporter.step("export to ONNX"):
         export_encoder(encoder, exported, max_length_tokens=pooling.max_length_tokens)
@@ -65,11 +72,15 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
     with shop.reporter.step("run the source on real passages"):
         truth = check.source_vectors(encoder)
-    del encoder, model
+        long = check.source_vectors(whole) if projection is not None else None
+    del encoder, model, whole
 
     with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
         best = check.vectors(full)
         quality = {"fp32": check.against_source(best, truth, source.label)}
+        if long is not None:
+            quality["fp32"] += check.against_long(best, long, source.label)
+            check_short(quality["fp32"], limits.max_quality_drop)
         step.note(summary(quality["fp32"]))
     if "int8" in ids:
         path = shop.writer.file("int8/model.onnx")
@@ -81,6 +92,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             if shop.settings.int8.method == "static":
                 vectors = check.vectors(path, is_unfused=True)
                 found += check.against_reference(vectors, best, reference, suffix=UNFUSED)
+            if long is not None:
+                found += check.against_long(check.vectors(path), long, source.label)
             quality["int8"] = found
             step.note(summary(found))
         if not shop.accept("int8", quality["int8"]):
@@ -110,10 +123,24 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         preprocessing=preprocessing,
         embedding_output=OUTPUT,
         mixed_routes=_mixed(ids, quality),
+        space=space_of(fingerprint(source), pooling, projection),
         variants=shop.variants(
             ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
         ),
     )
+
+
+def _projection(
+    shop: Workshop, encoder: Any, tokenizer: Path, preprocessing: TextPreprocessing
+) -> Projection:
+    """How vectors become shorter, found on texts that nothing is judged on."""
+    settings = shop.settings.embedding
+    with shop.reporter.step(f"shorten vectors to {settings.dimensions} numbers") as step:
+        passages = texts.calibration_passages(settings.passages)
+        check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates, passages)
+        found = fit(settings, check.source_vectors(encoder))
+        step.note(f"{settings.method} keeps {found.kept:.1%} of their squared length")
+    return found
 
 
 def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+from msgspec import to_builtins
 
 from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
@@ -19,6 +20,14 @@ from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
+from converters.steps.quantize import store_fp16
+from converters.steps.verify_stream import (
+    known_stream,
+    recordings,
+    split_windows,
+    stream_agreement,
+    windows_of,
+)
 from converters.steps.verify_tensors import (
     Feeds,
     file_samples,
@@ -26,6 +35,7 @@ from converters.steps.verify_tensors import (
     synthetic_samples,
     verify_tensors,
 )
+from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
     EngineName,
     HeadTailPreprocessing,
@@ -33,6 +43,7 @@ from nearfar.bundle.manifest import (
     Manifest,
     Preprocessing,
     QualityFigure,
+    StreamPreprocessing,
     Task,
     TensorSpec,
     TextPreprocessing,
@@ -44,6 +55,8 @@ _TOOLS = ("onnx", "onnxruntime", "onnxslim")
 #: How magika's published models describe their input and output, beside the model.
 _MAGIKA_CONFIG = "config.min.json"
 _SYNTHETIC = "synthetic inputs (real ones: --samples)"
+#: An optimised graph may name more shapes than its source, and be a little larger.
+_MAX_GROWTH = 1.1
 #: Fewer samples are all used for both, calibration and verification.
 _LEAST_TO_SPLIT = 8
 
@@ -65,6 +78,7 @@ def build(
     *,
     examples: Sequence[Feeds] = (),
     tools: Sequence[str] = (),
+    pruned: OnnxSource | None = None,
 ) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
 
@@ -74,16 +88,18 @@ def build(
         shop: Where and how.
         examples: Inputs to verify with where no samples were given.
         tools: Packages that made the model, for the lineage.
+        pruned: The model made narrower: what the variants ``pruned`` and ``int8`` are made of.
+            All are compared with `source`.
 
     Raises:
         ConversionError: A step refused or failed.
     """
     own = source.precision
-    possible = (own, "int8") if own == "fp32" else (own,)
-    ids = shop.variant_ids((own,), possible)
+    ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
     meaning = _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
     full = _optimised(source, samples, shop)
+    narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
     if own in ids:
@@ -91,11 +107,17 @@ def build(
             _copy(source, paths[own])
         else:
             shutil.copyfile(full, paths[own])
+    if "pruned" in ids and pruned is not None:
+        shutil.copyfile(narrow or pruned.path, paths["pruned"])
+    base = (narrow or pruned.path) if pruned is not None else (full or source.path)
+    if "fp16" in ids and own == "fp32":
+        with shop.reporter.step("store weights in 16 bits"):
+            store_fp16(base, paths["fp16"])
     if "int8" in ids and own != "int8":
-        samples, calibration = _split(source, samples, kind, shop)
+        samples, calibration = _split(source, samples, kind, meaning, shop)
         make_int8(
             shop,
-            full or source.path,
+            base,
             paths["int8"],
             calibration=calibration,
             judge=partial(_drop, source, calibration, meaning),
@@ -133,6 +155,13 @@ def build(
     )
 
 
+def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(variants that are made when nobody says, variants that can be made) of a precision."""
+    if is_pruned:
+        return ("pruned", own), (own, "pruned", "fp16", "int8")
+    return (own,), (own, "fp16", "int8") if own == "fp32" else (own,)
+
+
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
     options = shop.options
     labels: tuple[str, ...] = ()
@@ -140,6 +169,8 @@ def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
     magika = source.path.parent / _MAGIKA_CONFIG
     if magika.is_file():
         labels, preprocessing = _read_magika(magika)
+    else:
+        preprocessing = known_stream(source)
     if isinstance(options.labels, Path):
         labels = _read_labels(options.labels)
     elif options.labels is not None:
@@ -154,6 +185,8 @@ def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
         )
     if isinstance(preprocessing, HeadTailPreprocessing):
         _check_head_tail(source, preprocessing)
+    if isinstance(preprocessing, StreamPreprocessing):
+        _check_stream(source, preprocessing)
     if task == "tensor":
         return Meaning(task=task, preprocessing=preprocessing)
     output = source.outputs[0]
@@ -246,13 +279,24 @@ def _check_head_tail(source: OnnxSource, spec: HeadTailPreprocessing) -> None:
         )
 
 
+def _check_stream(source: OnnxSource, spec: StreamPreprocessing) -> None:
+    inputs, outputs = ([tensor.name for tensor in ends] for ends in (source.inputs, source.outputs))
+    for field, problem in stream_problems(spec, inputs, outputs):
+        raise ConversionError(
+            f"The stream does not fit the model: {field} {problem}",
+            fix="Correct --preprocessing; see docs/reference/bundle.md",
+        )
+
+
 def _split(
-    source: OnnxSource, samples: list[Feeds], kind: str, shop: Workshop
+    source: OnnxSource, samples: list[Feeds], kind: str, meaning: Meaning, shop: Workshop
 ) -> tuple[list[Feeds], list[Feeds]]:
     """Inputs to verify with, and others to calibrate and search with where that is needed."""
     settings = shop.settings
     if settings.int8.method != "static" and settings.gates.max_quality_drop is None:
         return samples, samples
+    if isinstance(meaning.preprocessing, StreamPreprocessing):
+        return split_windows(samples, meaning.preprocessing)
     if kind == _SYNTHETIC:
         return samples, synthetic_samples(source.inputs, settings.seed + 1)
     if len(samples) < _LEAST_TO_SPLIT:
@@ -267,6 +311,8 @@ def _drop(source: OnnxSource, samples: Sequence[Feeds], meaning: Meaning, path: 
         source.path, {"trial": path}, samples,
         source_name="source", label_output=meaning.label_output, min_top1_agreement=0.0,
     )["trial"]  # fmt: skip
+    if isinstance(meaning.preprocessing, StreamPreprocessing):
+        figures += stream_agreement(source.path, path, samples, meaning.preprocessing, "source")
     found = quality_drop(figures)
     return found[1] if found is not None else 1.0
 
@@ -274,6 +320,9 @@ def _drop(source: OnnxSource, samples: Sequence[Feeds], meaning: Meaning, path: 
 def _samples(
     source: OnnxSource, meaning: Meaning, shop: Workshop, examples: Sequence[Feeds]
 ) -> tuple[list[Feeds], str]:
+    if isinstance(meaning.preprocessing, StreamPreprocessing):
+        heard, kind = recordings(shop.options.samples, meaning.preprocessing, shop.settings.seed)
+        return windows_of(source.path, source.inputs, heard, meaning.preprocessing), kind
     if shop.options.samples is not None:
         return stored_samples(shop.options.samples, source.inputs), "samples"
     if examples:
@@ -299,11 +348,14 @@ def _optimised(source: OnnxSource, samples: list[Feeds], shop: Workshop) -> Path
     """A smaller graph that computes the same, or `None` to take the source's own files."""
     if source.external_files:
         return None  # two gigabytes and more: nothing to gain from rewriting them
-    target = shop.work / "optimised.onnx"
+    target = shop.work / f"optimised-{source.path.stem}.onnx"
     limit = shop.settings.gates.max_optimise_error
 
     def optimise(path: Path) -> bool:
         if not slim(source.path, path):
+            return False
+        # Weights that branches of the graph share are stored once for each afterwards (silero-vad).
+        if path.stat().st_size > _MAX_GROWTH * source.path.stat().st_size:
             return False
         try:
             figures = verify_tensors(
@@ -336,6 +388,8 @@ def _verified(
 ) -> tuple[QualityFigure, ...]:
     gate = shop.settings.gates.min_top1_agreement
     is_unfused = variant_id == "int8" and shop.settings.int8.method == "static"
+    spec = meaning.preprocessing
+    stream = spec if isinstance(spec, StreamPreprocessing) else None
     parts = {
         "source": fingerprint(source),
         "source_name": source.label,
@@ -344,14 +398,18 @@ def _verified(
         "label_output": meaning.label_output,
         "min_top1_agreement": gate,
         "is_unfused": is_unfused,
+        "stream": to_builtins(stream),
     }
 
     def verify() -> tuple[QualityFigure, ...]:
-        return verify_tensors(
+        figures = verify_tensors(
             source.path, {variant_id: path}, samples,
             source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
             is_unfused=is_unfused,
         )[variant_id]  # fmt: skip
+        if stream is not None:
+            figures += stream_agreement(source.path, path, samples, stream, source.label)
+        return figures
 
     return shop.cache.value(
         "verify-tensors", parts, tuple[QualityFigure, ...], verify, tools=("onnxruntime", "numpy")

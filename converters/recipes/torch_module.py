@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from msgspec import to_builtins
 
 from converters.recipes import onnx_model
 from converters.recipes.base import Workshop
 from converters.sources.onnx_file import OnnxSource, open_onnx
-from converters.sources.torch_module import TorchSource
+from converters.sources.torch_module import TorchSource, TrainingData, open_training, run_module
 from converters.steps.export_module import export_module
+from converters.steps.prune import prune_module
 from converters.steps.verify_tensors import Feeds
 from nearfar.bundle.manifest import Manifest
+
+_PRUNE_TOOLS = ("torch", "torch-pruning", "onnxscript")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,20 +38,55 @@ class ExportedSource(OnnxSource):
 
 
 def build(source: TorchSource, name: str, shop: Workshop) -> Manifest:
-    """Export the module, then go on as with an ONNX file.
+    """Export the module, and a pruned one if that is wished, then go on as with an ONNX file.
 
     Raises:
         ConversionError: A step refused or failed.
     """
+    is_pruned = bool(shop.settings.prune.ratio)
+    stated = shop.options.train
+    data = open_training(source, stated) if is_pruned and stated is not None else None
     path = shop.work / "exported.onnx"
     with shop.reporter.step("export to ONNX and compare with torch") as step:
         step.note(f"differs by {export_module(source, path):.1e} of the largest output")
+    pruned = _pruned(source, data, shop) if is_pruned else None
+    tools = ("torch", "onnxscript") if pruned is None else _PRUNE_TOOLS
+    return onnx_model.build(
+        _exported(source, path), name, shop, examples=_rows(source), tools=tools, pruned=pruned
+    )
+
+
+def _exported(source: TorchSource, path: Path) -> ExportedSource:
     opened = open_onnx(path)
     values = {field.name: getattr(opened, field.name) for field in fields(OnnxSource)}
-    exported = ExportedSource(**{**values, "title": source.title, "spec": source.spec})
-    return onnx_model.build(
-        exported, name, shop, examples=_rows(source), tools=("torch", "onnxscript")
-    )
+    return ExportedSource(**{**values, "title": source.title, "spec": source.spec})
+
+
+def _pruned(source: TorchSource, data: TrainingData | None, shop: Workshop) -> ExportedSource:
+    """The module made narrower and trained, as ONNX."""
+    settings, seed = shop.settings.prune, shop.settings.seed
+    path = shop.work / "pruned.onnx"
+    with shop.reporter.step(f"prune {settings.ratio:.0%} of every layer and train") as step:
+
+        def make(target: Path) -> None:
+            made = prune_module(source, settings, seed, data)
+            narrow = replace(
+                source, module=made.module, outputs=run_module(made.module, source.inputs)
+            )
+            export_module(narrow, target)
+            step.note(
+                f"{made.weights_before} weights become {made.weights_after}; loss {made.loss:.2g}"
+            )
+
+        parts = {
+            "source": source.digest(),
+            "axes": sorted(f"{name}.{axis}={size}" for (name, axis), size in source.axes.items()),
+            "settings": to_builtins(settings),
+            "seed": seed,
+            "data": data.digest() if data is not None else "",
+        }
+        shop.cache.output("prune", parts, path, make, tools=_PRUNE_TOOLS)
+    return _exported(source, path)
 
 
 def _rows(source: TorchSource) -> list[Feeds]:

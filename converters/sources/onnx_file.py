@@ -96,7 +96,7 @@ def _specs(path: Path, args: Any) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _tensors(graph: Any, onnx: Any) -> list[Any]:
+def stored_tensors(graph: Any, onnx: Any) -> list[Any]:
     """All stored tensors, those of subgraphs and of attributes too."""
     found = list(graph.initializer)
     found += [
@@ -108,14 +108,14 @@ def _tensors(graph: Any, onnx: Any) -> list[Any]:
                 found.append(attribute.t)
             found.extend(attribute.tensors)
             for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                found += _tensors(inner, onnx)
+                found += stored_tensors(inner, onnx)
     return found
 
 
 def _external_files(path: Path, model: Any, onnx: Any) -> tuple[Path, ...]:
     folder = path.resolve().parent
     found: dict[Path, None] = {}
-    tensors = _tensors(model.graph, onnx)
+    tensors = stored_tensors(model.graph, onnx)
     for function in model.functions:
         tensors += [
             attribute.t
@@ -150,7 +150,7 @@ def _precision(model: Any, onnx: Any) -> str:
         kinds.FLOAT: "fp32", kinds.FLOAT16: "fp16", kinds.BFLOAT16: "fp16",
         kinds.INT8: "int8", kinds.UINT8: "int8",
     }  # fmt: skip
-    for tensor in _tensors(model.graph, onnx):
+    for tensor in stored_tensors(model.graph, onnx):
         size = 1
         for dim in tensor.dims:
             size *= dim

@@ -71,6 +71,68 @@ class TorchSource(Source):
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a pruned module is trained on.
+
+    Attributes:
+        inputs: Parameter of `forward` to tensor; the first axis counts rows.
+        labels: Class numbers, INT64, one for each row; `None` trains without.
+    """
+
+    inputs: dict[str, Any]
+    labels: Any = None
+
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        digest = hashlib.sha256()
+        tensors = {**self.inputs, **({} if self.labels is None else {"": self.labels})}
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor.numpy())
+            digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def open_training(source: TorchSource, stated: str) -> TrainingData:
+    """Read training data.
+
+    Args:
+        source: The module.
+        stated: ``package.module:function`` that returns what `example_inputs` may return, or a
+            pair of that and labels; or an ``.npz`` with one array for each parameter of `forward`
+            and ``labels`` if there are any.
+
+    Raises:
+        ConversionError: It is missing or does not fit the module.
+    """
+    torch = load("torch")
+    found = _examples(source.spec, stated)
+    labels = None
+    if isinstance(found, Mapping) and "labels" in found and "labels" not in source.inputs:
+        found = dict(found)
+        labels = found.pop("labels")
+    elif (
+        isinstance(found, (tuple, list))
+        and len(found) == 2
+        # Of a module with several inputs, two tensors are two inputs.
+        and (len(source.inputs) == 1 or isinstance(found[0], Mapping))
+    ):
+        found, labels = found
+    inputs = _named(source.spec, source.module, found, torch)
+    if labels is not None:
+        labels = torch.as_tensor(labels).detach().cpu().long()
+    rows = {len(tensor) for tensor in inputs.values()} | ({len(labels)} if labels is not None
+                                                          else set())  # fmt: skip
+    if set(inputs) != set(source.inputs) or len(rows) != 1 or rows == {0}:
+        raise ConversionError(
+            f"The training data {stated} does not fit {source.spec}",
+            fix="Give all inputs that the example inputs have, and labels if there are any, with "
+            "the same number of rows",
+        )
+    return TrainingData(inputs, labels)
+
+
 def is_spec(path: Path) -> bool:
     """Whether this is no file but ``package.module:factory``."""
     return _SPEC.fullmatch(str(path)) is not None and not path.exists()

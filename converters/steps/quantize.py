@@ -11,13 +11,15 @@ import numpy as np
 
 from converters.libraries import load, quiet
 from converters.settings import Int8Settings
+from converters.sources.onnx_file import stored_tensors
 from converters.steps.quantize_static import OPERATORS, Calibrated, calibrate, quantize_static
 from converters.steps.quantize_tables import quantize_tables
+from converters.steps.round_weights import halve_weights, round_weights
 from nearfar.errors import ConversionError
 
 #: Operators with a constant weight that each method rounds.
 _CANDIDATES = {
-    "weights": ("MatMul", "Gather"),
+    "weights": ("MatMul", "Gather", "Gemm", "Conv", "ConvTranspose"),
     "dynamic": ("MatMul", "Gather", "Gemm", "Conv"),
     "static": OPERATORS,
 }
@@ -87,13 +89,12 @@ class Int8Quantizer:
         else:
             self._weights(target, kept)
         onnx = load("onnx")
-        stored = onnx.load(str(target)).graph.initializer
+        stored = stored_tensors(onnx.load(str(target)).graph, onnx)
         bytes_ = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
         if not any(tensor.data_type in bytes_ and tensor.dims for tensor in stored):
             raise ConversionError(
-                "The model has no matrix product or table with constant weights to quantize",
-                fix="Convolutions and Gemm need --int8 static; or leave the int8 variant out: "
-                "--variants fp32",
+                "The model has no large weights that are constant to quantize",
+                fix="Leave the int8 variant out: --variants fp32",
             )
 
     @cached_property
@@ -124,6 +125,7 @@ class Int8Quantizer:
         try:
             with quiet():
                 model = self._with_tables(target, keep)
+                round_weights(model, keep, least_weights=_LEAST_WEIGHTS)
                 algorithm = nbits.DefaultWeightOnlyQuantConfig(
                     bits=8,
                     block_size=settings.block_size,
@@ -171,3 +173,19 @@ def _refused(exc: Exception) -> ConversionError:
 def quantize_int8(quantizer: Int8Quantizer, target: Path, keep: Sequence[str]) -> None:
     """Write the INT8 version that goes into the bundle; see `Int8Quantizer.write`."""
     quantizer.write(target, keep)
+
+
+def store_fp16(source: Path, target: Path) -> None:
+    """Write the model with its weights in 16 bits; they are computed with in 32.
+
+    Raises:
+        ConversionError: It has no weights worth it.
+    """
+    onnx = load("onnx")
+    model = onnx.load(str(source))
+    if not halve_weights(model, least_weights=_LEAST_WEIGHTS):
+        raise ConversionError(
+            "The model has no large weights to store in 16 bits",
+            fix="Leave the fp16 variant out: --variants fp32",
+        )
+    onnx.save(model, str(target))

@@ -126,6 +126,13 @@ class EmbeddingCheck:
         named = {name + suffix: value for name, value in values.items()}
         return tuple(self._figures(reference, **named))
 
+    def against_long(
+        self, vectors: np.ndarray, long: np.ndarray, reference: str
+    ) -> tuple[QualityFigure, ...]:
+        """How many neighbours shortened vectors have in common with the whole ones."""
+        recall = _recall(_neighbours(vectors, vectors), _neighbours(long, long))
+        return tuple(self._figures(reference, recall_at_10_whole=(recall, True)))
+
     def _figures(self, reference: str, **values: tuple[float, bool]) -> Iterator[QualityFigure]:
         for metric, (value, higher_is_better) in values.items():
             yield QualityFigure(
@@ -134,6 +141,22 @@ class EmbeddingCheck:
                 higher_is_better=higher_is_better,
                 samples=self.samples,
                 reference=reference,
+            )
+
+
+def check_short(figures: Sequence[QualityFigure], limit: float | None) -> None:
+    """Refuse to shorten vectors so far that a limit of quality is broken by that alone.
+
+    Raises:
+        ConversionError: No variant could be good enough.
+    """
+    for figure in figures:
+        if limit is not None and figure.metric == "recall_at_10_whole" and figure.value < 1 - limit:
+            raise ConversionError(
+                f"The shortened vectors keep {figure.value:.1%} of each text's neighbours, and "
+                f"{1 - limit:.1%} are asked for",
+                fix="Raise embedding.dimensions (--dimensions), or allow a greater "
+                "--max-quality-drop",
             )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from nearfar.bundle.manifest import (
     FileEntry,
     HeadTailPreprocessing,
     Manifest,
+    StreamPreprocessing,
     TensorSpec,
     TextPreprocessing,
     Variant,
@@ -26,6 +27,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 MAX_FILE_BYTES = 1 << 40
 #: Head and tail rows are allocated per request.
 _MAX_HEAD_TAIL = 1 << 20
+#: Windows and states of signals likewise; also the highest sample rate, in Hz.
+_MAX_STREAM = 1 << 20
 
 
 def manifest_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -138,3 +141,33 @@ def _task_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield "preprocessing.min_bytes", "must be in 0..head_bytes"
         if 0 <= preprocessing.padding_value <= 255:
             yield "preprocessing.padding_value", "is a possible byte value"
+    elif isinstance(preprocessing, StreamPreprocessing):
+        names = [spec.name for spec in manifest.inputs]
+        yield from stream_problems(preprocessing, names, list(outputs))
+
+
+def stream_problems(
+    stream: StreamPreprocessing, inputs: Sequence[str], outputs: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """As `manifest_problems`, of how a signal becomes inputs; given the names of both ends."""
+    if not stream.rates:
+        yield "preprocessing.rates", "is empty"
+    for position, rate in enumerate(stream.rates):
+        sizes = (rate.sample_rate_hz, rate.window_samples)
+        if not 1 <= min(sizes) <= max(sizes) <= _MAX_STREAM:
+            yield f"preprocessing.rates[{position}]", f"has a size outside 1..{_MAX_STREAM}"
+        if not 0 <= rate.context_samples <= rate.window_samples:
+            yield f"preprocessing.rates[{position}].context_samples", "exceeds window_samples"
+    taken = [stream.input, *(state.input for state in stream.states)]
+    if stream.rate_input is not None:
+        taken.append(stream.rate_input)
+    if sorted(taken) != sorted(inputs):
+        yield "preprocessing", f"fills {', '.join(taken)}, the inputs are {', '.join(inputs)}"
+    for position, state in enumerate(stream.states):
+        field = f"preprocessing.states[{position}]"
+        if state.output not in outputs:
+            yield f"{field}.output", f"{state.output!r} is not one of the outputs"
+        if not all(1 <= size <= _MAX_STREAM for size in state.shape):
+            yield f"{field}.shape", f"has a size outside 1..{_MAX_STREAM}"
+        elif math.prod(state.shape) > _MAX_STREAM:
+            yield f"{field}.shape", f"holds more than {_MAX_STREAM} numbers"

@@ -79,7 +79,54 @@ class HeadTailPreprocessing(
     min_bytes: int = 0
 
 
-Preprocessing = Union[TextPreprocessing, HeadTailPreprocessing]
+class StreamRate(msgspec.Struct, frozen=True, kw_only=True):
+    """How a signal of one rate is cut into windows.
+
+    Attributes:
+        sample_rate_hz: Samples in a second.
+        window_samples: New samples of each call.
+        context_samples: The last samples of the window before, put in front of the new ones; the
+            first window has zeros there.
+    """
+
+    sample_rate_hz: int
+    window_samples: int
+    context_samples: int = 0
+
+
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that one call hands to the next.
+
+    Attributes:
+        input: Where it goes in; the first call is given zeros.
+        output: Where it comes out.
+        shape: Its sizes for one signal.
+    """
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+
+
+class StreamPreprocessing(
+    msgspec.Struct, frozen=True, kw_only=True, tag="stream", tag_field="kind"
+):
+    """A signal window by window, with state carried from call to call (silero-vad's scheme).
+
+    Attributes:
+        input: FP32 input with the samples, -1 to 1, of shape (1, context and window).
+        rates: The rates that the model knows.
+        states: What calls hand on.
+        rate_input: INT64 input that is told the rate; `None` when there is none.
+    """
+
+    input: str
+    rates: tuple[StreamRate, ...]
+    states: tuple[StreamState, ...] = ()
+    rate_input: str | None = None
+
+
+Preprocessing = Union[TextPreprocessing, HeadTailPreprocessing, StreamPreprocessing]
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +238,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         embedding_output: Output tensor that holds the vectors, for embeddings.
         context_length_tokens: Prompt and answer together, for text generation.
         mixed_routes: Whether vectors of different variants may be compared (embeddings).
+        space: Name of the space that vectors lie in: those of bundles with another name here may
+            never be compared. "" where nobody said.
     """
 
     name: str
@@ -210,6 +259,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     embedding_output: str | None = None
     context_length_tokens: int | None = None
     mixed_routes: bool = False
+    space: str = ""
 
     def variant(self, variant_id: str) -> Variant | None:
         """The variant with that id, or `None`."""

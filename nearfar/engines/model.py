@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nearfar.bundle.manifest import Manifest, TextPreprocessing, Variant
+from nearfar.bundle.manifest import Manifest, StreamPreprocessing, TextPreprocessing, Variant
 from nearfar.engines.base import (
     CancelToken,
     Engine,
@@ -168,8 +168,8 @@ class LoadedModel:
 def _preprocessor(bundle: Bundle, engine: TensorEngine | None) -> _Preprocess | None:
     """The bundle's preprocessing as a function from items to feeds."""
     spec = bundle.manifest.preprocessing
-    if spec is None or engine is None:
-        return None
+    if spec is None or engine is None or isinstance(spec, StreamPreprocessing):
+        return None  # what a signal leaves behind is kept by the client, not by the model
     if isinstance(spec, TextPreprocessing):
         from nearfar.processing.text import TextEncoder
 

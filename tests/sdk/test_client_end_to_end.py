@@ -51,6 +51,7 @@ def world(tmp_path_factory):
     store = root / "models"
     tiny.write_tiny_tensor_bundle(store / "tiny", task="tensor")
     tiny.write_tiny_classifier_bundle(store / "tiny-classifier")
+    tiny.write_tiny_stream_bundle(store / "ear")
     (root / "policy.toml").write_text(POLICY)
     cloud = CloudProcess(state=root / "cloud", models=store, log=root / "cloud.log")
     cloud.provision()
@@ -99,6 +100,23 @@ def test_each_route_answers_with_its_own_variant(client):
     np.testing.assert_allclose(here.outputs["y"], expected(tiny.TENSOR_WEIGHTS), atol=0.05)
     assert here.execution_provider == there.execution_provider == "CPUExecutionProvider"
     assert here.bytes_sent == 0 < there.bytes_sent
+
+
+def test_a_signal_is_heard_alike_on_both_routes_and_across_them(client, config):
+    signal = np.sin(np.arange(40)).astype(np.float32)
+    here = client.stream_audio("ear", sample_rate_hz=8, mode="edge_only").feed(signal)
+    # A client that has no models here asks the cloud what the model is like.
+    with Client.from_config(config, edge=False) as far:
+        there = far.stream_audio("ear", sample_rate_hz=8).feed(signal)
+    np.testing.assert_allclose([a.score for a in here], [a.score for a in there], rtol=1e-6)
+    assert {a.route.name for a in here} == {"edge"}
+    assert {a.route.name for a in there} == {"cloud"}
+    stream = client.stream_audio("ear", sample_rate_hz=8, mode="edge_only")
+    answers = stream.feed(signal[:20])
+    stream._options["mode"] = "cloud_only"  # as when the device is lost in the middle
+    answers += stream.feed(signal[20:])
+    np.testing.assert_allclose([a.score for a in answers], [a.score for a in here], rtol=1e-6)
+    assert [a.route.name for a in answers] == ["edge"] * 5 + ["cloud"] * 5
 
 
 @pytest.mark.parametrize("mode", ["edge_only", "cloud_only"])

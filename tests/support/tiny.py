@@ -17,6 +17,9 @@ from nearfar.bundle.manifest import (
     LatencyFigure,
     Manifest,
     QualityFigure,
+    StreamPreprocessing,
+    StreamRate,
+    StreamState,
     TensorSpec,
     Variant,
 )
@@ -75,6 +78,73 @@ def classifier_model() -> onnx.ModelProto:
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return _model(graph)
+
+
+def stream_model() -> onnx.ModelProto:
+    """``level = stateN = state / 2 + mean(|x|) + 0 * sr``: hears, and remembers (`STREAM`)."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Abs", ["x"], ["loud"]),
+            helper.make_node("ReduceMean", ["loud"], ["mean"], axes=[1], keepdims=1),
+            helper.make_node("Mul", ["state", "half"], ["faded"]),
+            helper.make_node("Cast", ["sr"], ["rate"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["rate", "zero"], ["nothing"]),
+            helper.make_node("Add", ["mean", "faded"], ["sum"]),
+            helper.make_node("Add", ["sum", "nothing"], ["stateN"]),
+            helper.make_node("Identity", ["stateN"], ["level"]),
+        ],
+        "tiny_stream",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "samples"]),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 1]),
+            helper.make_tensor_value_info("sr", TensorProto.INT64, []),
+        ],
+        [
+            helper.make_tensor_value_info("level", TensorProto.FLOAT, ["batch", 1]),
+            helper.make_tensor_value_info("stateN", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [
+            numpy_helper.from_array(np.float32(value).reshape(()), name)
+            for name, value in (("half", 0.5), ("zero", 0.0))
+        ],
+    )
+    return _model(graph)
+
+
+#: Two rates, so that one has to be chosen.
+STREAM = StreamPreprocessing(
+    input="x",
+    rate_input="sr",
+    rates=(
+        StreamRate(sample_rate_hz=8, window_samples=4, context_samples=2),
+        StreamRate(sample_rate_hz=16, window_samples=8, context_samples=4),
+    ),
+    states=(StreamState(input="state", output="stateN", shape=(1, 1)),),
+)
+
+
+def write_tiny_stream_bundle(path: Path, name: str = "ear", version: str = "1.0.0") -> Bundle:
+    """One variant ``fp32`` of `stream_model`, with preprocessing `STREAM`."""
+    with BundleWriter(path) as writer:
+        onnx.save(stream_model(), writer.file("fp32/model.onnx"))
+        return writer.finish(
+            Manifest(
+                name=name,
+                version=version,
+                task="tensor",
+                inputs=(
+                    TensorSpec(name="x", datatype="FP32", shape=(-1, -1)),
+                    TensorSpec(name="state", datatype="FP32", shape=(-1, 1)),
+                    TensorSpec(name="sr", datatype="INT64", shape=()),
+                ),
+                outputs=(
+                    TensorSpec(name="level", datatype="FP32", shape=(-1, 1)),
+                    TensorSpec(name="stateN", datatype="FP32", shape=(-1, 1)),
+                ),
+                preprocessing=STREAM,
+                variants=(_variant("fp32", placement=("edge", "cloud"), quality_rank=0),),
+            )
+        )
 
 
 def write_tiny_tensor_bundle(

@@ -132,16 +132,6 @@ def test_keys_change_after_the_allowed_records_or_bytes() -> None:
     assert epochs(RekeyLimits(size_bytes=10), [5, 5, 1, 20, 1]) == [0, 0, 1, 2, 3]
 
 
-def test_keys_change_after_ten_minutes_of_use() -> None:
-    sealer, opener = RecordSealer(SECRET), RecordOpener(SECRET)
-    # From the first record of an epoch, not from when the channel was made.
-    times_s = (5000.0, 5599.9, 5600.0, 6199.9, 6200.0)
-    records = [sealer.seal(TYPE_MESSAGE, b"x", now_s=now_s) for now_s in times_s]
-    assert [int.from_bytes(record[1:5], "big") for record in records] == [0, 0, 1, 1, 2]
-    for record in records:
-        assert opener.open(record) == (TYPE_MESSAGE, b"x")
-
-
 def test_a_key_protects_at_most_what_the_specification_says() -> None:
     assert RekeyLimits() == RekeyLimits(records=1 << 20, size_bytes=1 << 30, age_s=600.0)
 
