@@ -110,6 +110,23 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Leave out variants that are larger: 20MiB, or 0.3x of the size in 32 bits.",
+            show_default=False,
+        ),
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MS",
+            help="Leave out variants that are slower on this machine (p50; language models: time "
+            "to the first token), in milliseconds.",
+            show_default=False,
+        ),
+    ] = None,
     allow_pickle: Annotated[
         bool,
         typer.Option(
@@ -131,6 +148,14 @@ def convert(
         typer.Option(
             "--measure/--no-measure",
             help="Measure speed and memory on this machine; the router starts from the figures.",
+        ),
+    ] = True,
+    golden: Annotated[
+        bool,
+        typer.Option(
+            "--golden/--no-golden",
+            help="Put a few made-up inputs and their outputs into the bundle, for `nearfar bundle "
+            "verify`.",
         ),
     ] = True,
     sign: Annotated[
@@ -223,6 +248,7 @@ def convert(
     from rich.console import Console
 
     from converters.cache import default_root
+    from converters.limits import with_limits
     from converters.options import ConversionOptions
     from converters.pipeline import convert_model
     from converters.recipe_file import find_recipe, options_of, overridden, read_recipe
@@ -248,6 +274,7 @@ def convert(
         "license": license_,
         "description": description,
         "measure": measure,
+        "golden": golden,
     }
     options, known = ConversionOptions(), None
     if recipe is not None:
@@ -260,9 +287,10 @@ def convert(
         # Nodes that another method had to keep say nothing about this one.
         chosen = msgspec.structs.replace(settings.int8, method=int8.value, keep=())
         settings = msgspec.structs.replace(settings, int8=chosen)
-    if max_quality_drop is not None:
-        gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
-        settings = msgspec.structs.replace(settings, gates=gates)
+    gates = with_limits(
+        settings.gates, quality=max_quality_drop, size=max_size, latency=max_latency
+    )
+    settings = msgspec.structs.replace(settings, gates=gates)
     stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
     options = replace(options, allow_pickle=allow_pickle)
@@ -285,24 +313,6 @@ def convert(
             save_recipe=save_recipe,
         )
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
-
-
-def _share(stated: str) -> float:
-    """``1%`` or ``0.01`` as a share."""
-    from nearfar.errors import ConfigError
-
-    text = stated.strip()
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ConfigError(
-            f"{stated!r} is not a share between 0 and 1",
-            field="max_quality_drop",
-            fix="Write it as 1% or as 0.01",
-        )
-    return value
 
 
 def _is_stated(context: typer.Context, option: str) -> bool:

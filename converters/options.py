@@ -31,6 +31,7 @@ class ConversionOptions:
         measure: Whether to measure speed and memory on this machine.
         keep_work: Whether to keep the intermediate files beside the bundle.
         sign: File of the private key to sign the bundle with; `None` leaves it unsigned.
+        golden: Whether to put golden inputs and outputs into the bundle.
         cache: Folder with results of earlier steps, to take and to add to; `None` for none.
         settings: Numbers of the steps: quantization, gates, seed.
     """
@@ -51,5 +52,6 @@ class ConversionOptions:
     measure: bool = True
     keep_work: bool = False
     sign: Path | None = None
+    golden: bool = True
     cache: Path | None = None
     settings: Settings = field(default_factory=Settings)

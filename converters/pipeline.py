@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from converters.cache import StepCache
@@ -70,7 +71,7 @@ def convert_model(
     """
     options = options or ConversionOptions()
     reporter = reporter or Reporter()
-    _check_options(options)
+    check_options(options)
     # Minutes of work must not end with a key that cannot be read.
     signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
@@ -92,8 +93,14 @@ def convert_model(
         cache = StepCache(options.cache)
         shop = Workshop(writer=writer, work=work, options=options, reporter=reporter, cache=cache)
         manifest = _recipe(source, name, shop)
+        if options.golden:
+            manifest = _golden(manifest, shop)
         with reporter.step("hash and write the bundle") as step:
-            bundle = writer.finish(manifest, signing_key=signing_key)
+            bundle = writer.finish(
+                manifest,
+                signing_key=signing_key,
+                beside=partial(_beside, source, shop),
+            )
             step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
                       f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
     if cache.hits:
@@ -113,7 +120,8 @@ def convert_model(
 
 
 def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
-    from converters.recipes import embedding, onnx_model, text_generation, torch_module
+    from converters.recipes import bundle, embedding, onnx_model, text_generation, torch_module
+    from converters.sources.bundle import BundleSource
     from converters.sources.gguf import GgufSource
     from converters.sources.huggingface import HuggingFaceSource
     from converters.sources.onnx_file import OnnxSource
@@ -124,6 +132,8 @@ def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
         return torch_module.build(source, name, shop)
     if isinstance(source, OnnxSource):
         return onnx_model.build(source, name, shop)
+    if isinstance(source, BundleSource):
+        return bundle.build(source, name, shop)
     task = source.task if isinstance(source, HuggingFaceSource) else "text-generation"
     if wished is not None and wished != task:
         raise ConversionError(
@@ -135,7 +145,28 @@ def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
     return text_generation.build(source, name, shop)
 
 
-def _check_options(options: ConversionOptions) -> None:
+def _golden(manifest: Manifest, shop: Workshop) -> Manifest:
+    from converters.steps.golden import add_golden
+
+    with shop.reporter.step("run golden inputs as they will be served") as step:
+        manifest, said = add_golden(shop.writer, manifest, shop.settings.seed)
+        step.note(said if manifest.golden else f"left out: {said}")
+    return manifest
+
+
+def _beside(source: Source, shop: Workshop, manifest: Manifest) -> dict[str, bytes]:
+    from converters.report.files import files_beside
+
+    done = replace(shop.options, settings=shop.settings_found)
+    return files_beside(source, manifest, done, shop.evidence)
+
+
+def check_options(options: ConversionOptions) -> None:
+    """Refuse what cannot be, before anything is done.
+
+    Raises:
+        InvalidInput: A name, a version or a limit is not possible.
+    """
     if options.name is not None and slug(options.name) != options.name.strip("._-"):
         raise InvalidInput(
             f"The name {options.name!r} cannot be a bundle's",
@@ -147,6 +178,12 @@ def _check_options(options: ConversionOptions) -> None:
             f"{options.version!r} is not a semantic version",
             field="version",
             fix="Use a version such as 1.0.0",
+        )
+    if options.settings.gates.max_latency_ms is not None and not options.measure:
+        raise InvalidInput(
+            "A limit of latency needs the measuring that --no-measure leaves out",
+            field="max_latency",
+            fix="Leave out one of the two",
         )
 
 

@@ -34,7 +34,7 @@ _BROUGHT = Path(__file__).parent / "recipes"
 #: Files beside a model that change what comes out of it.
 _BESIDE_ONNX = ("config.min.json", "tokenizer.json")
 
-SourceKind = Literal["onnx", "gguf", "huggingface", "pytorch"]
+SourceKind = Literal["onnx", "gguf", "huggingface", "pytorch", "bundle"]
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +71,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
     Attributes:
         variants: Ids; empty takes the task's default.
         measure: Whether speed and memory were measured.
+        golden: Whether golden inputs and outputs were put into the bundle.
         labels: Class names that were given.
         preprocessing: JSON that was given, "" when none was.
         samples: Path of the ``.npz``, relative to the recipe; "" when none was given.
@@ -81,6 +82,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
 
     variants: tuple[str, ...] = ()
     measure: bool = True
+    golden: bool = True
     labels: tuple[str, ...] = ()
     preprocessing: str = ""
     samples: str = ""
@@ -180,6 +182,7 @@ def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
         description=recipe.bundle.description,
         variants=steps.variants,
         measure=steps.measure,
+        golden=steps.golden,
         labels=steps.labels or None,
         preprocessing=steps.preprocessing or None,
         samples=samples,
@@ -219,6 +222,7 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
         convert=RecipeSteps(
             variants=tuple(variant.id for variant in manifest.variants),
             measure=options.measure,
+            golden=options.golden,
             labels=manifest.labels if options.labels is not None else (),
             preprocessing=preprocessing,
             samples=samples,
@@ -307,10 +311,13 @@ def changed_files(recipe: Recipe, bundle: Bundle) -> list[str]:
 
 def kind_of(source: Source) -> SourceKind:
     """Which of the known forms the source has."""
+    from converters.sources.bundle import BundleSource
     from converters.sources.gguf import GgufSource
     from converters.sources.onnx_file import OnnxSource
     from converters.sources.torch_module import TorchSource
 
+    if isinstance(source, BundleSource):
+        return "bundle"
     if isinstance(source, TorchSource):
         return "pytorch"
     if isinstance(source, OnnxSource):
@@ -324,10 +331,11 @@ def fingerprint(source: Source) -> str:
     Of one file it is the file's own. Of several it is that of a list as `sha256sum` prints it:
     digest, two spaces, name, line feed; sorted by name. Of a PyTorch module: see its `digest`.
     """
+    from converters.sources.bundle import BundleSource
     from converters.sources.onnx_file import OnnxSource
     from converters.sources.torch_module import TorchSource
 
-    if isinstance(source, TorchSource):
+    if isinstance(source, (TorchSource, BundleSource)):
         return source.digest()
     folder = source.path if source.path.is_dir() else source.path.resolve().parent
     files = [source.path]

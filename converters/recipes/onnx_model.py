@@ -29,7 +29,6 @@ from converters.steps.verify_tensors import (
 from nearfar.bundle.manifest import (
     EngineName,
     HeadTailPreprocessing,
-    LatencyFigure,
     Manifest,
     Preprocessing,
     QualityFigure,
@@ -79,6 +78,7 @@ def build(
         ConversionError: A step refused or failed.
     """
     own = source.precision
+    shop.evidence.full_bytes = source.full_bytes
     possible = (own, "int8") if own == "fp32" else (own,)
     ids = shop.variant_ids((own,), possible)
     meaning = _meaning(source, shop)
@@ -109,12 +109,7 @@ def build(
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
     shop.check_any(ids)
-    latency: dict[str, tuple[LatencyFigure, int]] = {}
-    if shop.options.measure:
-        for variant_id in ids:
-            latency[variant_id] = shop.measure(
-                variant_id, _ENGINE, entries[variant_id], feeds=samples[0]
-            )
+    ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -335,7 +330,7 @@ def _verified(
     path: Path,
 ) -> tuple[QualityFigure, ...]:
     gate = shop.settings.gates.min_top1_agreement
-    is_unfused = variant_id == "int8" and shop.settings.int8.method == "static"
+    is_unfused = variant_id == "int8" and shop.settings.int8.method != "weights"
     parts = {
         "source": fingerprint(source),
         "source_name": source.label,
