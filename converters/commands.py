@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,6 +128,17 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Try the ways to compress the model, and put the best that hold the limits into "
+            "the bundle: those that no other beats in size, speed and quality.",
+        ),
+    ] = False,
+    max_variants: Annotated[
+        int, typer.Option(min=1, help="With --auto: how many variants the bundle may have.")
+    ] = 3,
     allow_pickle: Annotated[
         bool,
         typer.Option(
@@ -242,7 +254,16 @@ def convert(
 
         nearfar convert all-MiniLM-L6-v2/ -o models/minilm --max-quality-drop 3%
 
-    Then look at it with `nearfar bundle inspect models/assistant`.
+    The best of all ways to compress it, with at most 2% lost and 30 MiB:
+
+        nearfar convert all-MiniLM-L6-v2/ -o models/minilm --auto --max-quality-drop 2%
+        --max-size 30MiB
+
+    Eight bits beside what a bundle has already:
+
+        nearfar convert models/digits -o models/digits-8 --variants int8
+
+    Then open report.html in the bundle, or look at it with `nearfar bundle inspect models/minilm`.
     """
     import msgspec
     from rich.console import Console
@@ -296,15 +317,25 @@ def convert(
     options = replace(options, allow_pickle=allow_pickle)
     options = replace(options, cache=None if no_cache else root)
     console = Console(highlight=False)
+    is_search = auto or bool(options.trials)
+    if auto and variants:
+        raise ConfigError(
+            "--auto chooses the variants itself", field="variants", fix="Leave out one of the two"
+        )
     if dry_run:
-        _show_plan(console, model, options)
+        _show_plan(console, model, options, is_search=is_search)
         return
     if output is None:
         raise ConfigError(
             "It is not said where the bundle shall be", field="output", fix="Give -o FOLDER"
         )
+    make = convert_model
+    if is_search:
+        from converters.search.search import search_model
+
+        make = partial(search_model, count=max_variants)
     with _terminate_like_ctrl_c():
-        bundle = convert_model(
+        bundle = make(
             model,
             output,
             options,
@@ -312,7 +343,13 @@ def convert(
             recipe=known,
             save_recipe=save_recipe,
         )
+    if is_search:
+        from converters.report.contents import report_in
+        from converters.report.table import variants_table
+
+        console.print(variants_table(report_in(bundle)))
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
+    typer.echo(f"{bundle.path / 'report.html'}: how good it is, and why")
 
 
 def _is_stated(context: typer.Context, option: str) -> bool:
@@ -322,7 +359,9 @@ def _is_stated(context: typer.Context, option: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _show_plan(console: Console, model: Path, options: ConversionOptions) -> None:
+def _show_plan(
+    console: Console, model: Path, options: ConversionOptions, *, is_search: bool
+) -> None:
     from rich.table import Table
 
     from converters.plan import plan
@@ -332,7 +371,12 @@ def _show_plan(console: Console, model: Path, options: ConversionOptions) -> Non
     source = open_source(
         model, inputs=options.inputs, axes=options.axes, allow_pickle=options.allow_pickle
     )
-    planned = plan(source, options)
+    if is_search:
+        from converters.search.candidates import plan_search
+
+        planned = plan_search(source, options)
+    else:
+        planned = plan(source, options)
     table = Table(box=None)
     table.add_column("step")
     table.add_column("time", justify="right")

@@ -88,13 +88,13 @@ def convert_model(
     name = options.name or source.default_name
     with (
         BundleWriter(bundle_path, replace=options.replace) as writer,
-        _work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
+        work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
     ):
         cache = StepCache(options.cache)
         shop = Workshop(writer=writer, work=work, options=options, reporter=reporter, cache=cache)
         manifest = _recipe(source, name, shop)
         if options.golden:
-            manifest = _golden(manifest, shop)
+            manifest = with_golden(manifest, shop.writer, options, reporter)
         with reporter.step("hash and write the bundle") as step:
             bundle = writer.finish(
                 manifest,
@@ -145,11 +145,14 @@ def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
     return text_generation.build(source, name, shop)
 
 
-def _golden(manifest: Manifest, shop: Workshop) -> Manifest:
+def with_golden(
+    manifest: Manifest, writer: BundleWriter, options: ConversionOptions, reporter: Reporter
+) -> Manifest:
+    """Add golden inputs and outputs, where that is possible; see `add_golden`."""
     from converters.steps.golden import add_golden
 
-    with shop.reporter.step("run golden inputs as they will be served") as step:
-        manifest, said = add_golden(shop.writer, manifest, shop.settings.seed)
+    with reporter.step("run golden inputs as they will be served") as step:
+        manifest, said = add_golden(writer, manifest, options.settings.seed)
         step.note(said if manifest.golden else f"left out: {said}")
     return manifest
 
@@ -188,7 +191,7 @@ def check_options(options: ConversionOptions) -> None:
 
 
 @contextmanager
-def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
+def work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
     """Folder for intermediate files beside the bundle: they are large, and `/tmp` may be memory."""
     prefix = f".{bundle_path.name}.work-"
     _remove_stale(bundle_path.parent, prefix)

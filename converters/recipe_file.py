@@ -18,7 +18,7 @@ import msgspec
 
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
-from converters.settings import Settings
+from converters.settings import Settings, Trial
 from converters.sources.base import Source, sha256_file
 from nearfar.bundle import Bundle
 from nearfar.bundle.manifest import Task
@@ -78,6 +78,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
         samples_sha256: Its digest.
         inputs: Example inputs of a PyTorch module: a function, or a file relative to the recipe.
         axes: Its free sizes; `None` is the first axis.
+        trials: Variant id to how it was made, where a search found several ways.
     """
 
     variants: tuple[str, ...] = ()
@@ -89,6 +90,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
     samples_sha256: str = ""
     inputs: str = ""
     axes: str | None = None
+    trials: dict[str, Trial] = {}
 
 
 class Recipe(_Table, frozen=True, kw_only=True):
@@ -188,6 +190,7 @@ def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
         samples=samples,
         inputs=_inputs_from(steps.inputs, path.parent),
         axes=steps.axes,
+        trials=tuple(steps.trials.values()),
         settings=recipe.settings,
     )
 
@@ -229,6 +232,7 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
             samples_sha256=samples_sha256,
             inputs=_inputs_for(options.inputs, path.absolute().parent),
             axes=options.axes,
+            trials={one.id: one for one in options.trials},
         ),
         settings=options.settings,
         versions=manifest.lineage.tools,

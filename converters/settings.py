@@ -129,6 +129,23 @@ class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return min(limits, default=None)
 
 
+class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to make a variant, where a bundle holds several of one precision.
+
+    Attributes:
+        id: What the variant is called.
+        variant: Its precision: the id that it has alone.
+        int8, int4: How, in place of what `Settings` says.
+        is_mixed: Whether sensitive nodes are looked for, to stay in full precision.
+    """
+
+    id: str
+    variant: str
+    int8: Int8Settings = Int8Settings()
+    int4: Int4Settings = Int4Settings()
+    is_mixed: bool = False
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of them.
 

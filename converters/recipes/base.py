@@ -134,12 +134,18 @@ class Workshop:
                     placement=placement,
                     quality_rank=rank,
                     requirements=Requirements(memory_bytes=measured[1] if measured else 0),
-                    quality=tuple(_renamed(figure, ids) for figure in quality[variant_id]),
+                    quality=tuple(self._renamed(figure) for figure in quality[variant_id]),
                     latency=(measured[0],) if measured else (),
                     saturation=self._saturation(variant_id, quality[variant_id]),
                 )
             )
         return tuple(found)
+
+    def _renamed(self, figure: QualityFigure) -> QualityFigure:
+        """A reference that a gate held back is named as what it is."""
+        if figure.reference not in {one.id for one in self.evidence.tried}:
+            return figure
+        return msgspec.structs.replace(figure, reference=f"{figure.reference}, not in the bundle")
 
     def _saturation(self, variant_id: str, figures: Sequence[QualityFigure]) -> dict[str, bool]:
         """See `Variant.saturation`."""
@@ -257,7 +263,7 @@ class Workshop:
             )
         )
         shutil.rmtree(self.writer.folder / variant_id, ignore_errors=True)
-        self.refused.append(str(problem))
+        self.refused.append(problem.reason)
 
     def _size(self, variant_id: str) -> int:
         folder = self.writer.folder / variant_id
@@ -309,13 +315,6 @@ class Workshop:
                 + (f", {1000 / per_token:.1f} tokens/s" if per_token else "")
             )
         return figure, memory_bytes
-
-
-def _renamed(figure: QualityFigure, ids: Sequence[str]) -> QualityFigure:
-    """A reference that a gate held back is named as what it is."""
-    if figure.reference in ids or figure.reference not in _QUALITY_ORDER:
-        return figure
-    return msgspec.structs.replace(figure, reference=f"{figure.reference}, not in the bundle")
 
 
 def summary(figures: Sequence[QualityFigure]) -> str:

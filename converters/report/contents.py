@@ -11,7 +11,9 @@ from converters.report.evidence import ActivationHistogram, Evidence, LayerError
 from converters.report.pareto import mark_front
 from converters.settings import Gates
 from converters.steps.gate import quality_drop
+from nearfar.bundle import Bundle
 from nearfar.bundle.manifest import Manifest, Variant
+from nearfar.errors import ConversionError
 
 #: Of ``report.json``.
 FORMAT = 1
@@ -124,3 +126,17 @@ def encode_report(report: Report) -> bytes:
 def decode_report(data: bytes) -> Report:
     """Read ``report.json``. Raises `msgspec.DecodeError`."""
     return msgspec.json.decode(data, type=Report)
+
+
+def report_in(bundle: Bundle) -> Report:
+    """The report of a bundle.
+
+    Raises:
+        ConversionError: It has none.
+    """
+    try:
+        return decode_report((bundle.path / "report.json").read_bytes())
+    except (OSError, msgspec.DecodeError) as exc:
+        raise ConversionError(
+            f"{bundle.path} has no readable report.json", fix="Convert the model again"
+        ) from exc

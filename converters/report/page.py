@@ -115,11 +115,15 @@ def _charts(report: Report) -> Iterator[tuple[str, str]]:
             ),
         )
     if len(judged) > 1:
+        # Ticks are round in the unit that the sizes are told in.
+        is_large = max(one.size_bytes for one in judged) > 2**20
+        unit, name = (2**20, "MiB") if is_large else (2**10, "KiB")
         yield "by_size", scatter_chart(
-            [_point(one, one.size_bytes) for one in judged],
+            [_point(one, one.size_bytes / unit) for one in judged],
             "Quality that is lost against size",
-            x_axis="size", y_axis="quality lost", x_text=format_bytes, y_text=share,
-            limits=(size_limit, limits.max_quality_drop),
+            x_axis="size", y_axis="quality lost",
+            x_text=lambda size: f"{size:.4g} {name}", y_text=share,
+            limits=(size_limit / unit if size_limit else None, limits.max_quality_drop),
         )  # fmt: skip
     both = [one for one in judged if one.latency_ms is not None]
     if len(both) > 1:
@@ -128,7 +132,7 @@ def _charts(report: Report) -> Iterator[tuple[str, str]]:
             [_point(one, one.latency_ms or 0.0) for one in both],
             "Quality that is lost against time",
             x_axis="time per token" if is_text else "time of a call (p50)",
-            y_axis="quality lost", x_text=format_ms, y_text=share,
+            y_axis="quality lost", x_text=lambda time: f"{time:.3g} ms", y_text=share,
             limits=(None if is_text else limits.max_latency_ms, limits.max_quality_drop),
         )  # fmt: skip
 

@@ -16,9 +16,9 @@ from nearfar.bundle.manifest import (
     HeadTailPreprocessing,
     Manifest,
     TextPreprocessing,
-    Variant,
 )
 from nearfar.bundle.writer import BundleWriter
+from nearfar.engines.devices import probe
 from nearfar.engines.golden import (
     ANSWERS,
     INPUTS,
@@ -31,9 +31,11 @@ from nearfar.engines.golden import (
     run_prompts,
     to_npz,
 )
+from nearfar.engines.selection import why_not
 from nearfar.errors import ConversionError, EngineError
 
 CASES = 4
+_CPU = "CPUExecutionProvider"
 _BYTES = (
     b'{"name": "nearfar", "route": "edge", "bytes": [1, 2, 3], "sealed": true}\n' * 8,
     b"import sys\n\n\ndef main() -> None:\n    print(sys.argv)\n" * 12,
@@ -53,8 +55,10 @@ def add_golden(writer: BundleWriter, manifest: Manifest, seed: int) -> tuple[Man
     """
     draft = writer.draft(manifest)
     ranked = sorted(manifest.variants, key=lambda variant: variant.quality_rank)
-    if any(not _runs_here(variant) for variant in ranked):
-        return manifest, "a variant does not run on this machine's CPU"
+    # What this machine runs badly, or not at all, is no reference for others.
+    ranked = [variant for variant in ranked if why_not(variant, probe()) is None]
+    if not ranked or any(one.requirements.execution_provider != _CPU for one in ranked):
+        return manifest, "no variant runs on this machine's CPU"
     best = ranked[0].id
     try:
         if manifest.task == "text-generation":
@@ -88,12 +92,6 @@ def add_golden(writer: BundleWriter, manifest: Manifest, seed: int) -> tuple[Man
     writer.file(OUTPUTS).write_bytes(outputs)
     golden = Golden(inputs=INPUTS, outputs=OUTPUTS, reference=best, relative_error=errors)
     return structs.replace(manifest, golden=golden), f"{len(cases)} inputs"
-
-
-def _runs_here(variant: Variant) -> bool:
-    return variant.engine in ("onnxruntime", "onnxruntime-genai") and (
-        variant.requirements.execution_provider == "CPUExecutionProvider"
-    )
 
 
 def _is_finite(array: np.ndarray) -> bool:

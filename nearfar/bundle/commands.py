@@ -102,7 +102,7 @@ def _check_golden(bundle: Bundle) -> None:
         BundleError: One computes something else than it did where the bundle was made.
     """
     from nearfar.engines.devices import probe
-    from nearfar.engines.golden import check_golden
+    from nearfar.engines.golden import check_golden, is_known
     from nearfar.engines.selection import why_not
     from nearfar.errors import BundleError
 
@@ -110,6 +110,8 @@ def _check_golden(bundle: Bundle) -> None:
     wrong = []
     for variant in bundle.manifest.variants:
         reason = why_not(variant, device)
+        if reason is None and not is_known(bundle, variant.id):
+            reason = "it did not run where the bundle was made"
         if reason is not None:
             typer.echo(f"golden inputs: {variant.id} is not run here: {reason}")
             continue

@@ -90,13 +90,33 @@ def check_golden(bundle: Bundle, variant_id: str) -> GoldenResult:
     if not cases or len(cases) != len(expected):
         raise _damaged(bundle, golden.outputs, f"{len(expected)} cases for {len(cases)} inputs")
     difference = relative_error(run_cases(bundle, variant_id, cases), expected)
-    then = golden.relative_error.get(variant_id, 0.0)
+    then = golden.relative_error.get(variant_id)
+    if then is None:
+        raise BundleError(
+            f"Bundle {bundle.path} does not say how {variant_id} does on the golden inputs: it did "
+            "not run where the bundle was made",
+            fix="Convert the model on a machine that runs it",
+        )
     return GoldenResult(
         variant_id=variant_id,
         cases=len(cases),
         difference=difference,
         allowed=_FACTOR * then + _MARGIN,
     )
+
+
+def is_known(bundle: Bundle, variant_id: str) -> bool:
+    """Whether it was recorded how the variant does on the golden inputs.
+
+    Raises:
+        BundleError: The recorded answers are damaged.
+    """
+    golden = bundle.manifest.golden
+    if golden is None:
+        return False
+    if golden.inputs.endswith(".json"):
+        return variant_id in _read_json(bundle, golden.outputs, dict[str, list[str]])
+    return variant_id in golden.relative_error
 
 
 def run_cases(bundle: Bundle, variant_id: str, cases: Sequence[Case]) -> list[Case]:

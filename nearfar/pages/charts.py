@@ -245,7 +245,7 @@ def _ticks(most: float) -> list[float]:
     found = [0.0]
     for factor in (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0):
         value = factor * order
-        if value <= most and math.sqrt(value / most) - math.sqrt(found[-1] / most) > 0.09:
+        if value <= most and math.sqrt(value / most) - math.sqrt(found[-1] / most) > 0.15:
             found.append(value)
     return found
 
