@@ -16,6 +16,7 @@ from pathlib import Path
 
 from converters.cache import StepCache
 from converters.options import ConversionOptions
+from converters.plan import plan
 from converters.recipe_file import (
     Recipe,
     changed_files,
@@ -85,6 +86,8 @@ def convert_model(
         step.note(source.title)
     for line in check_source(recipe, source) if recipe is not None else ():
         reporter.say(f"! {line}: the files may differ from the recipe's")
+    if reporter.is_live:
+        reporter.expect(plan(source, options).time_s)
     name = options.name or source.default_name
     with (
         BundleWriter(bundle_path, replace=options.replace) as writer,

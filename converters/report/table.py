@@ -11,22 +11,22 @@ from converters.report.page import share
 from nearfar.units import format_bytes, format_ms
 
 _STYLES = {"packed": "green", "not taken": "blue", "refused": "red", "failed": "red"}
-_PLOT = 16
+_PLOT = 10
 
 
 def variants_table(report: Report) -> Table:
     """One row a variant, best first; the Pareto front is marked, and sizes are drawn."""
     most = max((one.size_bytes for one in report.variants), default=1) or 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in ("size", "p50", "lost"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("front", justify="center")
-    table.add_column("size", no_wrap=True)
-    table.add_column("")
+    table.add_column("", justify="center", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
     order = sorted(report.variants, key=lambda one: (one.lost is None, one.lost or 0.0))
     for one in order:
-        told = "in the bundle" if one.outcome == "packed" else one.outcome
+        told = "taken" if one.outcome == "packed" else one.outcome
         style = _STYLES[one.outcome]
         table.add_row(
             Text(one.id, style="bold" if one.outcome == "packed" else ""),
@@ -37,4 +37,6 @@ def variants_table(report: Report) -> Table:
             Text("▇" * round(_PLOT * one.size_bytes / most), style=style),
             Text(told, style=style),
         )
+    table.caption = "● nothing else is at least as small, as fast and as good"
+    table.caption_justify = "left"
     return table

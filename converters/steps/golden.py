@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import json, structs
 
 from converters import texts
+from converters.libraries import quiet
 from converters.steps.verify_tensors import synthetic_samples
 from nearfar.bundle.manifest import (
     Golden,
@@ -53,6 +54,11 @@ def add_golden(writer: BundleWriter, manifest: Manifest, seed: int) -> tuple[Man
     Raises:
         ConversionError: A variant does not run in the engine that will serve it.
     """
+    with quiet():
+        return _added(writer, manifest, seed)
+
+
+def _added(writer: BundleWriter, manifest: Manifest, seed: int) -> tuple[Manifest, str]:
     draft = writer.draft(manifest)
     ranked = sorted(manifest.variants, key=lambda variant: variant.quality_rank)
     # What this machine runs badly, or not at all, is no reference for others.
