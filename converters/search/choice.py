@@ -14,6 +14,10 @@ from converters.steps.gate import latency_refusal, size_refusal
 from nearfar.errors import ConversionError
 from nearfar.units import format_bytes, format_ms
 
+#: Differences that decide nothing: a few kilobytes, what two measurements of one variant differ by,
+#: and one answer of a thousand.
+_LIKE_SIZE, _LIKE_TIME, _LIKE_QUALITY = 1.05, 1.1, 0.001
+
 
 def judged(tried: Sequence[Tried], gates: Gates, full_bytes: int) -> tuple[Tried, ...]:
     """The same, with the Pareto front marked, and with outcome ``refused`` where a gate says so."""
@@ -57,11 +61,18 @@ def choose(
         if one.id in titles or len(titles) < count:
             titles.setdefault(one.id, []).append(text)
 
-    title(min(front, key=lambda one: (one.size_bytes, one.lost or 0.0)), "the smallest")
+    # Of those that are as good as the smallest, fastest or best, the one that is better otherwise.
+    least = min(one.size_bytes for one in front)
+    small = [one for one in front if one.size_bytes <= _LIKE_SIZE * least]
+    title(min(small, key=lambda one: (one.latency_ms or 0.0, one.lost or 0.0)), "the smallest")
     timed = [one for one in front if one.latency_ms is not None]
     if timed:
-        title(min(timed, key=lambda one: one.latency_ms or 0.0), "the fastest")
-    title(min(front, key=lambda one: (one.lost or 0.0, one.size_bytes)), "the best")
+        least_ms = min(one.latency_ms or 0.0 for one in timed)
+        fast = [one for one in timed if (one.latency_ms or 0.0) <= _LIKE_TIME * least_ms]
+        title(min(fast, key=lambda one: (one.lost or 0.0, one.size_bytes)), "the fastest")
+    least_lost = min(one.lost or 0.0 for one in front)
+    good = [one for one in front if (one.lost or 0.0) <= least_lost + _LIKE_QUALITY]
+    title(min(good, key=lambda one: (one.size_bytes, one.lost or 0.0)), "the best")
     for one in sorted(front, key=lambda one: one.lost or 0.0):
         if one.id not in titles:
             title(one, "nothing else is at least as small, as fast and as good")

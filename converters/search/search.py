@@ -37,6 +37,9 @@ from nearfar.units import format_bytes, format_ms
 #: Taken where nobody states one: a search needs to know what is bad.
 DEFAULT_QUALITY_DROP = 0.05
 DEFAULT_COUNT = 3
+#: What loses more than so many times the limit is not saved by a few nodes, and finding them takes
+#: longer than all else: every node is rounded alone.
+_WORTH_MIXING = 4.0
 
 
 @dataclass(slots=True)
@@ -202,7 +205,8 @@ def _try_all(
                 found.tested[trial.id] = tested
                 row = _row(tested, perplexity)
                 step.note(_told(row))
-                if is_search and can_be_mixed(trial) and (row.lost or 0.0) > limit:
+                worth = limit < (row.lost or 0.0) <= _WORTH_MIXING * limit
+                if is_search and can_be_mixed(trial) and worth:
                     # It is good but for a few nodes, perhaps.
                     waiting.append(mixed(trial))
                     clock.more(6 * clock.last_s())

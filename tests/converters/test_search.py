@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -22,6 +23,7 @@ from converters.search.choice import choose, judged
 from converters.search.search import search_model
 from converters.settings import Gates, Int8Settings, Settings, Trial
 from nearfar.bundle import Bundle, open_bundle
+from nearfar.bundle.manifest import LatencyFigure
 from nearfar.cli import run
 from nearfar.engines.golden import check_golden
 from nearfar.errors import ConversionError
@@ -160,6 +162,18 @@ def test_smallest_fastest_and_best_come_first():
     assert outcomes["worse"][0] == "not taken"
     assert outcomes["worse"][1].startswith("a is at least as small")
     assert choose(marked, 1)[0] == ("c",)
+
+
+def test_a_hair_smaller_does_not_decide():
+    rows = [tried("full", 1000, 0.0), tried("slow", 100, 0.001), tried("good", 102, 0.0005)]
+    latency = LatencyFigure(
+        machine="m", execution_provider="CPUExecutionProvider", p50_ms=1.0, p99_ms=1.0, calls=9
+    )
+    timed = [
+        msgspec.structs.replace(one, latency=msgspec.structs.replace(latency, p50_ms=p50))
+        for one, p50 in zip(rows, (3.0, 9.0, 1.0), strict=True)
+    ]
+    assert choose(judged(timed, Gates(max_quality_drop=0.05), 1000), 1)[0] == ("good",)
 
 
 def test_the_command_searches_and_shows_the_plan(model: Path, tmp_path: Path, capsys, monkeypatch):
