@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,6 +136,34 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Leave out variants that are larger: 20MiB, or 0.3x of the size in 32 bits.",
+            show_default=False,
+        ),
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MS",
+            help="Leave out variants that are slower on this machine (p50; language models: time "
+            "to the first token), in milliseconds.",
+            show_default=False,
+        ),
+    ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Try the ways to compress the model, and put the best that hold the limits into "
+            "the bundle: those that no other beats in size, speed and quality.",
+        ),
+    ] = False,
+    max_variants: Annotated[
+        int, typer.Option(min=1, help="With --auto: how many variants the bundle may have.")
+    ] = 3,
     allow_pickle: Annotated[
         bool,
         typer.Option(
@@ -156,6 +185,14 @@ def convert(
         typer.Option(
             "--measure/--no-measure",
             help="Measure speed and memory on this machine; the router starts from the figures.",
+        ),
+    ] = True,
+    golden: Annotated[
+        bool,
+        typer.Option(
+            "--golden/--no-golden",
+            help="Put a few made-up inputs and their outputs into the bundle, for `nearfar bundle "
+            "verify`.",
         ),
     ] = True,
     sign: Annotated[
@@ -242,12 +279,22 @@ def convert(
 
         nearfar convert all-MiniLM-L6-v2/ -o models/minilm --max-quality-drop 3%
 
-    Then look at it with `nearfar bundle inspect models/assistant`.
+    The best of all ways to compress it, with at most 2% lost and 30 MiB:
+
+        nearfar convert all-MiniLM-L6-v2/ -o models/minilm --auto --max-quality-drop 2%
+        --max-size 30MiB
+
+    Eight bits beside what a bundle has already:
+
+        nearfar convert models/digits -o models/digits-8 --variants int8
+
+    Then open report.html in the bundle, or look at it with `nearfar bundle inspect models/minilm`.
     """
     import msgspec
     from rich.console import Console
 
     from converters.cache import default_root
+    from converters.limits import with_limits
     from converters.options import ConversionOptions
     from converters.pipeline import convert_model
     from converters.recipe_file import find_recipe, options_of, overridden, read_recipe
@@ -274,6 +321,7 @@ def convert(
         "license": license_,
         "description": description,
         "measure": measure,
+        "golden": golden,
     }
     options, known = ConversionOptions(), None
     if recipe is not None:
@@ -295,23 +343,34 @@ def convert(
             )
         shorter = msgspec.structs.replace(settings.embedding, dimensions=dimensions)
         settings = msgspec.structs.replace(settings, embedding=shorter)
-    if max_quality_drop is not None:
-        gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
-        settings = msgspec.structs.replace(settings, gates=gates)
+    gates = with_limits(
+        settings.gates, quality=max_quality_drop, size=max_size, latency=max_latency
+    )
+    settings = msgspec.structs.replace(settings, gates=gates)
     stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
     options = replace(options, allow_pickle=allow_pickle)
     options = replace(options, cache=None if no_cache else root)
     console = Console(highlight=False)
+    is_search = auto or bool(options.trials)
+    if auto and variants:
+        raise ConfigError(
+            "--auto chooses the variants itself", field="variants", fix="Leave out one of the two"
+        )
     if dry_run:
-        _show_plan(console, model, options)
+        _show_plan(console, model, options, is_search=is_search)
         return
     if output is None:
         raise ConfigError(
             "It is not said where the bundle shall be", field="output", fix="Give -o FOLDER"
         )
+    make = convert_model
+    if is_search:
+        from converters.search.search import search_model
+
+        make = partial(search_model, count=max_variants)
     with _terminate_like_ctrl_c():
-        bundle = convert_model(
+        bundle = make(
             model,
             output,
             options,
@@ -319,7 +378,13 @@ def convert(
             recipe=known,
             save_recipe=save_recipe,
         )
+    if is_search:
+        from converters.report.contents import report_in
+        from converters.report.table import variants_table
+
+        console.print(variants_table(report_in(bundle)))
     typer.echo(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}")
+    typer.echo(f"{bundle.path / 'report.html'}: how good it is, and why")
 
 
 def _pruned(settings: PruneSettings, ratio: float) -> PruneSettings:
@@ -334,24 +399,6 @@ def _pruned(settings: PruneSettings, ratio: float) -> PruneSettings:
     return msgspec.structs.replace(settings, ratio=ratio)
 
 
-def _share(stated: str) -> float:
-    """``1%`` or ``0.01`` as a share."""
-    from nearfar.errors import ConfigError
-
-    text = stated.strip()
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ConfigError(
-            f"{stated!r} is not a share between 0 and 1",
-            field="max_quality_drop",
-            fix="Write it as 1% or as 0.01",
-        )
-    return value
-
-
 def _is_stated(context: typer.Context, option: str) -> bool:
     """Whether a person gave the option, so that it wins over the recipe."""
     parameter = "license_" if option == "license" else option
@@ -359,7 +406,9 @@ def _is_stated(context: typer.Context, option: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _show_plan(console: Console, model: Path, options: ConversionOptions) -> None:
+def _show_plan(
+    console: Console, model: Path, options: ConversionOptions, *, is_search: bool
+) -> None:
     from rich.table import Table
 
     from converters.plan import plan
@@ -369,7 +418,12 @@ def _show_plan(console: Console, model: Path, options: ConversionOptions) -> Non
     source = open_source(
         model, inputs=options.inputs, axes=options.axes, allow_pickle=options.allow_pickle
     )
-    planned = plan(source, options)
+    if is_search:
+        from converters.search.candidates import plan_search
+
+        planned = plan_search(source, options)
+    else:
+        planned = plan(source, options)
     table = Table(box=None)
     table.add_column("step")
     table.add_column("time", justify="right")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,7 +50,7 @@ def load(name: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' warnings about their own insides."""
+    """Silence the libraries' warnings about their own insides, and what they print about them."""
     loggers = [
         logging.getLogger(name)
         for name in ("torch.onnx", "transformers", "onnxruntime.quantization", "onnxscript", "root")
@@ -60,7 +61,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        # ONNX Runtime's calibrators print a line for every input.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters.settings import Settings
+from converters.settings import Settings, Trial
 from nearfar.bundle.manifest import Task
 
 
@@ -33,7 +33,10 @@ class ConversionOptions:
         measure: Whether to measure speed and memory on this machine.
         keep_work: Whether to keep the intermediate files beside the bundle.
         sign: File of the private key to sign the bundle with; `None` leaves it unsigned.
+        golden: Whether to put golden inputs and outputs into the bundle.
         cache: Folder with results of earlier steps, to take and to add to; `None` for none.
+        trials: Variants to make with settings of their own and to put into one bundle; those that
+            a search (`converters.search`) found, when its recipe is repeated.
         settings: Numbers of the steps: quantization, gates, seed.
     """
 
@@ -54,5 +57,7 @@ class ConversionOptions:
     measure: bool = True
     keep_work: bool = False
     sign: Path | None = None
+    golden: bool = True
     cache: Path | None = None
+    trials: tuple[Trial, ...] = ()
     settings: Settings = field(default_factory=Settings)

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from converters.cache import StepCache
 from converters.options import ConversionOptions
+from converters.plan import plan
 from converters.recipe_file import (
     Recipe,
     changed_files,
@@ -70,7 +72,7 @@ def convert_model(
     """
     options = options or ConversionOptions()
     reporter = reporter or Reporter()
-    _check_options(options)
+    check_options(options)
     # Minutes of work must not end with a key that cannot be read.
     signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
@@ -84,16 +86,24 @@ def convert_model(
         step.note(source.title)
     for line in check_source(recipe, source) if recipe is not None else ():
         reporter.say(f"! {line}: the files may differ from the recipe's")
+    if reporter.is_live:
+        reporter.expect(plan(source, options).time_s)
     name = options.name or source.default_name
     with (
         BundleWriter(bundle_path, replace=options.replace) as writer,
-        _work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
+        work_folder(bundle_path.absolute(), keep=options.keep_work) as work,
     ):
         cache = StepCache(options.cache)
         shop = Workshop(writer=writer, work=work, options=options, reporter=reporter, cache=cache)
         manifest = _recipe(source, name, shop)
+        if options.golden:
+            manifest = with_golden(manifest, shop.writer, options, reporter)
         with reporter.step("hash and write the bundle") as step:
-            bundle = writer.finish(manifest, signing_key=signing_key)
+            bundle = writer.finish(
+                manifest,
+                signing_key=signing_key,
+                beside=partial(_beside, source, shop),
+            )
             step.note(f"{bundle.manifest.name} {bundle.manifest.version}, "
                       f"{format_bytes(bundle.size_bytes())}")  # fmt: skip
     if cache.hits:
@@ -113,7 +123,8 @@ def convert_model(
 
 
 def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
-    from converters.recipes import embedding, onnx_model, text_generation, torch_module
+    from converters.recipes import bundle, embedding, onnx_model, text_generation, torch_module
+    from converters.sources.bundle import BundleSource
     from converters.sources.gguf import GgufSource
     from converters.sources.huggingface import HuggingFaceSource
     from converters.sources.onnx_file import OnnxSource
@@ -124,6 +135,8 @@ def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
         return torch_module.build(source, name, shop)
     if isinstance(source, OnnxSource):
         return onnx_model.build(source, name, shop)
+    if isinstance(source, BundleSource):
+        return bundle.build(source, name, shop)
     task = source.task if isinstance(source, HuggingFaceSource) else "text-generation"
     if wished is not None and wished != task:
         raise ConversionError(
@@ -135,7 +148,31 @@ def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
     return text_generation.build(source, name, shop)
 
 
-def _check_options(options: ConversionOptions) -> None:
+def with_golden(
+    manifest: Manifest, writer: BundleWriter, options: ConversionOptions, reporter: Reporter
+) -> Manifest:
+    """Add golden inputs and outputs, where that is possible; see `add_golden`."""
+    from converters.steps.golden import add_golden
+
+    with reporter.step("run golden inputs as they will be served") as step:
+        manifest, said = add_golden(writer, manifest, options.settings.seed)
+        step.note(said if manifest.golden else f"left out: {said}")
+    return manifest
+
+
+def _beside(source: Source, shop: Workshop, manifest: Manifest) -> dict[str, bytes]:
+    from converters.report.files import files_beside
+
+    done = replace(shop.options, settings=shop.settings_found)
+    return files_beside(source, manifest, done, shop.evidence)
+
+
+def check_options(options: ConversionOptions) -> None:
+    """Refuse what cannot be, before anything is done.
+
+    Raises:
+        InvalidInput: A name, a version or a limit is not possible.
+    """
     if options.name is not None and slug(options.name) != options.name.strip("._-"):
         raise InvalidInput(
             f"The name {options.name!r} cannot be a bundle's",
@@ -148,10 +185,16 @@ def _check_options(options: ConversionOptions) -> None:
             field="version",
             fix="Use a version such as 1.0.0",
         )
+    if options.settings.gates.max_latency_ms is not None and not options.measure:
+        raise InvalidInput(
+            "A limit of latency needs the measuring that --no-measure leaves out",
+            field="max_latency",
+            fix="Leave out one of the two",
+        )
 
 
 @contextmanager
-def _work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
+def work_folder(bundle_path: Path, *, keep: bool) -> Iterator[Path]:
     """Folder for intermediate files beside the bundle: they are large, and `/tmp` may be memory."""
     prefix = f".{bundle_path.name}.work-"
     _remove_stale(bundle_path.parent, prefix)

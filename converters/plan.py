@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.options import ConversionOptions
-from converters.recipes import embedding, text_generation
+from converters.recipes import bundle, embedding, text_generation
 from converters.recipes.base import Workshop
 from converters.recipes.onnx_model import variants_of
 from converters.sources.base import Source
+from converters.sources.bundle import BundleSource
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import HuggingFaceSource
 from converters.sources.onnx_file import OnnxSource
@@ -76,6 +77,8 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
         return _plan_module(source, options)
     if isinstance(source, OnnxSource):
         return _plan_onnx(source, options)
+    if isinstance(source, BundleSource):
+        return _plan_bundle(source, options)
     if isinstance(source, HuggingFaceSource) and source.task == "embedding":
         return _plan_encoder(source, options)
     return _plan_language_model(source, options)
@@ -111,6 +114,17 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
     sizes = {"fp32": full, "pruned": full * left,
              **{name: full * left * _SIZE[name] for name in ("fp16", "int8")}}  # fmt: skip
     return _finished(ids, steps, lambda name: sizes[name], options)
+
+
+def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
+    ids = _ids(options, (), bundle.POSSIBLE)
+    full, there = source.full.size_bytes, source.bundle.size_bytes()
+    steps = [_step("take the variants over", there, per_gib_s=4, disk=there)]
+    if ids:
+        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+        steps.append(_step("verify", full * (1 + len(ids)), per_gib_s=60))
+    planned = _finished(ids, steps, lambda name: full * _SIZE[name], options)
+    return Plan(planned.variants, planned.steps, planned.bundle_bytes + there)
 
 
 def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:

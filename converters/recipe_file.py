@@ -18,7 +18,7 @@ import msgspec
 
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
-from converters.settings import Settings
+from converters.settings import Settings, Trial
 from converters.sources.base import Source, sha256_file
 from nearfar.bundle import Bundle
 from nearfar.bundle.manifest import Task
@@ -34,7 +34,7 @@ _BROUGHT = Path(__file__).parent / "recipes"
 #: Files beside a model that change what comes out of it.
 _BESIDE_ONNX = ("config.min.json", "tokenizer.json")
 
-SourceKind = Literal["onnx", "gguf", "huggingface", "pytorch"]
+SourceKind = Literal["onnx", "gguf", "huggingface", "pytorch", "bundle"]
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +71,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
     Attributes:
         variants: Ids; empty takes the task's default.
         measure: Whether speed and memory were measured.
+        golden: Whether golden inputs and outputs were put into the bundle.
         labels: Class names that were given.
         preprocessing: JSON that was given, "" when none was.
         samples: Path of the ``.npz``, relative to the recipe; "" when none was given.
@@ -78,10 +79,12 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
         inputs: Example inputs of a PyTorch module: a function, or a file relative to the recipe.
         axes: Its free sizes; `None` is the first axis.
         train: What a pruned module was trained on, in the form of `inputs`.
+        trials: Variant id to how it was made, where a search found several ways.
     """
 
     variants: tuple[str, ...] = ()
     measure: bool = True
+    golden: bool = True
     labels: tuple[str, ...] = ()
     preprocessing: str = ""
     samples: str = ""
@@ -89,6 +92,7 @@ class RecipeSteps(_Table, frozen=True, kw_only=True):
     inputs: str = ""
     axes: str | None = None
     train: str = ""
+    trials: dict[str, Trial] = {}
 
 
 class Recipe(_Table, frozen=True, kw_only=True):
@@ -182,12 +186,14 @@ def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
         description=recipe.bundle.description,
         variants=steps.variants,
         measure=steps.measure,
+        golden=steps.golden,
         labels=steps.labels or None,
         preprocessing=steps.preprocessing or None,
         samples=samples,
         inputs=_inputs_from(steps.inputs, path.parent),
         axes=steps.axes,
         train=_inputs_from(steps.train, path.parent),
+        trials=tuple(steps.trials.values()),
         settings=recipe.settings,
     )
 
@@ -222,6 +228,7 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
         convert=RecipeSteps(
             variants=tuple(variant.id for variant in manifest.variants),
             measure=options.measure,
+            golden=options.golden,
             labels=manifest.labels if options.labels is not None else (),
             preprocessing=preprocessing,
             samples=samples,
@@ -229,6 +236,7 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
             inputs=_inputs_for(options.inputs, path.absolute().parent),
             axes=options.axes,
             train=_inputs_for(options.train, path.absolute().parent),
+            trials={one.id: one for one in options.trials},
         ),
         settings=options.settings,
         versions=manifest.lineage.tools,
@@ -311,10 +319,13 @@ def changed_files(recipe: Recipe, bundle: Bundle) -> list[str]:
 
 def kind_of(source: Source) -> SourceKind:
     """Which of the known forms the source has."""
+    from converters.sources.bundle import BundleSource
     from converters.sources.gguf import GgufSource
     from converters.sources.onnx_file import OnnxSource
     from converters.sources.torch_module import TorchSource
 
+    if isinstance(source, BundleSource):
+        return "bundle"
     if isinstance(source, TorchSource):
         return "pytorch"
     if isinstance(source, OnnxSource):
@@ -328,10 +339,11 @@ def fingerprint(source: Source) -> str:
     Of one file it is the file's own. Of several it is that of a list as `sha256sum` prints it:
     digest, two spaces, name, line feed; sorted by name. Of a PyTorch module: see its `digest`.
     """
+    from converters.sources.bundle import BundleSource
     from converters.sources.onnx_file import OnnxSource
     from converters.sources.torch_module import TorchSource
 
-    if isinstance(source, TorchSource):
+    if isinstance(source, (TorchSource, BundleSource)):
         return source.digest()
     folder = source.path if source.path.is_dir() else source.path.resolve().parent
     files = [source.path]

@@ -29,6 +29,16 @@ class Reporter:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
+        self._due_s: float | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody watches, so that the time that is left is worth telling."""
+        return self._console is not None and self._console.is_terminal
+
+    def expect(self, seconds: float) -> None:
+        """From now on running steps tell what is left of that time."""
+        self._due_s = time.monotonic() + seconds
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
@@ -39,7 +49,7 @@ class Reporter:
             yield step
             return
         if self._console.is_terminal:
-            with self._console.status(title):
+            with self._console.status(Text(title + self._left())):
                 yield step
         else:
             # Logs and parent processes see at once what is being done.
@@ -48,6 +58,12 @@ class Reporter:
         elapsed_s = time.monotonic() - started_s
         detail = f": {step.detail}" if step.detail else ""
         self._print(f"✓ {title}{detail} ({elapsed_s:.1f} s)")
+
+    def _left(self) -> str:
+        left_s = (self._due_s or 0.0) - time.monotonic()
+        if left_s <= 1:
+            return ""
+        return f", about {left_s / 60:.0f} min left" if left_s > 90 else f", {left_s:.0f} s left"
 
     def say(self, text: str) -> None:
         """Print a line."""

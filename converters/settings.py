@@ -127,13 +127,17 @@ class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a variant must reach.
 
-    All but the first are against absurd results: sound conversions are far inside.
+    All but the first four are against absurd results: sound conversions are far inside.
 
     Attributes:
         max_quality_drop: How much worse than its reference a compressed variant may be, as a share;
             a worse one is left out of the bundle. Held against ``1 - top1_agreement`` of
             classifiers, ``1 - recall_at_10`` of sentence encoders, ``relative_error`` of plain
             tensors, and how much the perplexity of language models rises.
+        max_size_bytes: Of a variant's files; a larger one is left out, full precision too.
+        max_size_share: The same as a share of the model's weights in 32 bits.
+        max_latency_ms: Median of a call on the converting machine (time to the first token, for
+            language models); a slower variant is left out, full precision too.
         max_optimise_error: An optimised graph may differ from its source by float rounding only.
         min_top1_agreement: A variant that disagrees more often is not the same classifier.
         min_cosine_to_source: Exported sentence encoder against the source; sound: 1.0000.
@@ -143,12 +147,43 @@ class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     max_quality_drop: _Share | None = None
+    max_size_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_size_share: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_latency_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_optimise_error: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
     min_top1_agreement: _Share = 0.8
     min_cosine_to_source: _Share = 0.9999
     min_mean_cosine: _Share = 0.9
     max_logit_error: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     max_perplexity_ratio: Annotated[float, msgspec.Meta(ge=1)] = 3.0
+
+    def size_limit_bytes(self, full_bytes: int) -> int | None:
+        """The lower of both limits of size, or `None` without one.
+
+        Args:
+            full_bytes: Size of the model's weights in 32 bits; 0 when that is not known.
+        """
+        limits = [self.max_size_bytes] if self.max_size_bytes is not None else []
+        if self.max_size_share is not None and full_bytes:
+            limits.append(int(self.max_size_share * full_bytes))
+        return min(limits, default=None)
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to make a variant, where a bundle holds several of one precision.
+
+    Attributes:
+        id: What the variant is called.
+        variant: Its precision: the id that it has alone.
+        int8, int4: How, in place of what `Settings` says.
+        is_mixed: Whether sensitive nodes are looked for, to stay in full precision.
+    """
+
+    id: str
+    variant: str
+    int8: Int8Settings = Int8Settings()
+    int4: Int4Settings = Int4Settings()
+    is_mixed: bool = False
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,10 +12,19 @@ import msgspec
 from converters.cache import StepCache, digest_of_arrays, digest_of_path
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
+from converters.report.evidence import Evidence, Tried
+from converters.report.words import method_of
 from converters.reporting import Reporter
 from converters.settings import Settings
 from converters.sources.base import Source
-from converters.steps.gate import refusal
+from converters.steps.gate import (
+    Refusal,
+    latency_refusal,
+    quality_drop,
+    refusal,
+    saturates,
+    size_refusal,
+)
 from converters.steps.measure import measure
 from nearfar.bundle.manifest import (
     EngineName,
@@ -46,6 +55,7 @@ class Workshop:
         cache: Results of earlier steps.
         kept: Nodes that a search left in full precision; filled while the bundle is made.
         refused: Why variants were left out, in words; filled likewise.
+        evidence: What the report shows beside the manifest; filled likewise.
     """
 
     writer: BundleWriter
@@ -55,6 +65,7 @@ class Workshop:
     cache: StepCache
     kept: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def settings(self) -> Settings:
@@ -123,11 +134,32 @@ class Workshop:
                     placement=placement,
                     quality_rank=rank,
                     requirements=Requirements(memory_bytes=measured[1] if measured else 0),
-                    quality=quality[variant_id],
+                    quality=tuple(self._renamed(figure) for figure in quality[variant_id]),
                     latency=(measured[0],) if measured else (),
+                    saturation=self._saturation(variant_id, quality[variant_id]),
                 )
             )
         return tuple(found)
+
+    def _renamed(self, figure: QualityFigure) -> QualityFigure:
+        """A reference that a gate held back is named as what it is."""
+        if figure.reference not in {one.id for one in self.evidence.tried}:
+            return figure
+        return msgspec.structs.replace(figure, reference=f"{figure.reference}, not in the bundle")
+
+    def _saturation(self, variant_id: str, figures: Sequence[QualityFigure]) -> dict[str, bool]:
+        """See `Variant.saturation`."""
+        from nearfar.engines.devices import cpu_kind, probe
+
+        if variant_id != "int8" or self.settings.int8.method == "weights":
+            return {}
+        found = saturates(figures)
+        if found:
+            self.reporter.say(
+                f"! {variant_id} saturates in the 8-bit kernels of this CPU: it is in the bundle "
+                "for other machines, and is never chosen on this one. --int8 weights does not"
+            )
+        return {cpu_kind(probe()): found}
 
     def accept(
         self,
@@ -143,6 +175,8 @@ class Workshop:
         Raises:
             ConversionError: No other variant was asked for.
         """
+        if reference_perplexity is not None:
+            self.evidence.perplexity = reference_perplexity
         problem = refusal(
             variant_id,
             figures,
@@ -151,10 +185,89 @@ class Workshop:
         )
         if problem is None:
             return True
-        self.reporter.say(f"! {problem}")
-        shutil.rmtree(self.writer.folder / variant_id, ignore_errors=True)
-        self.refused.append(problem)
+        self._leave_out(variant_id, problem, figures)
         return False
+
+    def measured(
+        self,
+        ids: Sequence[str],
+        engine: EngineName,
+        entries: Mapping[str, str],
+        quality: Mapping[str, tuple[QualityFigure, ...]],
+        **inputs: object,
+    ) -> tuple[tuple[str, ...], dict[str, tuple[LatencyFigure, int]]]:
+        """Measure all variants, and leave out those that are too large or too slow.
+
+        Args:
+            ids: Of the variants that are made.
+            engine: What runs them.
+            entries: Id to what the engine opens.
+            quality: Id to figures, for the report.
+            inputs: See `measure`.
+
+        Returns:
+            Ids of the variants that stay, and what was measured of them.
+
+        Raises:
+            ConversionError: None stays, or the limit is a share of a size that is not known.
+        """
+        gates, full_bytes = self.settings.gates, self.evidence.full_bytes
+        if gates.max_size_share is not None and not full_bytes:
+            raise ConversionError(
+                "How large the model is in 32 bits is not known, so a share of it is no limit",
+                fix="State the limit in MiB, such as --max-size 20MiB",
+            )
+        latency: dict[str, tuple[LatencyFigure, int]] = {}
+        kept = []
+        for variant_id in ids:
+            problem = size_refusal(variant_id, self._size(variant_id), gates, full_bytes)
+            if problem is None and self.options.measure:
+                latency[variant_id] = self.measure(
+                    variant_id, engine, entries[variant_id], **inputs
+                )
+                problem = latency_refusal(variant_id, latency[variant_id][0], gates)
+            if problem is None:
+                kept.append(variant_id)
+            else:
+                self._leave_out(
+                    variant_id, problem, quality[variant_id], latency.pop(variant_id, None)
+                )
+        self.check_any(kept)
+        return tuple(kept), latency
+
+    def _leave_out(
+        self,
+        variant_id: str,
+        problem: Refusal,
+        figures: Sequence[QualityFigure],
+        latency: tuple[LatencyFigure, int] | None = None,
+    ) -> None:
+        """Remove a variant's files, and remember why it is not in the bundle."""
+        self.reporter.say(f"! {problem}")
+        drop = quality_drop(figures, reference_perplexity=self.evidence.perplexity)
+        size_bytes, full_bytes = self._size(variant_id), self.evidence.full_bytes
+        self.evidence.tried.append(
+            Tried(
+                id=variant_id,
+                method=method_of(variant_id, self.settings_found),
+                outcome="refused",
+                reason=problem.reason,
+                hint=problem.hint,
+                size_bytes=size_bytes,
+                share=size_bytes / full_bytes if full_bytes else 0.0,
+                metric=drop[0] if drop else "",
+                lost=max(0.0, drop[1]) if drop else None,
+                quality=tuple(figures),
+                latency=latency[0] if latency else None,
+                memory_bytes=latency[1] if latency else 0,
+            )
+        )
+        shutil.rmtree(self.writer.folder / variant_id, ignore_errors=True)
+        self.refused.append(problem.reason)
+
+    def _size(self, variant_id: str) -> int:
+        folder = self.writer.folder / variant_id
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
     def check_any(self, ids: Sequence[str]) -> None:
         """Refuse to make a bundle without variants.
@@ -165,7 +278,8 @@ class Workshop:
         if not ids:
             raise ConversionError(
                 "No variant is good enough: " + "; ".join(self.refused),
-                fix="Add the full precision with --variants, or allow a greater --max-quality-drop",
+                fix="Add the full precision with --variants, or allow more with "
+                "--max-quality-drop, --max-size or --max-latency",
             )
 
     def measure(

@@ -82,20 +82,13 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             quality["fp32"] += check.against_long(best, long, source.label)
             check_short(quality["fp32"], limits.max_quality_drop)
         step.note(summary(quality["fp32"]))
+    shop.evidence.full_bytes = full.stat().st_size
     if "int8" in ids:
-        path = shop.writer.file("int8/model.onnx")
-        trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
-        make_int8(shop, full, path, calibration=trial.batches, judge=_judge(trial, full))
-        with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
-            reference = "fp32" if "fp32" in ids else source.label
-            found = check.against_reference(check.vectors(path), best, reference)
-            if shop.settings.int8.method == "static":
-                vectors = check.vectors(path, is_unfused=True)
-                found += check.against_reference(vectors, best, reference, suffix=UNFUSED)
-            if long is not None:
-                found += check.against_long(check.vectors(path), long, source.label)
-            quality["int8"] = found
-            step.note(summary(found))
+        reference = "fp32" if "fp32" in ids else source.label
+        quality["int8"] = compress(
+            shop, full, best, check, tokenizer, preprocessing, reference,
+            long=None if long is None else (long, source.label),
+        )  # fmt: skip
         if not shop.accept("int8", quality["int8"]):
             ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
             shop.check_any(ids)
@@ -103,13 +96,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         shop.writer.add(full, "fp32/model.onnx")
 
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
-    latency: dict[str, tuple[LatencyFigure, int]] = {}
-    if shop.options.measure:
-        tokens = int(check.example["input_ids"].size)
-        for variant_id in ids:
-            latency[variant_id] = shop.measure(
-                variant_id, _ENGINE, entries[variant_id], feeds=check.example, input_tokens=tokens
-            )
+    ids, latency = measured(shop, ids, quality, check)
     inputs, outputs = io_specs(shop.writer.folder / entries[ids[0]])
     return Manifest(
         name=name,
@@ -141,6 +128,64 @@ def _projection(
         found = fit(settings, check.source_vectors(encoder))
         step.note(f"{settings.method} keeps {found.kept:.1%} of their squared length")
     return found
+
+
+def compress(
+    shop: Workshop,
+    full: Path,
+    best: np.ndarray,
+    check: EmbeddingCheck,
+    tokenizer: Path,
+    preprocessing: TextPreprocessing,
+    reference: str,
+    *,
+    long: tuple[np.ndarray, str] | None = None,
+) -> tuple[QualityFigure, ...]:
+    """Make ``int8/model.onnx`` and compare it.
+
+    Args:
+        shop: Where and how.
+        full: FP32 model.
+        best: Its vectors of the passages of `check`.
+        check: What the variant is judged on.
+        tokenizer, preprocessing: How texts become inputs.
+        reference: What `best` is called.
+        long: Whole vectors of the source, and its name, where these are shorter.
+
+    Raises:
+        ConversionError: It cannot be made, or is not the same model.
+    """
+    count = shop.settings.passages
+    path = shop.writer.file("int8/model.onnx")
+    trial = EmbeddingCheck(
+        tokenizer, preprocessing, shop.settings.gates, texts.calibration_passages(count)
+    )
+    make_int8(shop, full, path, calibration=trial.batches, judge=_judge(trial, full))
+    has_kernels = shop.settings.int8.method != "weights"
+    with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
+        # The model is judged on the graph as it is written, where a CPU's kernels may saturate.
+        found = check.against_reference(
+            check.vectors(path), best, reference, is_gated=not has_kernels
+        )
+        if has_kernels:
+            vectors = check.vectors(path, is_unfused=True)
+            found += check.against_reference(vectors, best, reference, suffix=UNFUSED)
+        if long is not None:
+            found += check.against_long(check.vectors(path), *long)
+        step.note(summary(found))
+    return found
+
+
+def measured(
+    shop: Workshop,
+    ids: tuple[str, ...],
+    quality: dict[str, tuple[QualityFigure, ...]],
+    check: EmbeddingCheck,
+) -> tuple[tuple[str, ...], dict[str, tuple[LatencyFigure, int]]]:
+    """See `Workshop.measured`; the input is one text of middling length."""
+    entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
+    tokens = int(check.example["input_ids"].size)
+    return shop.measured(ids, _ENGINE, entries, quality, feeds=check.example, input_tokens=tokens)
 
 
 def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:

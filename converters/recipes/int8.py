@@ -10,6 +10,9 @@ from msgspec import to_builtins
 
 from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipes.base import Workshop
+from converters.report.evidence import ActivationHistogram, LayerErrors
+from converters.report.words import method_of
+from converters.steps.activations import histograms
 from converters.steps.quantize import Int8Quantizer, quantize_int8
 from converters.steps.sensitivity import Choice, Damage, choose, rank
 from nearfar.errors import ConversionError
@@ -63,6 +66,13 @@ def make_int8(
         if keep:
             step.note(f"{len(keep)} nodes stay in full precision: {', '.join(keep)}")
     shop.kept.extend(keep)
+    if settings.method == "static":
+        with shop.reporter.step("look at the ranges of the activations"):
+            shop.evidence.histograms["int8"] = shop.cache.value(
+                "activation-histograms", parts, tuple[ActivationHistogram, ...],
+                lambda: histograms(source, quantizer.ranges(), calibration, shop.work),
+                tools=_TOOLS,
+            )  # fmt: skip
 
 
 def _search(
@@ -80,6 +90,7 @@ def _search(
     stated = shop.settings.int8.keep
     parts = {**parts, "calibration": digest_of_arrays(calibration), "keep": stated}
     trial = shop.work / "trial-int8.onnx"
+    measured: list[tuple[Damage, ...]] = []
 
     def tried(keep: Sequence[str]) -> float:
         quantizer.write(trial, keep)
@@ -90,15 +101,19 @@ def _search(
         finally:
             trial.unlink(missing_ok=True)
 
+    def ranking() -> tuple[Damage, ...]:
+        return shop.cache.value(
+            "rank-int8", parts, tuple[Damage, ...],
+            lambda: rank(quantizer, source, calibration, shop.work), tools=_TOOLS,
+        )  # fmt: skip
+
     def search() -> Choice:
         plain = tried(())
         if plain <= limit * _MARGIN or not max_kept or len(quantizer.candidates) < 2:
             return Choice((), plain, plain <= limit)
         with shop.reporter.step("rank nodes by the damage of rounding them") as step:
-            ranked = shop.cache.value(
-                "rank-int8", parts, tuple[Damage, ...],
-                lambda: rank(quantizer, source, calibration, shop.work), tools=_TOOLS,
-            )  # fmt: skip
+            ranked = ranking()
+            measured.append(ranked)
             step.note(", ".join(f"{one.node} {one.error:.2g}" for one in ranked[:3]))
         # With every node kept there would be nothing left to round.
         most = min(max_kept, len(quantizer.candidates) - 1)
@@ -111,5 +126,17 @@ def _search(
         )  # fmt: skip
         step.note(
             f"{len(choice.keep)} nodes; loses {choice.drop:.2%} of quality, {limit:.2%} are allowed"
+        )
+    # The choice may come from the cache, and then so does what it was made by.
+    if not measured and shop.cache.has("rank-int8", parts, tools=_TOOLS):
+        measured.append(ranking())
+    for ranked in measured:
+        shop.evidence.layers.append(
+            LayerErrors(
+                variant_id="int8",
+                method=method_of("int8", shop.settings),
+                errors=ranked,
+                kept=(*stated, *(name for name in choice.keep if name not in stated)),
+            )
         )
     return choice

@@ -39,7 +39,6 @@ from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
     EngineName,
     HeadTailPreprocessing,
-    LatencyFigure,
     Manifest,
     Preprocessing,
     QualityFigure,
@@ -95,6 +94,7 @@ def build(
         ConversionError: A step refused or failed.
     """
     own = source.precision
+    shop.evidence.full_bytes = source.full_bytes
     ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
     meaning = _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
@@ -131,12 +131,7 @@ def build(
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
     shop.check_any(ids)
-    latency: dict[str, tuple[LatencyFigure, int]] = {}
-    if shop.options.measure:
-        for variant_id in ids:
-            latency[variant_id] = shop.measure(
-                variant_id, _ENGINE, entries[variant_id], feeds=samples[0]
-            )
+    ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -387,7 +382,7 @@ def _verified(
     path: Path,
 ) -> tuple[QualityFigure, ...]:
     gate = shop.settings.gates.min_top1_agreement
-    is_unfused = variant_id == "int8" and shop.settings.int8.method == "static"
+    is_unfused = variant_id == "int8" and shop.settings.int8.method != "weights"
     spec = meaning.preprocessing
     stream = spec if isinstance(spec, StreamPreprocessing) else None
     parts = {

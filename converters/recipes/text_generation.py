@@ -28,7 +28,7 @@ from converters.steps.verify_generation import (
     verify_generation,
     windows,
 )
-from nearfar.bundle.manifest import EngineName, LatencyFigure, Manifest
+from nearfar.bundle.manifest import EngineName, Manifest
 from nearfar.errors import ConversionError
 from nearfar.units import format_bytes
 
@@ -52,6 +52,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     with shop.reporter.step("load the source") as step:
         model, tokenizer = _load(source)
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        shop.evidence.full_bytes = 4 * parameters
         step.note(f"{type(model).__name__}, {parameters / 1e6:.0f} M parameters")
     folder = shop.work / "hf"
     with shop.reporter.step("write safetensors"):
@@ -77,13 +78,9 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         if variant_id == ids[0]
         or shop.accept(variant_id, quality[variant_id], reference_perplexity=best)
     )
-    latency: dict[str, tuple[LatencyFigure, int]] = {}
-    if shop.options.measure:
-        prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
-        for variant_id in ids:
-            latency[variant_id] = shop.measure(
-                variant_id, _ENGINE, variant_id, prompt_tokens=prompt
-            )
+    prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
+    entries = {variant_id: variant_id for variant_id in ids}
+    ids, latency = shop.measured(ids, _ENGINE, entries, quality, prompt_tokens=prompt)
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -95,7 +92,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         variants=shop.variants(
             ids,
             engine=_ENGINE,
-            entries={variant_id: variant_id for variant_id in ids},
+            entries=entries,
             quality=quality,
             latency=latency,
         ),

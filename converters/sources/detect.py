@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.sources.base import Source
+from nearfar.bundle.paths import MANIFEST_NAME
 from nearfar.errors import ConversionError
 
 #: Formats that are Python pickles: loading one runs whatever code is in it.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 
 _SUPPORTED = (
-    "a GGUF file, a Hugging Face folder with safetensors, an ONNX file, or package.module:factory"
+    "a GGUF file, a Hugging Face folder with safetensors, an ONNX file, a bundle, or "
+    "package.module:factory"
 )
 
 
@@ -48,6 +50,10 @@ def open_source(
         raise ConversionError(
             f"There is no model at {path}", fix=f"Check the path; it must be {_SUPPORTED}"
         )
+    if path.is_dir() and (path / MANIFEST_NAME).is_file():
+        from converters.sources.bundle import open_bundle_source
+
+        return open_bundle_source(path)
     if path.is_dir():
         from converters.sources.huggingface import open_huggingface
 

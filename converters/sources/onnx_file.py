@@ -30,6 +30,12 @@ class OnnxSource(Source):
     precision: str
     external_files: tuple[Path, ...] = ()
 
+    @property
+    def full_bytes(self) -> int:
+        """About how large it is, or would be, in 32 bits; 0 when it is compressed already."""
+        size = self.path.stat().st_size + sum(f.stat().st_size for f in self.external_files)
+        return size * {"fp32": 1, "fp16": 2}.get(self.precision, 0)
+
 
 def open_onnx(path: Path) -> OnnxSource:
     """Check the file, the places its weights lie in, and that ONNX Runtime can load it.

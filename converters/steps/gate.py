@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nearfar.bundle.manifest import QualityFigure
+import msgspec
+
+from converters.settings import Gates
+from nearfar.bundle.manifest import LatencyFigure, QualityFigure
+from nearfar.units import format_bytes, format_ms
 
 #: Figures measured on the graph as the model states it, where ONNX Runtime would fuse it here.
 UNFUSED = "_unfused"
 
 #: The figure that speaks for a task, and what a lossless variant has.
 _SHARES = ("recall_at_10", "top1_agreement")
+
+
+#: As much more is lost by a CPU's kernels than by the graph as it is written when they saturate:
+#: rounding differs by far less. (A CNN fell from 0.995 to 0.114.)
+_SATURATES_ABOVE, _SATURATES_TIMES = 0.01, 1.5
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a variant may not go into the bundle.
+
+    Attributes:
+        reason: What is wrong, with the figure and the limit.
+        hint: What to try instead.
+    """
+
+    reason: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}. It is left out. Try {self.hint}"
 
 
 def quality_drop(
@@ -44,8 +68,8 @@ def refusal(
     limit: float | None,
     *,
     reference_perplexity: float | None = None,
-) -> str | None:
-    """Why a variant may not go into the bundle, in words; `None` when it may."""
+) -> Refusal | None:
+    """Why a variant loses too much quality for the bundle; `None` when it does not."""
     if limit is None:
         return None
     here = quality_drop(figures, reference_perplexity=reference_perplexity)
@@ -54,13 +78,58 @@ def refusal(
         return None
     metric, drop = here
     if model is not None and model[1] <= limit:
-        return (
+        return Refusal(
             f"{variant_id} loses {drop:.1%} ({metric}) as it runs on this CPU, and {model[1]:.1%} "
-            "on the graph as it is written: the CPU's 8-bit kernels saturate. It is left out; use "
-            "--int8 weights here, or convert on the machine that shall run it"
+            "on the graph as it is written: the CPU's 8-bit kernels saturate",
+            "--int8 weights here, or convert on the machine that shall run it",
         )
-    return (
-        f"{variant_id} loses {drop:.1%} ({metric}), the limit is {limit:.1%}: it is left out. Try "
-        "another method (--int8 weights|static), smaller blocks (int8.block_size), or let more "
-        "nodes stay in full precision (int8.max_kept)"
+    return Refusal(
+        f"{variant_id} loses {drop:.1%} ({metric}), the limit is {limit:.1%}",
+        "another method (--int8 weights|static, or --auto), smaller blocks (int8.block_size), or "
+        "let more nodes stay in full precision (int8.max_kept)",
     )
+
+
+def size_refusal(variant_id: str, size_bytes: int, gates: Gates, full_bytes: int) -> Refusal | None:
+    """Why a variant is too large for the bundle; `None` when it is not.
+
+    Args:
+        variant_id: Its id, for the text.
+        size_bytes: Of its files.
+        gates: The limits.
+        full_bytes: Size of the model's weights in 32 bits; 0 when that is not known.
+    """
+    limit = gates.size_limit_bytes(full_bytes)
+    if limit is None or size_bytes <= limit:
+        return None
+    share = f" ({size_bytes / full_bytes:.2f}x of its size in 32 bits)" if full_bytes else ""
+    return Refusal(
+        f"{variant_id} has {format_bytes(size_bytes)}{share}, the limit is {format_bytes(limit)}",
+        "fewer bits (--variants int8 or int4), larger blocks (int8.block_size = 128), fewer nodes "
+        "in full precision (int8.max_kept), a smaller model, or a greater --max-size",
+    )
+
+
+def latency_refusal(variant_id: str, latency: LatencyFigure, gates: Gates) -> Refusal | None:
+    """Why a variant is too slow for the bundle; `None` when it is not."""
+    limit = gates.max_latency_ms
+    if limit is None or latency.p50_ms <= limit:
+        return None
+    what = " to the first token" if latency.ms_per_token is not None else ""
+    return Refusal(
+        f"{variant_id} takes {format_ms(latency.p50_ms)}{what} (p50, {latency.machine}), the limit "
+        f"is {format_ms(limit)}",
+        "--auto, which times every method; --int8 static or dynamic, whose activations have 8 bits "
+        "too; a smaller model; or measure on the machine that shall run it",
+    )
+
+
+def saturates(figures: Sequence[QualityFigure]) -> bool:
+    """Whether this CPU's 8-bit kernels lose what the graph as it is written does not.
+
+    `False` where only one of the two was measured.
+    """
+    here, model = quality_drop(figures), quality_drop(figures, suffix=UNFUSED)
+    if here is None or model is None:
+        return False
+    return here[1] > max(model[1] + _SATURATES_ABOVE, model[1] * _SATURATES_TIMES)

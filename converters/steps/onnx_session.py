@@ -17,8 +17,9 @@ def open_session(path: Path, *, is_unfused: bool = False) -> Any:
 
     Args:
         path: The model.
-        is_unfused: Compute quantize-dequantize pairs as they are written, in float, rather than
-            with the CPU's 8-bit kernels, which saturate where it has no VNNI instructions.
+        is_unfused: Compute quantize-dequantize pairs as they are written, in float, and integer
+            products with exact sums, rather than with the CPU's fast 8-bit kernels, which saturate
+            where it has no VNNI instructions.
 
     Raises:
         ConversionError: ONNX Runtime refuses the model.
@@ -31,6 +32,7 @@ def open_session(path: Path, *, is_unfused: bool = False) -> Any:
     options.log_severity_level = 3
     if is_unfused:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception

@@ -97,6 +97,14 @@ class Int8Quantizer:
                 fix="Leave the int8 variant out: --variants fp32",
             )
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The range of every activation, as calibration found it; for ``static``."""
+        found = self._calibrated.ranges
+        return {
+            name: (float(np.min(found[name].lowest)), float(np.max(found[name].highest)))
+            for name in found
+        }
+
     @cached_property
     def _calibrated(self) -> Calibrated:
         return calibrate(self._source, self._calibration, self._work, self._settings.calibration)

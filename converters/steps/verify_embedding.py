@@ -103,15 +103,21 @@ class EmbeddingCheck:
         )
 
     def against_reference(
-        self, vectors: np.ndarray, best: np.ndarray, reference: str, *, suffix: str = ""
+        self,
+        vectors: np.ndarray,
+        best: np.ndarray,
+        reference: str,
+        *,
+        suffix: str = "",
+        is_gated: bool = True,
     ) -> tuple[QualityFigure, ...]:
         """Figures of a compressed variant, their names with `suffix`.
 
         Raises:
-            ConversionError: It is far off.
+            ConversionError: It is far off, and `is_gated`.
         """
         cosines = _cosines(vectors, best)
-        if cosines.mean() < self._gates.min_mean_cosine:
+        if is_gated and cosines.mean() < self._gates.min_mean_cosine:
             raise ConversionError(
                 f"The compressed model is far from {reference}: mean cosine {cosines.mean():.4f}",
                 fix="Leave this variant out with --variants",

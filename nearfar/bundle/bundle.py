@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 #: Read before anything is known about the bundle, so bounded. Real manifests are 2-20 KiB.
 MAX_MANIFEST_BYTES = 4 << 20
 
-#: Files people put beside a finished bundle; no engine opens them.
+#: Files for people that lie beside a finished bundle; no engine opens them.
 UNLISTED_FILES = frozenset(
-    {MANIFEST_NAME, SIGNATURE_NAME, "README.md", "LICENSE", "NOTICE", "report.html"}
+    {MANIFEST_NAME, SIGNATURE_NAME, "README.md", "LICENSE", "NOTICE", "report.html", "report.json"}
 )
 
 

@@ -125,6 +125,11 @@ def _task_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "context_length_tokens", "is missing or below 1, but the task is text-generation"
     if manifest.task != "text-generation" and not (manifest.inputs and manifest.outputs):
         yield "inputs", "and outputs must both be given for this task"
+    if manifest.golden is not None:
+        listed = {entry.path for entry in manifest.files}
+        for path in (manifest.golden.inputs, manifest.golden.outputs):
+            if path not in listed:
+                yield "golden", f"{path!r} is not among `files`"
     preprocessing = manifest.preprocessing
     if isinstance(preprocessing, TextPreprocessing):
         if preprocessing.tokenizer not in {entry.path for entry in manifest.files}:

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from nearfar.bundle import Bundle
 
 app = typer.Typer(
     help="Look into a model bundle, check that it is whole and whose it is, sign and compare it.",
@@ -60,10 +63,18 @@ def verify(
             "repeatable.",
         ),
     ] = None,
+    golden: Annotated[
+        bool,
+        typer.Option(
+            "--golden/--no-golden",
+            help="Run the bundle's golden inputs through every variant that this machine can run.",
+        ),
+    ] = True,
 ) -> None:
     """Check every file's SHA-256, that nothing unlisted is there, and with --key who signed.
 
-    Exit status 1 if not.
+    Then the golden inputs, if the bundle has any: a variant that computes something else here than
+    where it was made is named. Exit status 1 if anything is wrong.
     """
     from nearfar.bundle import open_bundle
     from nearfar.bundle.keys import trusted
@@ -80,6 +91,44 @@ def verify(
         f"{manifest.name} {manifest.version}: {count} files, {format_bytes(total)}, all good"
     )
     typer.echo(f"signature: {signature_line(bundle)}")
+    if golden and manifest.golden is not None:
+        _check_golden(bundle)
+
+
+def _check_golden(bundle: Bundle) -> None:
+    """Tell how every variant does on the golden inputs.
+
+    Raises:
+        BundleError: One computes something else than it did where the bundle was made.
+    """
+    from nearfar.engines.devices import probe
+    from nearfar.engines.golden import check_golden, is_known
+    from nearfar.engines.selection import why_not
+    from nearfar.errors import BundleError
+
+    device = probe()
+    wrong = []
+    for variant in bundle.manifest.variants:
+        reason = why_not(variant, device)
+        if reason is None and not is_known(bundle, variant.id):
+            reason = "it did not run where the bundle was made"
+        if reason is not None:
+            typer.echo(f"golden inputs: {variant.id} is not run here: {reason}")
+            continue
+        result = check_golden(bundle, variant.id)
+        typer.echo(
+            f"golden inputs: {variant.id} {'good' if result.is_good else 'WRONG'}: {result.cases} "
+            f"cases, differs by {result.difference:.2g}, {result.allowed:.2g} is fine"
+        )
+        if not result.is_good:
+            wrong.append(variant.id)
+    if wrong:
+        raise BundleError(
+            f"On this machine {' and '.join(wrong)} of bundle {bundle.path} compute something else "
+            "than where the bundle was made",
+            fix="Do not use them here: CPUs without VNNI saturate in 8-bit kernels. Convert on "
+            "this machine, or with --int8 weights",
+        )
 
 
 @app.command()

@@ -25,7 +25,8 @@ def extract_variant(
     """Write a bundle that holds one variant and the shared files.
 
     What is copied is verified first. The new bundle is unsigned: its manifest is another one than
-    that which was signed. `mixed_routes` stays as it is, since it speaks of vectors that other
+    that which was signed. Licence and model card go along, the report of the whole does not.
+    `mixed_routes` stays as it is, since it speaks of vectors that other
     devices may have made with other variants.
 
     Args:
@@ -53,4 +54,11 @@ def extract_variant(
     with BundleWriter(destination, replace=replace) as writer:
         for entry in kept:
             writer.add(bundle.path / entry.path, entry.path)
-        return writer.finish(msgspec.structs.replace(bundle.manifest, variants=(variant,)))
+        texts = {
+            name: (bundle.path / name).read_bytes()
+            for name in ("README.md", "LICENSE", "NOTICE")
+            if (bundle.path / name).is_file() and not (bundle.path / name).is_symlink()
+        }
+        return writer.finish(
+            msgspec.structs.replace(bundle.manifest, variants=(variant,)), beside=lambda _: texts
+        )

@@ -196,6 +196,9 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
         files: The variant's own files.
         placement: Where it is meant to run, best first.
         quality_rank: Order of quality within the bundle; 0 is the best.
+        saturation: Of variants that round activations to 8 bits too: kind of CPU (see
+            `nearfar.engines.devices.cpu_kind`) to whether it was found to saturate there, that is,
+            to lose in the CPU's 8-bit kernels what the model as it is written does not lose.
     """
 
     id: str
@@ -208,6 +211,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     requirements: Requirements = Requirements()
     quality: tuple[QualityFigure, ...] = ()
     latency: tuple[LatencyFigure, ...] = ()
+    saturation: dict[str, bool] = {}
 
     @property
     def size_bytes(self) -> int:
@@ -228,6 +232,22 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
     tools: dict[str, str] = {}
 
 
+class Golden(msgspec.Struct, frozen=True, kw_only=True):
+    """A few inputs with the outputs they had where the bundle was made; see `engines.golden`.
+
+    Attributes:
+        inputs: Path of a shared file: ``.npz`` with tensors, ``.json`` with prompts.
+        outputs: Path of another: what `reference` answered (tensors), or every variant (text).
+        reference: Id of the variant whose outputs they are.
+        relative_error: Variant id to how far its outputs were from them, as a share.
+    """
+
+    inputs: str
+    outputs: str
+    reference: str
+    relative_error: dict[str, float] = {}
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`manifest.json`.
 
@@ -240,6 +260,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         mixed_routes: Whether vectors of different variants may be compared (embeddings).
         space: Name of the space that vectors lie in: those of bundles with another name here may
             never be compared. "" where nobody said.
+        golden: Inputs and outputs to check an installation with.
     """
 
     name: str
@@ -260,6 +281,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     context_length_tokens: int | None = None
     mixed_routes: bool = False
     space: str = ""
+    golden: Golden | None = None
 
     def variant(self, variant_id: str) -> Variant | None:
         """The variant with that id, or `None`."""

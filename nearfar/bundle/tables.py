@@ -34,12 +34,25 @@ def facts_table(bundle: Bundle) -> Table:
             "context",
             f"{manifest.context_length_tokens} tokens" if manifest.context_length_tokens else "",
         ),
+        ("golden", "inputs and outputs (nearfar bundle verify)" if manifest.golden else ""),
+        ("8 bits", _saturation(manifest)),
+        ("report", "report.html" if (bundle.path / "report.html").is_file() else ""),
     ):
         if value:
             facts.add_row(label, text(value))
     facts.add_row("size", format_bytes(bundle.size_bytes()))
     facts.add_row("signature", text(signature_line(bundle)))
     return facts
+
+
+def _saturation(manifest: Manifest) -> str:
+    """On which CPUs 8-bit kernels were tried, and where they saturate."""
+    told = [
+        f"{variant.id} {'saturates' if found else 'is good'} on {kind}"
+        for variant in manifest.variants
+        for kind, found in sorted(variant.saturation.items())
+    ]
+    return ", ".join(told)
 
 
 def signature_line(bundle: Bundle) -> str:

@@ -14,13 +14,14 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from nearfar.bundle.bundle import Bundle, open_bundle
+from nearfar.bundle.bundle import UNLISTED_FILES, Bundle, open_bundle
 from nearfar.bundle.checks import manifest_problems
 from nearfar.bundle.hashing import Progress, sha256_of
 from nearfar.bundle.manifest import FileEntry, Manifest, encode_manifest
@@ -117,6 +118,7 @@ class BundleWriter:
         *,
         progress: Progress | None = None,
         signing_key: SigningKey | None = None,
+        beside: Callable[[Manifest], Mapping[str, bytes]] | None = None,
     ) -> Bundle:
         """Hash what is in the folder, write the manifest, put the bundle in place.
 
@@ -125,6 +127,8 @@ class BundleWriter:
                 filled in here, from what lies in the folder.
             progress: Called with the number of bytes just hashed.
             signing_key: Signs the bundle; `None` leaves it unsigned.
+            beside: Given the complete manifest, makes files for people (`UNLISTED_FILES`), which
+                the manifest does not name and the signature covers.
 
         Returns:
             The bundle at its final path, opened.
@@ -139,6 +143,9 @@ class BundleWriter:
             raise BundleError(f"Manifest of {self.path}: field {field}: {problem}")
         try:
             (self.folder / MANIFEST_NAME).write_bytes(encode_manifest(complete))
+            for name, data in (beside(complete) if beside is not None else {}).items():
+                assert name in UNLISTED_FILES, name
+                (self.folder / name).write_bytes(data)
             bundle = open_bundle(self.folder)
             if signing_key is not None:
                 from nearfar.bundle.sealing import signature_of
@@ -154,6 +161,14 @@ class BundleWriter:
             ) from exc
         self._finished = True
         return open_bundle(self.path)
+
+    def draft(self, manifest: Manifest) -> Bundle:
+        """What the bundle would be with what now lies in the folder, to run it before `finish`.
+
+        Raises:
+            BundleError: A file in the folder cannot be part of a bundle.
+        """
+        return Bundle(self.folder, self._with_files(manifest, None))
 
     def _with_files(self, manifest: Manifest, progress: Progress | None) -> Manifest:
         by_owner: dict[str, list[FileEntry]] = {variant.id: [] for variant in manifest.variants}

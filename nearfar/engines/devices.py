@@ -113,6 +113,18 @@ def probe() -> Device:
     )
 
 
+#: A multiply-add of U8 and S8 into 32 bits. Without it ONNX Runtime uses VPMADDUBSW, whose sums of
+#: two products have 16 bits and saturate (ONNX Runtime: "Quantize ONNX models", on x86-64).
+_VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def cpu_kind(device: Device) -> str:
+    """What its 8-bit kernels are like: ``x86-vnni``, ``x86`` (sums may saturate), or ``other``."""
+    if _VNNI & set(device.cpu_flags):
+        return "x86-vnni"
+    return "x86" if {"avx2", "avx512f"} & set(device.cpu_flags) else "other"
+
+
 @functools.lru_cache(maxsize=1)
 def physical_cores() -> int:
     """Physical cores this process may use, at least 1.

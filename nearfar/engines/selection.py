@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from nearfar.bundle.manifest import Manifest, Placement, Variant
-from nearfar.engines.devices import Device
+from nearfar.engines.devices import Device, cpu_kind
 from nearfar.engines.loading import PACKAGE_OF_ENGINE
 from nearfar.units import format_bytes
+
+_CPU = "CPUExecutionProvider"
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -55,10 +57,15 @@ def runnable_variants(
 
 
 def _why_not(variant: Variant, device: Device, placement: Placement) -> str | None:
-    needs = variant.requirements
-    provider = needs.execution_provider
     if placement not in variant.placement:
         return f"it is meant for {' and '.join(variant.placement)} only"
+    return why_not(variant, device)
+
+
+def why_not(variant: Variant, device: Device) -> str | None:
+    """Why a variant cannot run on a device, wherever it is meant to run; `None` when it can."""
+    needs = variant.requirements
+    provider = needs.execution_provider
     if variant.engine not in PACKAGE_OF_ENGINE:
         return f"this version does not run the engine {variant.engine}"
     if not device.execution_providers:
@@ -74,6 +81,22 @@ def _why_not(variant: Variant, device: Device, placement: Placement) -> str | No
         return (
             f"it needs {format_bytes(needs.memory_bytes)} of memory, "
             f"here are {format_bytes(device.memory_bytes)}"
+        )
+    return _saturation(variant, device)
+
+
+def _saturation(variant: Variant, device: Device) -> str | None:
+    """Why 8-bit kernels of this CPU cannot be trusted with the variant, if so."""
+    if not variant.saturation or variant.requirements.execution_provider != _CPU:
+        return None
+    kind = cpu_kind(device)
+    found = variant.saturation.get(kind)
+    if found:
+        return f"its 8-bit kernels were found to saturate on CPUs of this kind ({kind})"
+    if found is None and kind == "x86":
+        return (
+            "this CPU has no VNNI instructions, without which its 8-bit kernels may saturate, and "
+            "it was not tried on such a CPU"
         )
     return None
 

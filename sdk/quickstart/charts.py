@@ -1,8 +1,4 @@
-"""The report's pictures as inline SVG: no script, no font, no network.
-
-Colours come from CSS classes of report.html (`edge`, `cloud`, `denied`, `error`), so that light and
-dark mode are one stylesheet.
-"""
+"""The report's pictures: what `nearfar.pages.charts` has, and those that only this report has."""
 
 from __future__ import annotations
 
@@ -10,14 +6,21 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from nearfar.pages.charts import (
+    LABEL,
+    PLOT,
+    ROW,
+    Bar,
+    bar,
+    bar_chart,
+    open_chart,
+    row_label,
+    value_text,
+)
 from nearfar.units import format_bytes, format_ms
 from sdk.quickstart.situations import Observation
 
-_ROW = 26
-_LABEL = 250
-_PLOT = 560
 _VALUE = 64
-_WIDTH = _LABEL + _PLOT + 110
 
 
 def route_class(route: str) -> str:
@@ -63,10 +66,10 @@ def latency_chart(observations: Sequence[Observation]) -> str:
 
     def x(milliseconds: float) -> float:
         share = math.log10(max(milliseconds, low) / low) / math.log10(high / low)
-        return _LABEL + share * _PLOT
+        return LABEL + share * PLOT
 
-    height = _ROW * len(observations) + 46
-    parts = [_open(height, "Latency of every request, logarithmic scale")]
+    height = ROW * len(observations) + 46
+    parts = [open_chart(height, "Latency of every request, logarithmic scale")]
     tick = low
     while tick <= high * 1.001:
         parts.append(
@@ -75,13 +78,10 @@ def latency_chart(observations: Sequence[Observation]) -> str:
         )
         tick *= 10
     for row, seen in enumerate(observations):
-        y = 18 + row * _ROW
-        parts.append(_row_label(seen, y))
-        parts.append(
-            f'<rect class="bar {route_class(seen.route)}" x="{_LABEL}" y="{y}" height="15" rx="3" '
-            f'width="{max(x(seen.latency_ms) - _LABEL, 2):.1f}">'
-            f"<title>{format_ms(seen.latency_ms)}</title></rect>"
-        )
+        y = 18 + row * ROW
+        told = format_ms(seen.latency_ms)
+        parts.append(row_label(_name(seen), y))
+        parts.append(bar(LABEL, y, x(seen.latency_ms) - LABEL, route_class(seen.route), title=told))
         if seen.ttft_ms is not None:
             parts.append(
                 f'<line class="ttft" x1="{x(seen.ttft_ms):.1f}" x2="{x(seen.ttft_ms):.1f}" '
@@ -97,30 +97,22 @@ def latency_chart(observations: Sequence[Observation]) -> str:
         end = x(seen.latency_ms)
         if seen.deadline_ms is not None and end < x(seen.deadline_ms) < end + _VALUE:
             end = x(seen.deadline_ms) + 6
-        parts.append(
-            f'<text class="value" x="{end + 8:.1f}" y="{y + 12}">'
-            f"{format_ms(seen.latency_ms)}</text>"
-        )
+        parts.append(value_text(end, y, told))
     return "".join([*parts, "</svg>"])
 
 
 def egress_chart(observations: Sequence[Observation]) -> str:
     """Bars: bytes that left the device for each request."""
-    most = max(1, *(o.bytes_sent for o in observations))
-    height = _ROW * len(observations) + 20
-    parts = [_open(height, "Bytes that left the device")]
-    for row, seen in enumerate(observations):
-        y = 10 + row * _ROW
-        width = _PLOT * math.sqrt(seen.bytes_sent / most)
-        parts.append(_row_label(seen, y))
-        if seen.bytes_sent:
-            parts.append(
-                f'<rect class="bar {route_class(seen.route)}" x="{_LABEL}" y="{y}" height="15" '
-                f'rx="3" width="{max(width, 2):.1f}"/>'
-            )
-        text = format_bytes(seen.bytes_sent) if seen.bytes_sent else "nothing"
-        parts.append(f'<text class="value" x="{_LABEL + width + 8:.1f}" y="{y + 12}">{text}</text>')
-    return "".join([*parts, "</svg>"])
+    rows = [
+        Bar(
+            label=_name(seen),
+            value=seen.bytes_sent,
+            text=format_bytes(seen.bytes_sent) if seen.bytes_sent else "nothing",
+            kind=route_class(seen.route),
+        )
+        for seen in observations
+    ]
+    return bar_chart(rows, "Bytes that left the device", scale=math.sqrt)
 
 
 def token_chart(observations: Sequence[Observation]) -> str:
@@ -181,16 +173,8 @@ def token_chart(observations: Sequence[Observation]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _open(height: int, label: str) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
-        f'aria-label="{escape(label, quote=True)}">'
-    )
-
-
-def _row_label(seen: Observation, y: float) -> str:
-    text = f"{seen.request} · ({seen.situation.key}) {seen.situation.title}"
-    return f'<text class="label" x="{_LABEL - 10}" y="{y + 12}">{escape(text)}</text>'
+def _name(seen: Observation) -> str:
+    return f"{seen.request} · ({seen.situation.key}) {seen.situation.title}"
 
 
 def _tick(milliseconds: float) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nearfar.bundle.manifest import Manifest, Variant
+from nearfar.pages import house_style
 from nearfar.units import format_bytes, format_ms
 from sdk.quickstart.charts import (
     egress_chart,
@@ -77,6 +78,7 @@ def write_html(
     personal = sum(o.bytes_sent for o in observations if o.situation.key == "b")
     answered = [o for o in observations if route_class(o.route) in ("edge", "cloud", "both")]
     page = template.substitute(
+        style=house_style(),
         when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         machine=escape(f"{platform.machine()} · Python {platform.python_version()}"),
         seconds=f"{seconds:.0f}",

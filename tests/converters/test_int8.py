@@ -232,8 +232,9 @@ def test_a_variant_that_saturates_on_this_cpu_is_left_out_and_the_model_not_blam
     found = [figure("top1_agreement", 0.114), figure("top1_agreement" + UNFUSED, 0.995)]
     said = refusal("int8", found, 0.01)
     assert said is not None
-    assert "88.6%" in said
-    assert "saturate" in said
+    assert "88.6%" in said.reason
+    assert "saturate" in said.reason
+    assert "--int8 weights" in said.hint
 
 
 def test_the_command_line_takes_method_and_gate(model: Path, tmp_path: Path, capsys):

@@ -64,7 +64,8 @@ def recipe(model: Path) -> Path:
 def hashes(path: Path) -> dict[str, str]:
     bundle = open_bundle(path)
     bundle.verify()
-    return {e.path: e.sha256 for v in bundle.manifest.variants for e in v.files}
+    entries = [*bundle.manifest.files, *(e for v in bundle.manifest.variants for e in v.files)]
+    return {entry.path: entry.sha256 for entry in entries}
 
 
 def test_a_recipe_gives_the_same_bundle_byte_for_byte(model: Path, recipe: Path, capsys):

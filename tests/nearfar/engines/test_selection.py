@@ -104,3 +104,30 @@ def test_those_that_cannot_run_come_last():
     for placement in ("edge", "cloud"):
         found = candidates(manifest, DEVICE, placement)
         assert [item.variant.id for item in found] == ["int8", "best"]
+
+
+VNNI, AVX2, ARM = ("avx2", "avx512_vnni"), ("avx2",), ("asimddp",)
+
+
+@pytest.mark.parametrize(
+    ("saturation", "flags", "runs"),
+    [
+        ({}, AVX2, True),
+        ({"x86-vnni": False}, VNNI, True),
+        ({"x86-vnni": False}, AVX2, False),  # never tried on such a CPU
+        ({"x86": False}, AVX2, True),
+        ({"x86": True}, AVX2, False),
+        ({"x86": True}, VNNI, True),
+        ({"x86": True}, ARM, True),
+        ({"other": True}, ARM, False),
+    ],
+)
+def test_a_variant_that_may_saturate_on_this_cpu_is_not_chosen(saturation, flags, runs):
+    device = msgspec.structs.replace(DEVICE, cpu_flags=flags)
+    int8 = msgspec.structs.replace(INT8, saturation=saturation)
+    expected = ["int8", "fp32"] if runs else ["fp32"]
+    assert ids(FP32, int8, placement="edge", device=device) == expected
+    if not runs:
+        manifest = Manifest(name="m", version="1.0.0", task="tensor", variants=(int8,))
+        (only,) = candidates(manifest, device, "edge")
+        assert "saturate" in only.excluded

@@ -1,0 +1,1 @@
+"""`nearfar convert --auto`: try the ways to compress a model, and keep those worth having."""
