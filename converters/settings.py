@@ -76,12 +76,15 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             the best scale and zero point of each block, ``k_quant_last`` with the last matrix in 8
             bits, ``k_quant_mixed`` with some layers in 8 bits too (Q4_K_M elsewhere). ``auto`` is
             ``carry`` where it is possible, else ``k_quant_mixed``.
-        exact_minima: For ``carry``: matrices whose minima (Q4_1) are carried over too, each for a
-            little time; others of that type are rounded as by ``k_quant_last``.
+        exact_minima: For ``carry``: matrices that are carried over although they have minima
+            (Q4_1), each for a little time; others of that type are rounded as by ``k_quant_last``.
+        minima_digits: For ``carry``: how exactly minima are kept, in digits of four bits beyond the
+            zero points; see `converters.steps.gguf_blocks`.
     """
 
     algorithm: Literal["auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last"] = "auto"
     exact_minima: tuple[Matrix, ...] = get_args(Matrix)
+    minima_digits: Annotated[int, msgspec.Meta(ge=0, le=3)] = 1
 
 
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

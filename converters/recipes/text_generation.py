@@ -127,7 +127,10 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
         build_genai(folder, wished, shop.work, algorithm)
         if "int4" in wished and int4.algorithm == "carry":
             assert isinstance(source, GgufSource)
-            done = carry_blocks(wished["int4"], source, folder, minima=int4.exact_minima)
+            done = carry_blocks(
+                wished["int4"], source, folder,
+                minima=int4.exact_minima, digits=int4.minima_digits,
+            )  # fmt: skip
             said.append(
                 f"{done.nodes} of {done.nodes + done.left} matrices have the file's own blocks"
             )

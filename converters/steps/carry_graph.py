@@ -1,0 +1,150 @@
+"""Give the `MatMulNBits` nodes of a graph other weights: the graph's side of `carry_gguf`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from converters.steps.gguf_blocks import BLOCK, Matrix, sum_columns
+from nearfar.errors import ConversionError
+
+
+class GraphEditor:
+    """Changes to a graph, kept until all are known.
+
+    Args:
+        onnx: The module.
+        model: The model, changed by `finish`.
+    """
+
+    def __init__(self, onnx: Any, model: Any) -> None:
+        self._onnx = onnx
+        self._model = model
+        self._tensors: dict[str, np.ndarray] = {}
+        self._first: list[Any] = []
+        self._before: dict[str, list[Any]] = {}
+        self._after: dict[str, list[Any]] = {}
+        self._extended: dict[tuple[str, int], str] = {}
+        self._merged: set[str] = set()
+
+    def replace(self, nodes: Sequence[Any], matrix: Matrix) -> None:
+        """Give `MatMulNBits` nodes other weights.
+
+        Several nodes with the same input become one, whose output is split again: each node costs
+        time of its own, and rounds the input to 8 bits anew.
+
+        Args:
+            nodes: All with the same input; their matrices one below the other are `matrix`.
+            matrix: The weights.
+        """
+        node = nodes[0]
+        codes, scales = node.input[1:3]
+        self._tensors[codes] = matrix.packed_codes()
+        self._widened(scales, matrix.scales)
+        zero_points = matrix.packed_zero_points()
+        # Without zero points they are 8 or 128, here and for the embedding that shares the matrix.
+        for reader in self._model.graph.node:
+            if reader is node or scales in reader.input:
+                del reader.input[3:]
+        if zero_points is not None:
+            self._tensors[f"{scales}_zeros"] = zero_points
+            node.input.append(f"{scales}_zeros")
+        if matrix.digits:
+            node.input[0] = self._with_sums(node, matrix)
+        rows = {one.name: _number(one, "N") for one in nodes}
+        wanted = {"bits": matrix.bits, "K": matrix.columns, "N": sum(rows.values())}
+        for attribute in node.attribute:
+            attribute.i = wanted.get(attribute.name, attribute.i)
+        if len(nodes) > 1:
+            self._split(nodes, list(rows.values()))
+
+    def _with_sums(self, node: Any, matrix: Matrix) -> str:
+        """The node's input, followed by the sums of its blocks."""
+        source, make = node.input[0], self._onnx.helper.make_node
+        known = self._extended.get((source, matrix.digits))
+        if known is not None:
+            return known
+        inputs = _number(node, "K")
+        ones = np.zeros((inputs, sum_columns(inputs // BLOCK)), np.float16)
+        ones[np.arange(inputs), np.arange(inputs) // BLOCK] = 1
+        # One small product is quicker than to reshape and to add up.
+        self._widened(f"nearfar/sums_{inputs}", ones)
+        sums = f"{source}_sums"
+        extended = f"{sums}_{matrix.digits}"
+        self._before[node.name] = [
+            make("MatMul", [source, f"nearfar/sums_{inputs}"], [sums], name=sums),
+            make("Concat", [source, *[sums] * matrix.digits], [extended], name=extended, axis=-1),
+        ]
+        self._extended[source, matrix.digits] = extended
+        return extended
+
+    def _split(self, nodes: Sequence[Any], rows: list[int]) -> None:
+        first, whole = nodes[0], f"{nodes[0].output[0]}_merged"
+        sizes = f"nearfar/rows_{'_'.join(map(str, rows))}"
+        self._tensors[sizes] = np.array(rows, np.int64)
+        self._after[first.name] = [
+            self._onnx.helper.make_node(
+                "Split", [whole, sizes], [node.output[0] for node in nodes],
+                name=f"{first.name}_split", axis=-1,
+            )
+        ]  # fmt: skip
+        first.output[0] = whole
+        self._merged.update(node.name for node in nodes[1:])
+
+    def _widened(self, name: str, half: np.ndarray) -> None:
+        """An FP16 constant that the graph sees as FP32 under `name`.
+
+        ONNX Runtime widens it once, when it loads the model (constant folding).
+        """
+        if f"{name}_fp16" in self._tensors:
+            return
+        self._tensors[f"{name}_fp16"] = half
+        self._tensors.pop(name, None)
+        self._first.append(
+            self._onnx.helper.make_node(
+                "Cast", [f"{name}_fp16"], [name], name=f"{name}_widened",
+                to=self._onnx.TensorProto.FLOAT,
+            )
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Apply everything.
+
+        Raises:
+            ConversionError: The graph has two nodes of one name.
+        """
+        graph = self._model.graph
+        nodes = list(self._first)
+        for node in graph.node:
+            if node.name not in self._merged:
+                nodes += [*self._before.get(node.name, ()), node, *self._after.get(node.name, ())]
+        if len({node.name for node in nodes}) != len(nodes):
+            raise ConversionError(
+                "The model builder gave two nodes one name",
+                fix="Use another algorithm for int4 in the recipe, such as k_quant_mixed",
+            )
+        made = {output for node in self._first for output in node.output}
+        read = {name for node in nodes for name in node.input}
+        kept = [
+            tensor for tensor in graph.initializer
+            if tensor.name not in self._tensors and tensor.name not in made and tensor.name in read
+        ]  # fmt: skip
+        new = [
+            self._onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+            for name, array in self._tensors.items()
+        ]
+        del graph.initializer[:]
+        graph.initializer.extend([*kept, *new])
+        # What the builder noted about shapes may no longer hold; ONNX Runtime infers it anew.
+        changed = made | self._tensors.keys()
+        shapes = [value for value in graph.value_info if value.name not in changed]
+        del graph.value_info[:]
+        graph.value_info.extend(shapes)
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _number(node: Any, name: str) -> int:
+    return int(next(attribute.i for attribute in node.attribute if attribute.name == name))
