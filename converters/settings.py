@@ -84,7 +84,7 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     algorithm: Literal["auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last"] = "auto"
     exact_minima: tuple[Matrix, ...] = get_args(Matrix)
-    minima_digits: Annotated[int, msgspec.Meta(ge=0, le=3)] = 1
+    minima_digits: Annotated[int, msgspec.Meta(ge=0, le=3)] = 2
 
 
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -27,6 +27,7 @@ class GraphEditor:
         self._before: dict[str, list[Any]] = {}
         self._after: dict[str, list[Any]] = {}
         self._extended: dict[tuple[str, int], str] = {}
+        self._zeros_known: set[str] = set()
         self._merged: set[str] = set()
 
     def replace(self, nodes: Sequence[Any], matrix: Matrix) -> None:
@@ -61,24 +62,42 @@ class GraphEditor:
             self._split(nodes, list(rows.values()))
 
     def _with_sums(self, node: Any, matrix: Matrix) -> str:
-        """The node's input, followed by the sums of its blocks."""
+        """The node's input, followed by the sums of its blocks, padded to whole blocks."""
         source, make = node.input[0], self._onnx.helper.make_node
         known = self._extended.get((source, matrix.digits))
         if known is not None:
             return known
-        inputs = _number(node, "K")
-        ones = np.zeros((inputs, sum_columns(inputs // BLOCK)), np.float16)
-        ones[np.arange(inputs), np.arange(inputs) // BLOCK] = 1
-        # One small product is quicker than to reshape and to add up.
-        self._widened(f"nearfar/sums_{inputs}", ones)
+        blocks = _number(node, "K") // BLOCK
+        added = self._before.setdefault(node.name, [])
+        shape, padding = f"nearfar/blocks_{blocks}", sum_columns(blocks) - blocks
+        self._tensors[shape] = np.array([0, 0, blocks, BLOCK], np.int64)
+        self._tensors["nearfar/last"] = np.array([-1], np.int64)
         sums = f"{source}_sums"
+        appended = [sums, self._zeros(source, padding, added)] if padding else [sums]
         extended = f"{sums}_{matrix.digits}"
-        self._before[node.name] = [
-            make("MatMul", [source, f"nearfar/sums_{inputs}"], [sums], name=sums),
-            make("Concat", [source, *[sums] * matrix.digits], [extended], name=extended, axis=-1),
+        added += [
+            # A product with a matrix of ones would be one node, but has that matrix to read.
+            make("Reshape", [source, shape], [f"{source}_blocks"], name=f"{source}_blocks"),
+            make("ReduceSum", [f"{source}_blocks", "nearfar/last"], [sums], name=sums, keepdims=0),
+            make("Concat", [source, *appended * matrix.digits], [extended], name=extended, axis=-1),
         ]
         self._extended[source, matrix.digits] = extended
         return extended
+
+    def _zeros(self, source: str, columns: int, added: list[Any]) -> str:
+        """As many rows of zeros as `source` has; computed once for all matrices of a model."""
+        name = f"nearfar/zeros_{columns}"
+        if name not in self._zeros_known:
+            self._zeros_known.add(name)
+            self._tensors[f"{name}_columns"] = np.array([columns], np.int64)
+            make = self._onnx.helper.make_node
+            added += [
+                make("Shape", [source], [f"{name}_rows"], name=f"{name}_rows", start=0, end=-1),
+                make("Concat", [f"{name}_rows", f"{name}_columns"], [f"{name}_shape"],
+                     name=f"{name}_shape", axis=0),
+                make("ConstantOfShape", [f"{name}_shape"], [name], name=name),
+            ]  # fmt: skip
+        return name
 
     def _split(self, nodes: Sequence[Any], rows: list[int]) -> None:
         first, whole = nodes[0], f"{nodes[0].output[0]}_merged"
