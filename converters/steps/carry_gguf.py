@@ -8,6 +8,7 @@ says how, `carry_graph` edits the graph, and here both sides are matched, matrix
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from converters.libraries import load
+from converters.settings import Int4Settings
 from converters.sources.gguf import GgufSource
 from converters.steps.carry_graph import GraphEditor
 from converters.steps.gguf_blocks import BLOCK, Blocks, joined, matrix_of, read_blocks
@@ -32,7 +34,14 @@ _PARTS = {
     "mlp/up_proj": (("ffn_up", "mlp.up_proj"),),
     "mlp/down_proj": (("ffn_down", "mlp.down_proj"),),
 }  # fmt: skip
+_MODEL, _DATA = "model.onnx", "model.onnx.data"
+#: Rows that are compared at a time.
+_PIECE = 4096
 _NODE = re.compile(r"/model/layers\.(\d+)/(\w+/\w+)/MatMul")
+
+
+#: Which of them have the same input and become one.
+_TOGETHER = ("mlp/gate_proj", "mlp/up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,88 +49,137 @@ class Carried:
     """How much was carried over.
 
     Attributes:
-        nodes: Nodes that have the file's own blocks now.
-        left: Nodes that keep what the model builder rounded.
+        carried: Matrices that have the file's own blocks now.
+        rounded: Matrices that were rounded to 8 bits, because the file has them in another form.
     """
 
-    nodes: int
-    left: int
+    carried: int
+    rounded: int
 
 
 def carry_blocks(
-    folder: Path, source: GgufSource, weights: Path, *, minima: Sequence[str], digits: int
+    full: Path, target: Path, source: GgufSource, weights: Path, settings: Int4Settings
 ) -> Carried:
-    """Replace what the model builder rounded by the file's own blocks, in place.
+    """Make a 4-bit folder of a full-precision one, with the blocks of the GGUF file.
+
+    The graph is read without its weights, so this needs little more memory than it writes.
 
     Args:
-        folder: As the model builder wrote it, in 4 bits with blocks of 32.
+        full: What the model builder wrote in full precision.
+        target: Folder to make.
         source: The GGUF file.
         weights: Folder with the dequantized weights as safetensors; every row that is carried over
             is checked to be the same number for number.
-        minima: Parts of a layer that are carried over although they have minima, such as
-            ``down_proj``; other matrices with minima are left as they are.
-        digits: How exactly minima are kept; see `gguf_blocks`.
-
-    Raises:
-        ConversionError: The folder is not what it should be.
+        settings: How exactly minima are kept.
     """
     onnx = load("onnx")
-    model = onnx.load(str(folder / "model.onnx"))
+    model = onnx.load(str(full / _MODEL), load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     tensors = {tensor.name: tensor for tensor in source.reader.tensors}
     reference = _Reference(weights)
     editor = GraphEditor(onnx, model)
-    carried = left = 0
-    for nodes in _groups(model.graph):
-        found = [_blocks_of(node.name, tensors, reference) for node in nodes]
-        fitting = [
-            (node, blocks)
-            for node, blocks in zip(nodes, found, strict=True)
-            if blocks is not None and _fits(node, blocks, stored, minima)
-        ]
-        left += len(nodes) - len(fitting)
-        carried += len(fitting)
-        together = joined([blocks for _, blocks in fitting])
-        if together is not None:
-            editor.replace([node for node, _ in fitting], matrix_of(together, digits=digits))
-            continue
-        for node, blocks in fitting:
-            editor.replace([node], matrix_of(blocks, digits=digits))
-    if not carried:
-        return Carried(0, left)
+    carried = rounded = 0
+    tables: dict[str, Blocks] = {}
+    for nodes in _groups(model.graph, stored):
+        found = []
+        for node in nodes:
+            blocks = _blocks_of(node.name, tensors, reference)
+            if blocks is None or not _fits(node, blocks, stored):
+                array = _array(onnx, stored[node.input[1]], full)
+                blocks, rounded = _rounded(array.T), rounded + 1
+            else:
+                carried += 1
+            found.append((node, blocks))
+            tables[node.input[1]] = blocks
+        _quantize(editor, found, settings)
+    for gather, weight in _lookups(model.graph, stored):
+        blocks = tables.get(weight) or _blocks_of("/embed_tokens/", tensors, reference)
+        if blocks is None or blocks.minima is not None:
+            blocks = _rounded(_array(onnx, stored[weight], full))
+        editor.quantize_table(gather, weight, matrix_of(blocks, digits=0))
     editor.finish()
-    data = folder / "model.onnx.data"
-    data.unlink(missing_ok=True)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(full))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    target.mkdir(parents=True, exist_ok=True)
+    for file in full.iterdir():
+        if file.name not in (_MODEL, _DATA):
+            shutil.copyfile(file, target / file.name)
     onnx.save(
-        model, str(folder / "model.onnx"), save_as_external_data=True,
-        all_tensors_to_one_file=True, location=data.name, size_threshold=1024,
+        model, str(target / _MODEL), save_as_external_data=True,
+        all_tensors_to_one_file=True, location=_DATA, size_threshold=1024,
     )  # fmt: skip
-    return Carried(carried, left)
+    return Carried(carried, rounded)
 
 
-def _groups(graph: Any) -> list[list[Any]]:
-    """Nodes with quantized weights; those that can become one, gate and up, are together."""
+def _groups(graph: Any, stored: dict[str, Any]) -> list[list[Any]]:
+    """Products with weights that `MatMulNBits` can take; those that can become one together."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            match = _NODE.match(node.name)
-            is_mergeable = match is not None and match[2] in ("mlp/gate_proj", "mlp/up_proj")
-            groups.setdefault((node.input[0], "" if is_mergeable else node.name), []).append(node)
+        if node.op_type != "MatMul" or node.input[1] not in stored:
+            continue
+        shape = stored[node.input[1]].dims
+        if len(shape) != 2 or shape[0] % BLOCK:
+            continue
+        match = _NODE.match(node.name)
+        is_mergeable = match is not None and match[2] in _TOGETHER
+        groups.setdefault((node.input[0], "" if is_mergeable else node.name), []).append(node)
     return list(groups.values())
 
 
-def _fits(node: Any, blocks: Blocks, stored: dict[str, Any], minima: Sequence[str]) -> bool:
-    numbers = {attribute.name: attribute.i for attribute in node.attribute}
-    is_table = "lm_head" in node.name
-    return (
-        numbers.get("block_size") == BLOCK
-        and stored[node.input[2]].dims[0] == len(blocks.codes)
-        and numbers["K"] == blocks.codes.shape[1] * BLOCK
-        and not any(node.input[4:])  # an order of columns, a bias
-        and (blocks.minima is None or any(part in node.name for part in minima))
-        # A table shared with the embedding cannot have minima, nor other bits than it.
-        and not (is_table and (blocks.minima is not None or blocks.bits != numbers["bits"]))
-    )
+def _lookups(graph: Any, stored: dict[str, Any]) -> list[tuple[Any, str]]:
+    """`Gather` nodes for token ids, and the table they read, which may be the head's."""
+    transposed = {
+        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"
+    }
+    found = []
+    for node in graph.node:
+        if node.op_type == "Gather" and "embed_tokens" in node.name:
+            weight = transposed.get(node.input[0], node.input[0])
+            is_shared = node.input[0] in transposed
+            shape = stored[weight].dims if weight in stored else ()
+            if len(shape) == 2 and shape[0 if is_shared else 1] % BLOCK == 0:
+                found.append((node, weight))
+    return found
+
+
+def _quantize(
+    editor: GraphEditor, found: Sequence[tuple[Any, Blocks]], settings: Int4Settings
+) -> None:
+    """As one node where the blocks are of one kind."""
+    together = joined([blocks for _, blocks in found])
+    if together is None:
+        for one in found:
+            _quantize(editor, [one], settings)
+        return
+    nodes = [node for node, _ in found]
+    is_exact = any(part in nodes[0].name for part in settings.exact_minima)
+    digits = settings.minima_digits if is_exact else 0
+    rows = [len(blocks.codes) for _, blocks in found]
+    editor.quantize(nodes, rows, matrix_of(together, digits=digits))
+
+
+def _fits(node: Any, blocks: Blocks, stored: dict[str, Any]) -> bool:
+    shape = tuple(stored[node.input[1]].dims)
+    # A table that the embedding shares cannot have minima.
+    is_shared = "lm_head" in node.name and blocks.minima is not None
+    return shape == (blocks.codes.shape[1] * BLOCK, len(blocks.codes)) and not is_shared
+
+
+def _rounded(array: np.ndarray) -> Blocks:
+    """Blocks of a matrix whose own form has no equal here, in 8 bits (Q8_0)."""
+    gguf = load("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = read_blocks("Q8_0", gguf.quants.quantize(np.ascontiguousarray(array), kind))
+    assert blocks is not None
+    return blocks
+
+
+def _array(onnx: Any, tensor: Any, folder: Path) -> np.ndarray:
+    array: np.ndarray = onnx.numpy_helper.to_array(tensor, str(folder))
+    return array
 
 
 def can_carry(source: GgufSource) -> bool:
@@ -162,6 +220,8 @@ def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blo
             (f"blk.{match[1]}.{gguf}.weight", f"model.layers.{match[1]}.{hf}.weight")
             for gguf, hf in _PARTS[match[2]]
         ]
+    elif "/embed_tokens/" in name:
+        parts = [("token_embd.weight", "model.embed_tokens.weight")]
     elif "/lm_head/" in name:
         tied = "output.weight" not in tensors
         parts = [("token_embd.weight", "model.embed_tokens.weight")] if tied else [
@@ -173,22 +233,26 @@ def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blo
         if tensor is None or weights is None:
             return None
         blocks = read_blocks(tensor.tensor_type.name, np.asarray(tensor.data))
-        order = None if blocks is None else _order(blocks.dequantized(), weights)
+        order = None if blocks is None else _order(blocks, weights)
         if blocks is None or order is None:
             return None
-        found.append(blocks.rows(order))
+        found.append(blocks.piece(order))
     return joined(found)
 
 
-def _order(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
-    """Which row of `rows` each row of `wanted` is; `None` if one is not among them.
+def _order(blocks: Blocks, wanted: np.ndarray) -> np.ndarray | None:
+    """Which row of `blocks` each row of `wanted` is; `None` if one is not among them.
 
     llama.cpp stores rows of query and key in another order than transformers. Finding them by
     their numbers needs no knowledge of it, and proves that both hold the same.
     """
-    if rows.shape != wanted.shape:
+    if (len(blocks.codes), blocks.codes.shape[1] * BLOCK) != wanted.shape:
         return None
-    rows = rows + np.float32(0)  # minus zero becomes zero
+    pieces = [slice(start, start + _PIECE) for start in range(0, len(wanted), _PIECE)]
+    # Mostly the order is the same; large tables are compared piece by piece.
+    if all(np.array_equal(blocks.piece(at).dequantized(), wanted[at]) for at in pieces):
+        return np.arange(len(wanted))
+    rows = blocks.dequantized() + np.float32(0)  # minus zero becomes zero
     places = {row.tobytes(): place for place, row in enumerate(rows)}
     wanted = wanted.astype(np.float32) + np.float32(0)
     found = [places.get(row.tobytes(), -1) for row in wanted]

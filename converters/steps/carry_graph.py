@@ -1,4 +1,4 @@
-"""Give the `MatMulNBits` nodes of a graph other weights: the graph's side of `carry_gguf`."""
+"""Products of a full-precision graph become `MatMulNBits`: the graph's side of `carry_gguf`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import numpy as np
 
 from converters.steps.gguf_blocks import BLOCK, Matrix, sum_columns
 from nearfar.errors import ConversionError
+
+_CONTRIB = "com.microsoft"
+#: The kernel rounds activations to 8 bits, which is what makes it fast.
+_ACCURACY_LEVEL = 4
 
 
 class GraphEditor:
@@ -30,36 +34,67 @@ class GraphEditor:
         self._zeros_known: set[str] = set()
         self._merged: set[str] = set()
 
-    def replace(self, nodes: Sequence[Any], matrix: Matrix) -> None:
-        """Give `MatMulNBits` nodes other weights.
+    def quantize(self, nodes: Sequence[Any], rows: Sequence[int], matrix: Matrix) -> None:
+        """Make `MatMulNBits` nodes of `MatMul` nodes.
 
         Several nodes with the same input become one, whose output is split again: each node costs
         time of its own, and rounds the input to 8 bits anew.
 
         Args:
-            nodes: All with the same input; their matrices one below the other are `matrix`.
-            matrix: The weights.
+            nodes: All with the same input.
+            rows: How many outputs each has.
+            matrix: Their weights, one below the other.
         """
         node = nodes[0]
-        codes, scales = node.input[1:3]
-        self._tensors[codes] = matrix.packed_codes()
-        self._widened(scales, matrix.scales)
-        zero_points = matrix.packed_zero_points()
-        # Without zero points they are 8 or 128, here and for the embedding that shares the matrix.
-        for reader in self._model.graph.node:
-            if reader is node or scales in reader.input:
-                del reader.input[3:]
-        if zero_points is not None:
-            self._tensors[f"{scales}_zeros"] = zero_points
-            node.input.append(f"{scales}_zeros")
+        inputs = [node.input[0], *self._stored(node.input[1], matrix)]
         if matrix.digits:
-            node.input[0] = self._with_sums(node, matrix)
-        rows = {one.name: _number(one, "N") for one in nodes}
-        wanted = {"bits": matrix.bits, "K": matrix.columns, "N": sum(rows.values())}
-        for attribute in node.attribute:
-            attribute.i = wanted.get(attribute.name, attribute.i)
+            inputs[0] = self._with_sums(node, matrix)
+        del node.input[:]
+        node.input.extend(inputs)
+        node.op_type, node.domain = "MatMulNBits", _CONTRIB
+        del node.attribute[:]
+        numbers = {"K": matrix.columns, "N": sum(rows), "bits": matrix.bits, "block_size": BLOCK,
+                   "accuracy_level": _ACCURACY_LEVEL}  # fmt: skip
+        node.attribute.extend(
+            self._onnx.helper.make_attribute(name, value) for name, value in numbers.items()
+        )
         if len(nodes) > 1:
-            self._split(nodes, list(rows.values()))
+            self._split(nodes, list(rows))
+
+    def quantize_table(self, gather: Any, weight: str, matrix: Matrix) -> None:
+        """Make a lookup among quantized rows of a `Gather` node.
+
+        Args:
+            gather: With ids as its second input.
+            weight: Name of the table, or of the head's matrix that it shares.
+            matrix: Its rows; without minima.
+        """
+        make, name = self._onnx.helper.make_node, gather.name
+        codes, scales = self._stored(weight, matrix)[:2]
+        rows, columns = len(matrix.codes), matrix.columns * matrix.bits // 8
+        self._tensors[f"{weight}_shape"] = np.array([rows, columns], np.int64)
+        self._first.append(
+            make("Reshape", [codes, f"{weight}_shape"], [f"{codes}_rows"], name=f"{name}_rows")
+        )
+        gather.op_type, gather.domain = "GatherBlockQuantized", _CONTRIB
+        ids = gather.input[1]
+        del gather.input[:], gather.attribute[:]
+        gather.input.extend([f"{codes}_rows", ids, scales])
+        numbers = {"bits": matrix.bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        gather.attribute.extend(
+            self._onnx.helper.make_attribute(key, value) for key, value in numbers.items()
+        )
+
+    def _stored(self, weight: str, matrix: Matrix) -> list[str]:
+        """Names of codes, scales and zero points."""
+        names = [f"{weight}_Q{matrix.bits}G{BLOCK}", f"{weight}_scale"]
+        self._tensors[names[0]] = matrix.packed_codes()
+        self._widened(names[1], matrix.scales)
+        zero_points = matrix.packed_zero_points()
+        if zero_points is not None:
+            names.append(f"{weight}_zp")
+            self._tensors[names[-1]] = zero_points
+        return names
 
     def _with_sums(self, node: Any, matrix: Matrix) -> str:
         """The node's input, followed by the sums of its blocks, padded to whole blocks."""
@@ -67,7 +102,7 @@ class GraphEditor:
         known = self._extended.get((source, matrix.digits))
         if known is not None:
             return known
-        blocks = _number(node, "K") // BLOCK
+        blocks = matrix.blocks
         added = self._before.setdefault(node.name, [])
         shape, padding = f"nearfar/blocks_{blocks}", sum_columns(blocks) - blocks
         self._tensors[shape] = np.array([0, 0, blocks, BLOCK], np.int64)
@@ -139,6 +174,7 @@ class GraphEditor:
         for node in graph.node:
             if node.name not in self._merged:
                 nodes += [*self._before.get(node.name, ()), node, *self._after.get(node.name, ())]
+        nodes = self._without_unread(nodes)
         if len({node.name for node in nodes}) != len(nodes):
             raise ConversionError(
                 "The model builder gave two nodes one name",
@@ -164,6 +200,9 @@ class GraphEditor:
         del graph.node[:]
         graph.node.extend(nodes)
 
-
-def _number(node: Any, name: str) -> int:
-    return int(next(attribute.i for attribute in node.attribute if attribute.name == name))
+    def _without_unread(self, nodes: list[Any]) -> list[Any]:
+        """Without what only a changed node read, such as the transposition of a shared table."""
+        read = {name for node in nodes for name in node.input}
+        read |= {output.name for output in self._model.graph.output}
+        kept = [node for node in nodes if read.intersection(node.output)]
+        return kept if len(kept) == len(nodes) else self._without_unread(kept)

@@ -57,10 +57,10 @@ class Blocks:
             values = scales * codes + self.minima.astype(np.float32)[..., None]
         return np.asarray(values.reshape(len(codes), -1))
 
-    def rows(self, order: np.ndarray) -> Blocks:
-        """The same with its rows in another order."""
-        minima = None if self.minima is None else self.minima[order]
-        return Blocks(self.bits, self.codes[order], self.scales[order], minima)
+    def piece(self, rows: np.ndarray | slice) -> Blocks:
+        """Some rows, or all in another order."""
+        minima = None if self.minima is None else self.minima[rows]
+        return Blocks(self.bits, self.codes[rows], self.scales[rows], minima)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,11 @@ class Matrix:
         """Inputs, appended sums included."""
         return self.codes.shape[1] * BLOCK
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row, without those of sums."""
+        return _blocks_before(self.codes.shape[1], self.digits)
+
     def packed_codes(self) -> np.ndarray:
         """uint8, shape (rows, blocks, 4 * bits)."""
         return _packed(self.codes) if self.bits == 4 else self.codes
@@ -104,7 +109,7 @@ class Matrix:
         values = (self.codes.astype(np.float32) - zeros) * self.scales.astype(np.float32)[..., None]
         if not self.digits:
             return np.asarray(values.reshape(len(values), -1))
-        blocks = _blocks_before(self.codes.shape[1], self.digits)
+        blocks = self.blocks
         rests = values[:, blocks:].reshape(len(values), self.digits, -1)[..., :blocks].sum(axis=1)
         return np.asarray((values[:, :blocks] + rests[..., None]).reshape(len(values), -1))
 

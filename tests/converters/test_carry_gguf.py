@@ -68,43 +68,38 @@ def test_types_without_an_equal_are_left_alone():
     assert read_blocks("Q6_K", np.zeros((1, 210), np.uint8)) is None
 
 
-def node_model(bits: int, *, table: bool) -> onnx.ModelProto:
-    """`MatMulNBits` as the model builder writes it, with zero points; with `table` a shared one."""
-    blocks = COLUMNS // BLOCK
-    packed = np.zeros((ROWS, blocks, 4 * bits), np.uint8)
-    name = "/lm_head/MatMul_Q8" if table else "/model/layers.0/mlp/down_proj/MatMul_Q4"
-    nodes = [
-        helper.make_node(
-            "MatMulNBits", ["x", "w", "down.weight_scale", "zp"], ["y"], name=name,
-            domain="com.microsoft", K=COLUMNS, N=ROWS, bits=bits, block_size=BLOCK,
-            accuracy_level=1,
-        )
-    ]  # fmt: skip
+def node_model(*, table: bool = False, second: bool = False) -> onnx.ModelProto:
+    """Products as the model builder writes them; with `table` one that the embedding shares."""
+    weight = numpy_helper.from_array(np.zeros((COLUMNS, ROWS), np.float32), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="/lm_head/MatMul")]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", ROWS])]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", COLUMNS])]
-    initializers = [
-        numpy_helper.from_array(packed, "w"),
-        numpy_helper.from_array(np.ones((ROWS, blocks), np.float32), "down.weight_scale"),
-        numpy_helper.from_array(np.zeros((ROWS, (blocks * bits + 7) // 8), np.uint8), "zp"),
-    ]
+    if second:
+        nodes.append(helper.make_node("MatMul", ["x", "w"], ["z"], name="second"))
+        outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
     if table:
-        shape = np.array([ROWS, COLUMNS])
-        initializers.append(numpy_helper.from_array(shape, "shape"))
-        nodes += [
-            helper.make_node("Reshape", ["w", "shape"], ["flat"], name="flat"),
-            helper.make_node(
-                "GatherBlockQuantized", ["flat", "ids", "down.weight_scale", "zp"], ["rows"],
-                name="embed", domain="com.microsoft", bits=8, block_size=BLOCK, gather_axis=0,
-                quantize_axis=1,
-            ),
-        ]  # fmt: skip
+        nodes[:0] = [
+            helper.make_node("Transpose", ["w"], ["rows_of_w"], name="embed/Transpose"),
+            helper.make_node("Gather", ["rows_of_w", "ids"], ["rows"], name="embed/Gather"),
+        ]
         inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["tokens"]))
         outputs.append(helper.make_tensor_value_info("rows", TensorProto.FLOAT, None))
-    graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [weight])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets)
     model.ir_version = 9
     return model
+
+
+def run_in_float(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Outputs without the kernel's rounding of activations to 8 bits."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    outputs: list[np.ndarray] = session.run(None, feeds)
+    return outputs
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
@@ -112,38 +107,17 @@ def test_the_graph_computes_with_the_weights_of_the_file(kind: str):
     data, weights = stored(kind)
     blocks = read_blocks(kind, data)
     assert blocks is not None
-    # The builder may have chosen 4 bits where the file has 8.
-    model = node_model(4 if kind == "Q8_0" else blocks.bits, table=False)
+    model = node_model()
     editor = GraphEditor(onnx, model)
     matrix = matrix_of(blocks, digits=2)
-    editor.replace([model.graph.node[0]], matrix)
+    editor.quantize([model.graph.node[0]], [ROWS], matrix)
     editor.finish()
     onnx.checker.check_model(model)
     x = np.random.default_rng(1).standard_normal((1, 5, COLUMNS)).astype(np.float32)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    (found,) = session.run(["y"], {"x": x})
+    (found,) = run_in_float(model, {"x": x})
     np.testing.assert_allclose(found, x @ matrix.effective().T, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found, x @ weights.T, rtol=0.01, atol=0.01)
-    assert "zp" not in {tensor.name for tensor in model.graph.initializer}
-
-
-def two_node_model() -> onnx.ModelProto:
-    """Two matrices with one input, and outputs `y` and `z`."""
-    model = node_model(4, table=False)
-    second = onnx.NodeProto()
-    second.CopyFrom(model.graph.node[0])
-    second.name, second.output[0] = "/model/layers.0/mlp/up_proj/MatMul_Q4", "z"
-    second.input[1:3] = ["w2", "up.weight_scale"]
-    model.graph.node.append(second)
-    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
-    for tensor, name in zip(
-        list(model.graph.initializer[:2]), ["w2", "up.weight_scale"], strict=True
-    ):
-        copy = onnx.TensorProto()
-        copy.CopyFrom(tensor)
-        copy.name = name
-        model.graph.initializer.append(copy)
-    return model
+    assert "w" not in {tensor.name for tensor in model.graph.initializer}
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
@@ -153,23 +127,23 @@ def test_matrices_with_one_input_share_its_sums_and_can_be_one(is_merged: bool):
     blocks, other = read_blocks("Q4_1", data), read_blocks("Q4_1", other_data)
     assert blocks is not None
     assert other is not None
-    model = two_node_model()
+    model = node_model(second=True)
     editor = GraphEditor(onnx, model)
     nodes = list(model.graph.node)
     if is_merged:
         both = joined([blocks, other])
         assert both is not None
-        editor.replace(nodes, matrix_of(both, digits=1))
+        editor.quantize(nodes, [ROWS, ROWS], matrix_of(both, digits=1))
     else:
+        nodes[1].input[1] = "w2"
         for node, one in zip(nodes, [blocks, other], strict=True):
-            editor.replace([node], matrix_of(one, digits=1))
+            editor.quantize([node], [ROWS], matrix_of(one, digits=1))
     editor.finish()
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("ReduceSum") == 1
     assert operators.count("MatMulNBits") == (1 if is_merged else 2)
     x = np.random.default_rng(1).standard_normal((1, 5, COLUMNS)).astype(np.float32)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    found = session.run(["y", "z"], {"x": x})
+    found = run_in_float(model, {"x": x})
     for y, one in zip(found, [blocks, other], strict=True):
         expected = x @ matrix_of(one, digits=1).effective().T
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
@@ -185,9 +159,12 @@ def test_an_embedding_that_shares_the_matrix_reads_the_same_numbers():
     data, weights = stored("Q8_0")
     blocks = read_blocks("Q8_0", data)
     assert blocks is not None
-    model = node_model(8, table=True)
+    model = node_model(table=True)
     editor = GraphEditor(onnx, model)
-    editor.replace([model.graph.node[0]], matrix_of(blocks, digits=1))
+    _, gather, product = model.graph.node
+    matrix = matrix_of(blocks, digits=1)
+    editor.quantize([product], [ROWS], matrix)
+    editor.quantize_table(gather, "w", matrix)
     editor.finish()
     ids = np.array([3, 60, 3])
     feeds = {"x": np.zeros((1, 3, COLUMNS), np.float32), "ids": ids}
@@ -197,11 +174,12 @@ def test_an_embedding_that_shares_the_matrix_reads_the_same_numbers():
 
 
 def test_rows_are_found_by_their_numbers():
-    random = np.random.default_rng(0)
-    rows = random.standard_normal((8, 4)).astype(np.float32)
-    rows[3] = -0.0
-    order = random.permutation(8)
-    wanted = np.abs(rows[order]) * np.sign(rows[order])
-    np.testing.assert_array_equal(_order(rows, wanted), order)
-    assert _order(rows, rows + 1) is None
-    assert _order(rows, rows[:4]) is None
+    data, weights = stored("Q4_0")
+    blocks = read_blocks("Q4_0", data)
+    assert blocks is not None
+    np.testing.assert_array_equal(_order(blocks, weights), np.arange(ROWS))
+    order = np.random.default_rng(0).permutation(ROWS)
+    wanted = np.where(weights[order] == 0, np.float32(-0.0), weights[order])
+    np.testing.assert_array_equal(_order(blocks, wanted), order)
+    assert _order(blocks, weights + 1) is None
+    assert _order(blocks, weights[:4]) is None
