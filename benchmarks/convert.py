@@ -1,22 +1,24 @@
 """`nearfar bench convert`: what conversions of real models keep, and what they save.
 
 Every figure of quality is taken from the manifest that the conversion wrote; sizes are those of the
-files; speed is measured here, both variants in turn.
+files; memory is that of the conversion's processes; speed is measured here, both variants in turn.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.convert_encoder import measure_encoder
 from benchmarks.convert_llm import measure_llm
+from benchmarks.convert_resume import measure_resume
 from benchmarks.harness import Report, Run
 from benchmarks.subjects import Begin, Part
 from nearfar.errors import InvalidInput
 
-PARTS = ("encoder", "llm")
+PARTS = ("encoder", "llm", "resume")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +30,17 @@ class Settings:
         parts: Which of `PARTS`.
         rounds: How often each side of a comparison of speed is measured.
         tokens: Length of each timed answer.
-        cache: Folder with results of earlier steps; `None` does everything.
-        seed: The order of the sides is drawn from it.
+        kills: How often a conversion is killed.
+        quick: Leave out what has no bar.
+        seed: The order of the sides and the points of killing are drawn from it.
     """
 
     sources: Path
     parts: tuple[str, ...] = PARTS
     rounds: int = 6
     tokens: int = 64
-    cache: Path | None = None
+    kills: int = 50
+    quick: bool = False
     seed: int = 0
 
 
@@ -55,6 +59,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
     sources = {
         "encoder": lambda: _one(settings.sources, "sentence encoder", "**/modules.json").parent,
         "llm": lambda: _one(settings.sources, "GGUF file", "**/*.gguf"),
+        "resume": lambda: _one(settings.sources, "ONNX file", "**/*.onnx"),
     }
     # Before minutes of converting, find out whether all are there.
     found = {name: sources[name]() for name in settings.parts}
@@ -64,15 +69,18 @@ def measure(settings: Settings, begin: Begin) -> Report:
             work = Path(folder) / name
             work.mkdir()
             if name == "encoder":
-                parts.append(
-                    measure_encoder(source, work, settings.cache, settings.rounds, run, begin)
-                )
-            else:
+                parts.append(measure_encoder(source, work, settings.rounds, run, begin))
+            elif name == "llm":
                 parts.append(
                     measure_llm(
-                        source, work, settings.cache, settings.rounds, settings.tokens, run, begin
+                        source, work, settings.rounds, settings.tokens, run, begin,
+                        quick=settings.quick,
                     )
-                )
+                )  # fmt: skip
+            else:
+                parts.append(measure_resume(source, work, settings.kills, run, begin))
+            # Models are large, and temporary folders may be memory.
+            shutil.rmtree(work)
     return run.report(
         bars=[bar for part in parts for bar in part.bars],
         figures=[figure for part in parts for figure in part.figures],
@@ -80,6 +88,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
             "parts": ",".join(settings.parts),
             "rounds": settings.rounds,
             "tokens": settings.tokens,
+            "kills": settings.kills,
             **{f"{name} source": path.name for name, path in found.items()},
         },
     )

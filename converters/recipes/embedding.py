@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters import texts
+from converters.cache import digest_of_arrays
+from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
@@ -45,27 +48,34 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     """
     ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32"))
     pooling = read_pooling(source)
-    with shop.reporter.step("load the source") as step:
-        model = load_huggingface(source)
+    with shop.reporter.step("read the tokenizer") as step:
         tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
-        step.note(f"{type(model).__name__}, {pooling.mode} pooling")
-    encoder = sentence_encoder(model, pooling)
+        step.note(f"{pooling.mode} pooling")
+
+    @lru_cache(maxsize=1)
+    def encoder() -> Any:
+        # Only where something is to be done with it: what is cached needs no model.
+        with shop.reporter.step("load the source") as step:
+            model = load_huggingface(source)
+            step.note(type(model).__name__)
+        return sentence_encoder(model, pooling)
+
     preprocessing = TextPreprocessing(
         tokenizer=_TOKENIZER, max_length_tokens=pooling.max_length_tokens, truncate=True
     )
-    exported = shop.work / "exported.onnx"
-    with shop.reporter.step("export to ONNX"):
-        export_encoder(encoder, exported, max_length_tokens=pooling.max_length_tokens)
-    full = shop.work / "fp32.onnx"
-    with shop.reporter.step("optimise the graph") as step:
-        if not slim(exported, full):
-            step.note("left as it is")
-            full = exported
+    made_of: dict[str, object] = {"source": fingerprint(source)}
+    full = _full(shop, encoder, made_of, pooling.max_length_tokens)
     count, limits = shop.settings.passages, shop.settings.gates
     check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
+    vectors = shop.work / "source.npy"
+    parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
-        truth = check.source_vectors(encoder)
-    del encoder, model
+        shop.cache.output(
+            "source-vectors", parts, vectors,
+            lambda path: np.save(path, check.source_vectors(encoder())), tools=_TOOLS,
+        )  # fmt: skip
+    truth = np.load(vectors)
+    encoder.cache_clear()
 
     with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
         best = check.vectors(full)
@@ -114,6 +124,26 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
         ),
     )
+
+
+def _full(
+    shop: Workshop, encoder: Callable[[], Any], made_of: dict[str, object], max_length_tokens: int
+) -> Path:
+    """The model in full precision, exported and optimised."""
+    exported, full = shop.work / "exported.onnx", shop.work / "fp32.onnx"
+    with shop.reporter.step("export to ONNX"):
+        shop.cache.output(
+            "export-encoder", made_of, exported,
+            lambda path: export_encoder(encoder(), path, max_length_tokens=max_length_tokens),
+            tools=_TOOLS,
+        )  # fmt: skip
+    with shop.reporter.step("optimise the graph") as step:
+        if not shop.cache.output(
+            "optimise-encoder", made_of, full, lambda path: slim(exported, path), tools=_TOOLS
+        ):
+            step.note("left as it is")
+            return exported
+    return full
 
 
 def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:

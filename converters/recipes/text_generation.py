@@ -14,6 +14,7 @@ from converters.settings import Int4Settings
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import read_json
+from converters.steps.apart import give_back, run_apart
 from converters.steps.carry_gguf import can_carry, carry_blocks
 from converters.steps.genai_build import PRECISIONS, build_genai
 from converters.steps.prepare_model import prepare_model
@@ -52,7 +53,8 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         said = _build(source, folder, targets, shop)
         sizes = (f"{key} {format_bytes(_size(path))}" for key, path in targets.items())
         step.note(", ".join(sizes) + said)
-    quality = _verify(shop, targets, token_windows, truth)
+    give_back()
+    quality = _verify(shop, targets, token_windows, truth, is_large=model.is_large)
     best = next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
     ids = tuple(
         variant_id
@@ -152,10 +154,18 @@ def _resolved(source: Source, int4: Int4Settings) -> Int4Settings:
 
 
 def _verify(
-    shop: Workshop, targets: dict[str, Path], token_windows: Any, truth: SourceLogits
+    shop: Workshop,
+    targets: dict[str, Path],
+    token_windows: Any,
+    truth: SourceLogits,
+    *,
+    is_large: bool,
 ) -> dict[str, Any]:
     with shop.reporter.step(f"verify on {token_windows.size} tokens of English text") as step:
-        quality = verify_generation(targets, token_windows, truth, shop.settings.gates)
+        arguments = (targets, token_windows, truth, shop.settings.gates)
+        quality = (
+            run_apart(verify_generation, *arguments) if is_large else verify_generation(*arguments)
+        )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     return quality
 

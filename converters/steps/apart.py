@@ -7,6 +7,7 @@ the next step would pay for it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import os
 import pickle
@@ -58,6 +59,15 @@ def run_apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -
         raise value
     result: _T = value
     return result
+
+
+def give_back() -> None:
+    """Return freed memory to the system; the C library keeps it otherwise (glibc)."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def end_with_parent() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from converters.sources.base import Source
 from converters.sources.detect import open_source
-from converters.sources.gguf import GgufSource, load_gguf
+from converters.sources.gguf import (
+    GgufSource,
+    forget_vocabulary,
+    load_gguf_model,
+    load_gguf_tokenizer,
+)
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
 from converters.steps.apart import run_apart
 from converters.steps.verify_generation import SourceLogits, source_logits, windows
@@ -28,12 +32,14 @@ class PreparedModel:
         parameters: How many numbers it has.
         vocabulary_size: How many tokens it knows.
         logits: File with what it says about the first windows of `verify_generation.windows`.
+        is_large: Whether its steps run in processes of their own.
     """
 
     kind: str
     parameters: int
     vocabulary_size: int
     logits: Path
+    is_large: bool
 
     def truth(self, name: str) -> SourceLogits:
         """What the model says, read from the file only where it is needed."""
@@ -49,19 +55,27 @@ def prepare_model(source: Source, folder: Path) -> PreparedModel:
     assert isinstance(source, (GgufSource, HuggingFaceSource))
     weights = [source.path] if isinstance(source, GgufSource) else source.weights
     if sum(file.stat().st_size for file in weights) < _APART_FROM_BYTES:
-        return _prepare(source, folder)
+        return _prepare(source, folder, is_large=False)
+    if isinstance(source, GgufSource):
+        forget_vocabulary(source)
     allow_pickle = isinstance(source, HuggingFaceSource) and source.is_pickled
     return run_apart(open_and_prepare, source.path, folder, allow_pickle=allow_pickle)
 
 
 def open_and_prepare(path: Path, folder: Path, *, allow_pickle: bool) -> PreparedModel:
     """As `prepare_model`, of a source that is not open yet."""
-    return _prepare(open_source(path, allow_pickle=allow_pickle), folder)
+    return _prepare(open_source(path, allow_pickle=allow_pickle), folder, is_large=True)
 
 
-def _prepare(source: Source, folder: Path) -> PreparedModel:
-    model, tokenizer = _load(source)
-    tokenizer.save_pretrained(str(folder))
+def _prepare(source: Source, folder: Path, *, is_large: bool) -> PreparedModel:
+    _write_tokenizer(source, folder)
+    if isinstance(source, GgufSource):
+        if is_large:
+            forget_vocabulary(source)
+        model = load_gguf_model(source)
+    else:
+        assert isinstance(source, HuggingFaceSource)
+        model = load_huggingface(source)
     vocabulary_size = int(model.config.vocab_size)
     token_windows = windows(folder / "tokenizer.json", vocabulary_size)
     logits = folder.parent / f"{folder.name}-logits.npy"
@@ -72,11 +86,13 @@ def _prepare(source: Source, folder: Path) -> PreparedModel:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary_size=vocabulary_size,
         logits=logits,
+        is_large=is_large,
     )
 
 
-def _load(source: Source) -> tuple[Any, Any]:
+def _write_tokenizer(source: Source, folder: Path) -> None:
     if isinstance(source, GgufSource):
-        return load_gguf(source)
-    assert isinstance(source, HuggingFaceSource)
-    return load_huggingface(source), load_tokenizer(source.path)
+        tokenizer = load_gguf_tokenizer(source)
+    else:
+        tokenizer = load_tokenizer(source.path)
+    tokenizer.save_pretrained(str(folder))

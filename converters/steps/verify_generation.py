@@ -89,7 +89,7 @@ def source_logits(model: Any, token_windows: np.ndarray, name: str) -> SourceLog
             model(torch.from_numpy(window[None, :])).logits[0].float().numpy()
             for window in token_windows[:SOURCE_WINDOWS]
         ]
-    logits = np.stack(rows)
+    logits = np.stack(rows) if len(rows) > 1 else rows[0][None]
     check_finite(logits, f"the output of {name}")
     return SourceLogits(name=name, logits=logits)
 
