@@ -145,7 +145,7 @@ def _resolved(source: Source, int4: Int4Settings) -> Int4Settings:
     has_blocks = isinstance(source, GgufSource) and can_carry(source)
     if int4.algorithm == "carry" and not has_blocks:
         raise ConversionError(
-            f"{source.path} has no blocks of 4 bits that could be carried over (Q4_0, Q4_1)",
+            f"{source.path} has no blocks of 4 bits that could be carried over (Q4_0, Q4_1, Q4_K)",
             fix="Use another algorithm (int4.algorithm), such as k_quant_mixed",
         )
     if int4.algorithm != "auto":

@@ -186,7 +186,7 @@ def can_carry(source: GgufSource) -> bool:
     """Whether most weights of the file are of a type that can be carried over."""
     sizes: dict[bool, int] = {True: 0, False: 0}
     for tensor in source.reader.tensors:
-        sizes[tensor.tensor_type.name in ("Q4_0", "Q4_1")] += int(tensor.n_elements)
+        sizes[tensor.tensor_type.name in ("Q4_0", "Q4_1", "Q4_K")] += int(tensor.n_elements)
     # The embedding is often of another type; in small models it is a fifth of everything.
     return sizes[True] > sizes[False]
 

@@ -147,14 +147,17 @@ class GraphEditor:
         first.output[0] = whole
         self._merged.update(node.name for node in nodes[1:])
 
-    def _widened(self, name: str, half: np.ndarray) -> None:
-        """An FP16 constant that the graph sees as FP32 under `name`.
+    def _widened(self, name: str, numbers: np.ndarray) -> None:
+        """A constant that the graph sees as FP32 under `name`, stored as it is.
 
-        ONNX Runtime widens it once, when it loads the model (constant folding).
+        ONNX Runtime widens FP16 once, when it loads the model (constant folding).
         """
+        if numbers.dtype != np.float16:
+            self._tensors[name] = numbers
+            return
         if f"{name}_fp16" in self._tensors:
             return
-        self._tensors[f"{name}_fp16"] = half
+        self._tensors[f"{name}_fp16"] = numbers
         self._tensors.pop(name, None)
         self._first.append(
             self._onnx.helper.make_node(

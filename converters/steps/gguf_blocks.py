@@ -14,7 +14,11 @@ leave less than the half-precision `m` of the file is exact to:
 
     y = MatMulNBits([x, sums(x)], [q, r's codes])
 
-Layouts: gguf.md of ggml; ContribOperators.md of ONNX Runtime.
+Blocks of Q4_K are of the same form; their scales and minima are products of a half-precision
+number and one of six bits. Such a product has at most 17 binary digits, so it is exact in float32,
+and ``d q + m`` is the same float32 number as in llama.cpp.
+
+Layouts: gguf.md and ggml-quants.c of ggml; ContribOperators.md of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ import numpy as np
 BLOCK = 32
 
 _SIZES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+#: A super-block of Q4_K: 8 blocks, whose scales and minima are six-bit multiples of two numbers.
+_SUPER, _SUPER_BYTES = 8, 144
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,8 @@ class Blocks:
     Attributes:
         bits: 4 or 8.
         codes: uint8, shape (rows, blocks, 32), not packed; the zero point is 8 or 128.
-        scales: float16, shape (rows, blocks).
-        minima: float16 of the same shape, or `None`: then ``w = scale (code - zero point)``,
+        scales: float16, for Q4_K float32; shape (rows, blocks).
+        minima: Of the same type and shape, or `None`: then ``w = scale (code - zero point)``,
             else ``w = scale code + minimum``.
     """
 
@@ -70,7 +76,7 @@ class Matrix:
     Attributes:
         bits: 4 or 8.
         codes: uint8, shape (rows, blocks, 32), not packed.
-        scales: float16, shape (rows, blocks).
+        scales: float16 or float32, shape (rows, blocks).
         zero_points: uint8 of the same shape, or `None`: 8 or 128 everywhere.
         digits: How often the sums of the inputs' blocks follow the inputs.
     """
@@ -118,9 +124,11 @@ def read_blocks(kind: str, data: np.ndarray) -> Blocks | None:
     """Blocks of a GGUF tensor; `None` for types that have no equal here.
 
     Args:
-        kind: ``Q4_0``, ``Q4_1``, ``Q8_0``; others are not carried over.
+        kind: ``Q4_0``, ``Q4_1``, ``Q4_K``, ``Q8_0``; others are not carried over.
         data: uint8 of shape (rows, bytes of a row).
     """
+    if kind == "Q4_K":
+        return _read_super_blocks(data)
     if kind not in _SIZES:
         return None
     raw = np.ascontiguousarray(data).reshape(len(data), -1, _SIZES[kind])
@@ -138,9 +146,30 @@ def read_blocks(kind: str, data: np.ndarray) -> Blocks | None:
     return Blocks(4, codes, half(0), half(2) if kind == "Q4_1" else None)
 
 
+def _read_super_blocks(data: np.ndarray) -> Blocks:
+    raw = np.ascontiguousarray(data).reshape(len(data), -1, _SUPER_BYTES)
+    factors = np.ascontiguousarray(raw[..., :4]).view("<f2").astype(np.float32)
+    packed = raw[..., 4:16].reshape(*raw.shape[:2], 3, 4)
+    low, middle, high = packed[..., 0, :], packed[..., 1, :], packed[..., 2, :]
+    # The first four have six bits of a byte, the last four their upper two bits in those bytes.
+    scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=-1)
+    minima = np.concatenate([middle & 63, (high >> 4) | ((middle >> 6) << 4)], axis=-1)
+    nibbles = raw[..., 16:].reshape(*raw.shape[:2], _SUPER // 2, 1, BLOCK)
+    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-2)
+    return Blocks(
+        4,
+        codes.reshape(len(raw), -1, BLOCK),
+        (factors[..., :1] * scales).reshape(len(raw), -1),
+        -(factors[..., 1:] * minima).reshape(len(raw), -1),
+    )
+
+
 def joined(parts: Sequence[Blocks]) -> Blocks | None:
     """Matrices with the same inputs as one; `None` if they are not of one kind."""
-    if not parts or len({(b.bits, b.minima is None, b.codes.shape[1]) for b in parts}) != 1:
+    if (
+        not parts
+        or len({(b.bits, b.minima is None, b.codes.shape[1], b.scales.dtype) for b in parts}) != 1
+    ):
         return None
     minima = [blocks.minima for blocks in parts if blocks.minima is not None]
     return Blocks(

@@ -64,6 +64,22 @@ def test_a_block_of_equal_weights_is_exact():
     np.testing.assert_array_equal(matrix.effective(), blocks.dequantized())
 
 
+def test_super_blocks_are_the_same_numbers():
+    random = np.random.default_rng(0)
+    # gguf's own package only reads this type, so the blocks are any bytes with sane factors.
+    data = random.integers(0, 256, (5, 3, 144)).astype(np.uint8)
+    factors = (random.random((5, 3, 2)) * [0.01, 0.1]).astype("<f2")
+    data[..., :4] = factors.view(np.uint8)
+    kind = gguf.GGMLQuantizationType.Q4_K
+    expected = gguf.quants.dequantize(data.reshape(5, -1), kind)
+    blocks = read_blocks("Q4_K", data.reshape(5, -1))
+    assert blocks is not None
+    np.testing.assert_array_equal(blocks.dequantized(), expected)
+    matrix = matrix_of(blocks, digits=3)
+    np.testing.assert_allclose(matrix.effective(), expected, atol=0.01)
+    assert matrix.scales.dtype == np.float32
+
+
 def test_types_without_an_equal_are_left_alone():
     assert read_blocks("Q6_K", np.zeros((1, 210), np.uint8)) is None
 
