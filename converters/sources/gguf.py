@@ -6,6 +6,7 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +120,13 @@ def forget_vocabulary(source: GgufSource) -> None:
         if name not in kept:
             fields.pop(name, None)
     give_back()
+
+
+def forget_pages(source: GgufSource) -> None:
+    """Let go of the pages of the file that were read; they are read again where that is needed."""
+    mapped = getattr(source.reader.data, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _loaded(source: GgufSource, kind: str, **options: Any) -> Any:

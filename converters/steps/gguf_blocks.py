@@ -90,7 +90,7 @@ class Matrix:
     @property
     def columns(self) -> int:
         """Inputs, appended sums included."""
-        return self.codes.shape[1] * BLOCK
+        return int(self.codes.shape[1]) * BLOCK
 
     @property
     def blocks(self) -> int:

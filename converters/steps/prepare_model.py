@@ -11,12 +11,13 @@ from converters.sources.base import Source
 from converters.sources.detect import open_source
 from converters.sources.gguf import (
     GgufSource,
+    forget_pages,
     forget_vocabulary,
     load_gguf_model,
     load_gguf_tokenizer,
 )
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
-from converters.steps.apart import run_apart
+from converters.steps.apart import give_back, run_apart
 from converters.steps.verify_generation import SourceLogits, source_logits, windows
 
 #: Larger sources are loaded in a process of their own; for smaller ones its start costs more.
@@ -73,6 +74,8 @@ def _prepare(source: Source, folder: Path, *, is_large: bool) -> PreparedModel:
         if is_large:
             forget_vocabulary(source)
         model = load_gguf_model(source)
+        forget_pages(source)
+        give_back()
     else:
         assert isinstance(source, HuggingFaceSource)
         model = load_huggingface(source)
