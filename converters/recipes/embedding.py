@@ -67,14 +67,14 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     full = _full(shop, encoder, made_of, pooling.max_length_tokens)
     count, limits = shop.settings.passages, shop.settings.gates
     check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
-    vectors = shop.work / "source.npy"
+    kept = shop.work / "source.npy"
     parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
         shop.cache.output(
-            "source-vectors", parts, vectors,
+            "source-vectors", parts, kept,
             lambda path: np.save(path, check.source_vectors(encoder())), tools=_TOOLS,
         )  # fmt: skip
-    truth = np.load(vectors)
+    truth = np.load(kept)
     encoder.cache_clear()
 
     with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
