@@ -311,7 +311,7 @@ def convert(
     ] = Path(".nearfar/sources"),
     parts: Annotated[
         str, typer.Option(help="Which comparisons, separated by commas.")
-    ] = "encoder,llm,vision,audio,files",
+    ] = "encoder,llm,vision,audio,files,resume",
     rounds: Annotated[
         int, typer.Option(min=2, max=1000, help="How often each side of a speed is measured.")
     ] = 6,
@@ -332,12 +332,12 @@ def convert(
         bool,
         typer.Option("--fetch", help="Bring silero-vad and recorded speech below --sources first."),
     ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep results of steps, for the next time.", show_default=False
-        ),
-    ] = None,
+    kills: Annotated[
+        int, typer.Option(min=1, max=1000, help="How often a conversion is killed.")
+    ] = 50,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Five kills, and nothing that has no bar.")
+    ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
     check: Check = False,
@@ -345,7 +345,8 @@ def convert(
     """What conversions of real models save, and what they keep of the quality.
 
     Converts all-MiniLM-L6-v2 to INT8 plainly and by nearfar's recipe, and SmolLM2-135M to INT8,
-    INT4 rounded to the nearest and INT4 as nearfar makes it. Takes some ten minutes.
+    INT4 rounded to the nearest and INT4 as nearfar makes it; kills a conversion again and again.
+    Takes a quarter of an hour.
     """
     from benchmarks import harness
     from benchmarks.convert import PARTS, Settings, measure
@@ -364,7 +365,8 @@ def convert(
 
         fetch_audio(sources)
     settings = Settings(
-        sources=sources, parts=wished, rounds=rounds, tokens=tokens, cache=cache, seed=seed,
+        sources=sources, parts=wished, rounds=rounds, tokens=tokens,
+        kills=min(kills, 5) if quick else kills, quick=quick, seed=seed,
         sounds=sounds, files=files,
     )  # fmt: skip
     with harness.progress(is_quiet=check) as begin:

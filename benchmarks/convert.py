@@ -1,11 +1,12 @@
 """`nearfar bench convert`: what conversions of real models keep, and what they save.
 
 Every figure of quality is taken from the manifest that the conversion wrote; sizes are those of the
-files; speed is measured here, both variants in turn.
+files; memory is that of the conversion's processes; speed is measured here, both variants in turn.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 from benchmarks.convert_audio import measure_audio, measure_files
 from benchmarks.convert_encoder import measure_encoder
 from benchmarks.convert_llm import measure_llm
+from benchmarks.convert_resume import measure_resume
 from benchmarks.convert_vision import measure_vision
 from benchmarks.harness import Report, Run
 from benchmarks.subjects import Begin, Part
 from nearfar.errors import InvalidInput
 
-PARTS = ("encoder", "llm", "vision", "audio", "files")
+PARTS = ("encoder", "llm", "vision", "audio", "files", "resume")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +32,9 @@ class Settings:
         parts: Which of `PARTS`.
         rounds: How often each side of a comparison of speed is measured.
         tokens: Length of each timed answer.
-        cache: Folder with results of earlier steps; `None` does everything.
-        seed: The order of the sides is drawn from it.
+        kills: How often a conversion is killed.
+        quick: Leave out what has no bar.
+        seed: The order of the sides and the points of killing are drawn from it.
         sounds: Folder with recordings; `None` takes those below `sources`.
         files: How many files magika is asked about.
     """
@@ -40,7 +43,8 @@ class Settings:
     parts: tuple[str, ...] = PARTS
     rounds: int = 6
     tokens: int = 64
-    cache: Path | None = None
+    kills: int = 50
+    quick: bool = False
     seed: int = 0
     sounds: Path | None = None
     files: int = 1500
@@ -64,6 +68,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
         "vision": lambda: Path("scikit-learn's digits"),
         "audio": lambda: _one(settings.sources, "silero_vad.onnx", "**/silero_vad.onnx", _FETCH),
         "files": lambda: _one(settings.sources, "magika model", "magika/**/model.onnx"),
+        "resume": lambda: _one(settings.sources, "ONNX file", "**/*.onnx"),
     }
     # Before minutes of converting, find out whether all are there.
     found = {name: sources[name]() for name in settings.parts}
@@ -73,23 +78,26 @@ def measure(settings: Settings, begin: Begin) -> Report:
             work = Path(folder) / name
             work.mkdir()
             if name == "encoder":
-                parts.append(
-                    measure_encoder(source, work, settings.cache, settings.rounds, run, begin)
-                )
+                parts.append(measure_encoder(source, work, settings.rounds, run, begin))
             elif name == "vision":
-                parts.append(measure_vision(work, settings.cache, begin))
+                parts.append(measure_vision(work, begin))
             elif name == "audio":
                 sounds = settings.sounds or settings.sources
-                parts.append(measure_audio(source, sounds, work, settings.cache, begin))
+                parts.append(measure_audio(source, sounds, work, begin))
             elif name == "files":
                 count, seed = settings.files, settings.seed
-                parts.append(measure_files(source, work, settings.cache, count, seed, begin))
-            else:
+                parts.append(measure_files(source, work, count, seed, begin))
+            elif name == "llm":
                 parts.append(
                     measure_llm(
-                        source, work, settings.cache, settings.rounds, settings.tokens, run, begin
+                        source, work, settings.rounds, settings.tokens, run, begin,
+                        quick=settings.quick,
                     )
-                )
+                )  # fmt: skip
+            else:
+                parts.append(measure_resume(source, work, settings.kills, run, begin))
+            # Models are large, and temporary folders may be memory.
+            shutil.rmtree(work)
     return run.report(
         bars=[bar for part in parts for bar in part.bars],
         figures=[figure for part in parts for figure in part.figures],
@@ -97,6 +105,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
             "parts": ",".join(settings.parts),
             "rounds": settings.rounds,
             "tokens": settings.tokens,
+            "kills": settings.kills,
             **{f"{name} source": path.name for name, path in found.items()},
         },
     )

@@ -37,14 +37,13 @@ _MAX_FILE_BYTES = 4 << 20
 _VARIANTS = ("fp32", "fp16", "int8")
 
 
-def measure_audio(source: Path, sounds: Path, work: Path, cache: Path | None, begin: Begin) -> Part:
+def measure_audio(source: Path, sounds: Path, work: Path, begin: Begin) -> Part:
     """Convert silero-vad to each precision, and stream recorded speech through the SDK.
 
     Args:
         source: ``silero_vad.onnx``.
         sounds: Folder with ``.wav`` files of 8 or 16 kHz; those of 16 kHz are heard at both rates.
         work: Where the bundle goes.
-        cache: Results of earlier steps.
         begin: Shows progress.
     """
     heard = [(rate_hz, samples) for samples, rate_hz in recordings_below(sounds)
@@ -64,7 +63,7 @@ def measure_audio(source: Path, sounds: Path, work: Path, cache: Path | None, be
     ]
     for variant_id in _VARIANTS:
         options = ConversionOptions(
-            name="vad", license="MIT", variants=(variant_id,), measure=False, cache=cache
+            name="vad", license="MIT", variants=(variant_id,), measure=False
         )
         bundle = convert_model(source, work / variant_id / "vad", options)
         found = []
@@ -102,20 +101,17 @@ def _original(session: Any, samples: np.ndarray, rate_hz: int) -> np.ndarray:
     return np.array(found)
 
 
-def measure_files(
-    source: Path, work: Path, cache: Path | None, count: int, seed: int, begin: Begin
-) -> Part:
+def measure_files(source: Path, work: Path, count: int, seed: int, begin: Begin) -> Part:
     """Convert magika to each precision, and ask source and variants about real files.
 
     Args:
         source: ``model.onnx`` of magika, its ``config.min.json`` beside it.
         work: Where the bundle goes.
-        cache: Results of earlier steps.
         count: How many files.
         seed: Which ones is drawn from it.
         begin: Shows progress.
     """
-    options = ConversionOptions(name="file-type", variants=_VARIANTS, measure=False, cache=cache)
+    options = ConversionOptions(name="file-type", variants=_VARIANTS, measure=False)
     bundle = convert_model(source, work / "file-type", options)
     spec = bundle.manifest.preprocessing
     assert isinstance(spec, HeadTailPreprocessing)

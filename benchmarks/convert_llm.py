@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.baselines import GenaiLoop
+from benchmarks.convert_process import Conversion, convert
 from benchmarks.harness import Bar, Direction, Figure, Run, interleave, per_round
 from benchmarks.subjects import Begin, Part
 from converters import texts
-from converters.options import ConversionOptions
-from converters.pipeline import convert_model
-from converters.settings import Int4Settings, Settings
 from nearfar.bundle import Bundle
 from nearfar.engines.devices import physical_cores
 from nearfar.errors import EngineError
 
 MAX_SIZE, MIN_SPEED = 0.20, 3.0
 MAX_LOSS_TO_RTN, MAX_SIZE_TO_RTN = 0.5, 1.15
+MAX_MEMORY = 2.5
+
+_RTN = """format = 1
+
+[source]
+kind = "gguf"
+
+[bundle]
+name = "rounded"
+
+[convert]
+variants = ["int4"]
+
+[settings.int4]
+algorithm = "rtn"
+"""
 #: The beginning of a text to go on with: a question would end at once without a chat template.
 _PROMPT_CHARACTERS = 300
 
@@ -26,35 +39,37 @@ _PROMPT_CHARACTERS = 300
 def measure_llm(
     source: Path,
     work: Path,
-    cache: Path | None,
     rounds: int,
     tokens: int,
     run: Run,
     begin: Begin,
+    *,
+    quick: bool,
 ) -> Part:
-    """Convert to all precisions, and to INT4 rounded to the nearest.
+    """Convert as `nearfar convert` does, to INT8, and to INT4 rounded to the nearest.
 
     Args:
         source: The GGUF file.
         work: Where the bundles go.
-        cache: Results of earlier steps.
         rounds: Of the comparison of speed.
         tokens: Length of each timed answer.
         run: Draws the order of the sides.
         begin: Shows progress.
+        quick: Leave INT8 out.
     """
-    step = begin("language model: conversions", 2)
-    options = ConversionOptions(
-        name="assistant", measure=False, cache=cache, variants=("int4", "int8", "fp32")
-    )
-    best = convert_model(source, work / "best", options)
-    step()
-    rounded = convert_model(
-        source,
-        work / "rtn",
-        replace(options, variants=("int4",), settings=Settings(int4=Int4Settings(algorithm="rtn"))),
-    )
-    step()
+    step = begin("language model: conversions", 3 - quick)
+    recipe = work / "rtn.toml"
+    recipe.write_text(_RTN)
+
+    def made(name: str, *options: str) -> Conversion:
+        conversion = convert(source, work / name, "--no-measure", "--no-cache", *options)
+        step()
+        return conversion
+
+    first = made("best")
+    eight = None if quick else made("eight", "--variants", "int8")
+    by_rounding = made("rtn", "--recipe", str(recipe))
+    best, rounded = first.bundle, by_rounding.bundle
     full = _perplexity(best, "fp32")
     lost, lost_rtn = _perplexity(best, "int4") - full, _perplexity(rounded, "int4") - full
     size, size_rtn = _size(best, "int4"), _size(rounded, "int4")
@@ -64,16 +79,30 @@ def measure_llm(
         speed["int4"].bar(MIN_SPEED, "at_least"),
         _bar("SmolLM2 INT4: perplexity lost ÷ RTN's", lost / lost_rtn, MAX_LOSS_TO_RTN),
         _bar("SmolLM2 INT4: size ÷ RTN", size / size_rtn, MAX_SIZE_TO_RTN),
-    ]
+        _bar(
+            "SmolLM2: peak memory of a conversion ÷ size of FP32",
+            first.peak_bytes / _size(best, "fp32"), MAX_MEMORY,
+        ),
+    ]  # fmt: skip
     figures = [
         _one("SmolLM2 FP32: perplexity", full),
-        _one("SmolLM2 INT8: perplexity", _perplexity(best, "int8")),
         _one("SmolLM2 INT4: perplexity", _perplexity(best, "int4")),
         _one("SmolLM2 INT4 RTN: perplexity", _perplexity(rounded, "int4")),
-        _one("SmolLM2 INT8: size ÷ FP32", _size(best, "int8") / _size(best, "fp32")),
         _one("SmolLM2 INT4 RTN: size ÷ FP32", size_rtn / _size(best, "fp32")),
+        _one(
+            "SmolLM2 RTN: peak memory of a conversion ÷ size of FP32",
+            by_rounding.peak_bytes / _size(best, "fp32"),
+        ),
+        Figure.of_rounds("SmolLM2: time of a conversion", "s", [first.seconds]),
+        Figure.of_rounds("SmolLM2 RTN: time of a conversion", "s", [by_rounding.seconds]),
         *speed.values(),
     ]
+    if eight is not None:
+        int8 = eight.bundle
+        figures += [
+            _one("SmolLM2 INT8: perplexity", _perplexity(int8, "int8")),
+            _one("SmolLM2 INT8: size ÷ FP32", _size(int8, "int8") / _size(best, "fp32")),
+        ]
     return Part(tuple(bars), tuple(figures))
 
 

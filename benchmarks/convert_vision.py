@@ -55,12 +55,11 @@ def training_data() -> tuple[np.ndarray, np.ndarray]:
     return images[training], labels[training]
 
 
-def measure_vision(work: Path, cache: Path | None, begin: Begin) -> Part:
+def measure_vision(work: Path, begin: Begin) -> Part:
     """Convert the network of each seed, and count right answers of both variants.
 
     Args:
         work: Where the bundles go.
-        cache: Results of earlier steps.
         begin: Shows progress.
     """
     global _seed
@@ -76,7 +75,7 @@ def measure_vision(work: Path, cache: Path | None, begin: Begin) -> Part:
         )
         options = ConversionOptions(
             name="digits", labels=tuple("0123456789"), variants=("int8", "fp32"), measure=False,
-            train=f"{__name__}:training_data", cache=cache, settings=settings,
+            train=f"{__name__}:training_data", settings=settings,
         )  # fmt: skip
         bundle = convert_model(Path(f"{__name__}:make_cnn"), work / f"digits-{seed}", options)
         _, images, labels, _, pool = _made(seed)

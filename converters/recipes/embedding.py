@@ -7,9 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from converters import texts
+from converters.cache import digest_of_arrays
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
@@ -48,32 +50,43 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     """
     ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32"))
     pooling = read_pooling(source)
-    with shop.reporter.step("load the source") as step:
-        model = load_huggingface(source)
+    with shop.reporter.step("read the tokenizer") as step:
         tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
-        step.note(f"{type(model).__name__}, {pooling.mode} pooling")
-    encoder = sentence_encoder(model, pooling)
+        step.note(f"{pooling.mode} pooling")
+
+    @lru_cache(maxsize=1)
+    def whole() -> Any:
+        # Only where something is to be done with it: what is cached needs no model.
+        with shop.reporter.step("load the source") as step:
+            model = load_huggingface(source)
+            step.note(type(model).__name__)
+        return sentence_encoder(model, pooling)
+
     preprocessing = TextPreprocessing(
         tokenizer=_TOKENIZER, max_length_tokens=pooling.max_length_tokens, truncate=True
     )
-    whole, projection = encoder, None
+    projection = None
+    made_of: dict[str, object] = {"source": fingerprint(source)}
     if shop.settings.embedding.dimensions is not None:
-        projection = _projection(shop, encoder, tokenizer, preprocessing)
-        encoder = reduced_encoder(encoder, projection, pooling)
-    exported = shop.work / "exported.onnx"
-    with shop.reporter.step("export to ONNX"):
-        export_encoder(encoder, exported, max_length_tokens=pooling.max_length_tokens)
-    full = shop.work / "fp32.onnx"
-    with shop.reporter.step("optimise the graph") as step:
-        if not slim(exported, full):
-            step.note("left as it is")
-            full = exported
+        projection = _projection(shop, whole(), tokenizer, preprocessing)
+        made_of["embedding"] = msgspec.to_builtins(shop.settings.embedding)
+
+    def encoder() -> Any:
+        return whole() if projection is None else reduced_encoder(whole(), projection, pooling)
+
+    full = _full(shop, encoder, made_of, pooling.max_length_tokens)
     count, limits = shop.settings.passages, shop.settings.gates
     check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
+    kept = shop.work / "source.npy"
+    parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
-        truth = check.source_vectors(encoder)
-        long = check.source_vectors(whole) if projection is not None else None
-    del encoder, model, whole
+        shop.cache.output(
+            "source-vectors", parts, kept,
+            lambda path: np.save(path, check.source_vectors(encoder())), tools=_TOOLS,
+        )  # fmt: skip
+        long = None if projection is None else check.source_vectors(whole())
+    truth = np.load(kept)
+    whole.cache_clear()
 
     with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
         best = check.vectors(full)
@@ -186,6 +199,26 @@ def measured(
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     tokens = int(check.example["input_ids"].size)
     return shop.measured(ids, _ENGINE, entries, quality, feeds=check.example, input_tokens=tokens)
+
+
+def _full(
+    shop: Workshop, encoder: Callable[[], Any], made_of: dict[str, object], max_length_tokens: int
+) -> Path:
+    """The model in full precision, exported and optimised."""
+    exported, full = shop.work / "exported.onnx", shop.work / "fp32.onnx"
+    with shop.reporter.step("export to ONNX"):
+        shop.cache.output(
+            "export-encoder", made_of, exported,
+            lambda path: export_encoder(encoder(), path, max_length_tokens=max_length_tokens),
+            tools=_TOOLS,
+        )  # fmt: skip
+    with shop.reporter.step("optimise the graph") as step:
+        if not shop.cache.output(
+            "optimise-encoder", made_of, full, lambda path: slim(exported, path), tools=_TOOLS
+        ):
+            step.note("left as it is")
+            return exported
+    return full
 
 
 def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:

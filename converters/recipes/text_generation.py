@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,14 @@ from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.settings import Int4Settings
 from converters.sources.base import Source
-from converters.sources.gguf import GgufSource, load_gguf
-from converters.sources.huggingface import (
-    HuggingFaceSource,
-    load_huggingface,
-    load_tokenizer,
-    read_json,
-)
+from converters.sources.gguf import GgufSource
+from converters.sources.huggingface import read_json
+from converters.steps.apart import give_back, run_apart
 from converters.steps.carry_gguf import can_carry, carry_blocks
 from converters.steps.genai_build import PRECISIONS, build_genai
+from converters.steps.prepare_model import prepare_model
 from converters.steps.verify_generation import (
     SourceLogits,
-    source_logits,
     verify_generation,
     windows,
 )
@@ -35,9 +30,6 @@ from nearfar.units import format_bytes
 DEFAULT_VARIANTS = ("int4", "fp32")
 _ENGINE: EngineName = "onnxruntime-genai"
 _TOOLS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "gguf")
-#: What the model builder does to matrices that are not carried over; the last one, which is also
-#: the embedding, has 8 bits then, as it has in most GGUF files.
-_BASE = "k_quant_last"
 #: A prompt of usual length for timing the first token.
 _TIMED_PROMPT_TOKENS = 64
 
@@ -49,28 +41,21 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         ConversionError: A step refused or failed.
     """
     ids = shop.variant_ids(DEFAULT_VARIANTS, PRECISIONS)
-    with shop.reporter.step("load the source") as step:
-        model, tokenizer = _load(source)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        shop.evidence.full_bytes = 4 * parameters
-        step.note(f"{type(model).__name__}, {parameters / 1e6:.0f} M parameters")
     folder = shop.work / "hf"
-    with shop.reporter.step("write safetensors"):
-        model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
-    with shop.reporter.step("run the source on real text"):
-        token_windows = windows(folder / "tokenizer.json", int(model.config.vocab_size))
-        truth = source_logits(model, token_windows, source.label)
-    # The builder's processes need the memory.
-    del model, tokenizer
-    gc.collect()
+    with shop.reporter.step("load the source, and run it on real text") as step:
+        model = prepare_model(source, folder)
+        shop.evidence.full_bytes = 4 * model.parameters
+        step.note(f"{model.kind}, {model.parameters / 1e6:.0f} M parameters")
+    token_windows = windows(folder / "tokenizer.json", model.vocabulary_size)
+    truth = model.truth(source.label)
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
     with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
         said = _build(source, folder, targets, shop)
         sizes = (f"{key} {format_bytes(_size(path))}" for key, path in targets.items())
         step.note(", ".join(sizes) + said)
-    quality = _verify(shop, targets, token_windows, truth)
+    give_back()
+    quality = _verify(shop, targets, token_windows, truth, is_large=model.is_large)
     best = next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
     ids = tuple(
         variant_id
@@ -99,15 +84,8 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     )
 
 
-def _load(source: Source) -> tuple[Any, Any]:
-    if isinstance(source, GgufSource):
-        return load_gguf(source)
-    assert isinstance(source, HuggingFaceSource)
-    return load_huggingface(source), load_tokenizer(source.path)
-
-
 def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Workshop) -> str:
-    """Build what was not built before, side by side; see `build_genai`.
+    """Build what was not built before; see `build_genai` and `carry_blocks`.
 
     Returns:
         What there is to say about it.
@@ -119,36 +97,39 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
         settings = to_builtins(int4) if precision == "int4" else ""
         return {"source": fingerprint(source), "precision": precision, "int4": settings}
 
-    def built(wished: dict[str, Path]) -> None:
-        algorithm = _BASE if int4.algorithm == "carry" else int4.algorithm
-        build_genai(folder, wished, shop.work, algorithm)
-        if "int4" in wished and int4.algorithm == "carry":
-            assert isinstance(source, GgufSource)
-            done = carry_blocks(wished["int4"], source, folder, minima=int4.exact_minima)
-            said.append(
-                f"{done.nodes} of {done.nodes + done.left} matrices have the file's own blocks"
-            )
+    def is_carried(precision: str) -> bool:
+        return precision == "int4" and int4.algorithm == "carry"
 
-    missing = {
+    built = {
         precision: target
         for precision, target in targets.items()
-        if not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
+        if not is_carried(precision)
+        and not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
     }
-    if missing:
-        built(missing)
+    if built:
+        build_genai(folder, built, shop.work, int4.algorithm)
 
-    def make(precision: str, target: Path) -> None:
-        if precision not in missing:  # an entry that turned out to be damaged
-            built({precision: target})
+    def output(precision: str, target: Path) -> None:
+        make = partial(carry if is_carried(precision) else build, precision)
+        shop.cache.output("build-genai", parts(precision), target, make, tools=_TOOLS)
 
+    def build(precision: str, target: Path) -> None:
+        if built.get(precision) != target:  # an entry that turned out to be damaged, or `full`
+            build_genai(folder, {precision: target}, shop.work, int4.algorithm)
+
+    def carry(_: str, target: Path) -> None:
+        assert isinstance(source, GgufSource)
+        full = targets.get("fp32")
+        if full is None:
+            full = shop.work / "full"
+            output("fp32", full)
+        done = carry_blocks(full, target, source, folder, int4)
+        said.append(f"{done.carried} of {done.carried + done.rounded} matrices have the file's own "
+                    "blocks")  # fmt: skip
+
+    # Full precision comes first: blocks are carried into its graph.
     for precision, target in targets.items():
-        shop.cache.output(
-            "build-genai",
-            parts(precision),
-            target,
-            partial(make, precision),
-            tools=_TOOLS,
-        )
+        output(precision, target)
     return "".join(f"; {line}" for line in said)
 
 
@@ -161,7 +142,7 @@ def _resolved(source: Source, int4: Int4Settings) -> Int4Settings:
     has_blocks = isinstance(source, GgufSource) and can_carry(source)
     if int4.algorithm == "carry" and not has_blocks:
         raise ConversionError(
-            f"{source.path} has no blocks of 4 bits that could be carried over (Q4_0, Q4_1)",
+            f"{source.path} has no blocks of 4 bits that could be carried over (Q4_0, Q4_1, Q4_K)",
             fix="Use another algorithm (int4.algorithm), such as k_quant_mixed",
         )
     if int4.algorithm != "auto":
@@ -170,10 +151,18 @@ def _resolved(source: Source, int4: Int4Settings) -> Int4Settings:
 
 
 def _verify(
-    shop: Workshop, targets: dict[str, Path], token_windows: Any, truth: SourceLogits
+    shop: Workshop,
+    targets: dict[str, Path],
+    token_windows: Any,
+    truth: SourceLogits,
+    *,
+    is_large: bool,
 ) -> dict[str, Any]:
     with shop.reporter.step(f"verify on {token_windows.size} tokens of English text") as step:
-        quality = verify_generation(targets, token_windows, truth, shop.settings.gates)
+        arguments = (targets, token_windows, truth, shop.settings.gates)
+        quality = (
+            run_apart(verify_generation, *arguments) if is_large else verify_generation(*arguments)
+        )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     return quality
 

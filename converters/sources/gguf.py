@@ -6,6 +6,7 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,15 @@ from typing import Any
 from converters.libraries import load, quiet
 from converters.sources.base import Source, find_wheel, spdx
 from converters.sources.weights import check_weights
+from converters.steps.apart import give_back
 from nearfar.errors import ConversionError
 
 #: How file names end by convention, such as ``.Q4_K_M`` or ``-F16``.
 _QUANTIZATION = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32|MXFP4)$", re.IGNORECASE)
+
+_VOCABULARY = tuple(
+    f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +88,56 @@ def load_gguf(source: GgufSource) -> tuple[Any, Any]:
     Raises:
         ConversionError: transformers does not know the architecture, or cannot read the file.
     """
+    tokenizer = load_gguf_tokenizer(source)
+    return load_gguf_model(source), tokenizer
+
+
+def load_gguf_tokenizer(source: GgufSource) -> Any:
+    """The tokenizer alone; see `load_gguf`."""
+    return _loaded(source, "AutoTokenizer")
+
+
+def load_gguf_model(source: GgufSource) -> Any:
+    """The model alone; see `load_gguf`."""
     torch = load("torch")
+    model = _loaded(source, "AutoModelForCausalLM", dtype=torch.float32)
+    # The weights are plain float32 now; saving must not write that they are quantized.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    check_weights(model, source.path.name)
+    return model.eval()
+
+
+def forget_vocabulary(source: GgufSource) -> None:
+    """Let go of the tokenizer's part of the header; the model can still be loaded.
+
+    Each token and each merge is an array of its own: 150 MB for a vocabulary of 49,152.
+    """
+    fields = source.reader.fields
+    # Where the size is not stated it is found by counting.
+    kept = () if f"{source.architecture}.vocab_size" in fields else ("tokenizer.ggml.tokens",)
+    for name in _VOCABULARY:
+        if name not in kept:
+            fields.pop(name, None)
+    give_back()
+
+
+def forget_pages(source: GgufSource) -> None:
+    """Let go of the pages of the file that were read; they are read again where that is needed."""
+    mapped = getattr(source.reader.data, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _loaded(source: GgufSource, kind: str, **options: Any) -> Any:
     transformers = load("transformers")
-    folder, name = str(source.path.parent), source.path.name
     try:
         with quiet(), _shared_reader(source):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, gguf_file=name, local_files_only=True
-            )
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, local_files_only=True
+            return getattr(transformers, kind).from_pretrained(
+                str(source.path.parent),
+                gguf_file=source.path.name,
+                local_files_only=True,
+                **options,
             )
     except Exception as exc:  # the library's own errors have no common base
         raise ConversionError(
@@ -99,11 +145,6 @@ def load_gguf(source: GgufSource) -> tuple[Any, Any]:
             f"({exc})",
             fix="Use the model's safetensors folder, or a newer transformers",
         ) from exc
-    # The weights are plain float32 now; saving must not write that they are quantized.
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
-    check_weights(model, source.path.name)
-    return model.eval(), tokenizer
 
 
 @contextmanager

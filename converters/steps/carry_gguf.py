@@ -1,22 +1,14 @@
-"""Carry a GGUF file's own 4- and 8-bit blocks into an ONNX language model, bit for bit.
+"""Carry a GGUF file's own 4- and 8-bit blocks into an ONNX language model.
 
 Weights of a quantized GGUF file are numbers on a coarse grid already. Dequantizing them and
-rounding to another grid loses a second time. ONNX Runtime's `MatMulNBits` has blocks of 32 weights
-with one scale, as GGUF has, so the codes can be taken over. What differs is the offset: Q4_1 has a
-minimum for each block, ``w = d q + m``, where `MatMulNBits` takes a zero point of four bits (or a
-float one, for which it has no fast CPU kernel). So the offset becomes a small product of its own
-with the sums of the activations over each block:
-
-    y = MatMulNBits(x, q, scale=d, zero_point=8) + blocksums(x) @ (m + 8 d)
-
-Scales and minima are stored in FP16 as in the GGUF file; ONNX Runtime computes ``m + 8 d`` in FP32
-once when it loads the model (constant folding). Layouts: gguf.md of ggml; ContribOperators.md of
-ONNX Runtime.
+rounding to another grid loses a second time, so the codes are taken over instead; `gguf_blocks`
+says how, `carry_graph` edits the graph, and here both sides are matched, matrix for matrix.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from converters.libraries import load
+from converters.settings import Int4Settings
 from converters.sources.gguf import GgufSource
-from nearfar.errors import ConversionError
-
-#: Weights of one block, in GGUF's types below and in what the model builder writes.
-BLOCK = 32
+from converters.steps.carry_graph import GraphEditor
+from converters.steps.gguf_blocks import BLOCK, Blocks, joined, matrix_of, read_blocks
 
 #: A node of the model builder, in its layer, to GGUF tensors and those of transformers.
 _PARTS = {
@@ -43,72 +34,14 @@ _PARTS = {
     "mlp/up_proj": (("ffn_up", "mlp.up_proj"),),
     "mlp/down_proj": (("ffn_down", "mlp.down_proj"),),
 }  # fmt: skip
+_MODEL, _DATA = "model.onnx", "model.onnx.data"
+#: Rows that are compared at a time.
+_PIECE = 4096
 _NODE = re.compile(r"/model/layers\.(\d+)/(\w+/\w+)/MatMul")
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """One weight matrix as blocks.
-
-    Attributes:
-        bits: 4 or 8.
-        codes: uint8, shape (rows, blocks, 32), not packed; the zero point is 8 or 128.
-        scales: float16, shape (rows, blocks).
-        minima: float16 of the same shape, or `None`: then ``w = scale (code - zero point)``,
-            else ``w = scale code + minimum``.
-    """
-
-    bits: int
-    codes: np.ndarray
-    scales: np.ndarray
-    minima: np.ndarray | None
-
-    def dequantized(self) -> np.ndarray:
-        """The weights, float32 of shape (rows, columns)."""
-        codes = self.codes.astype(np.float32)
-        scales = self.scales.astype(np.float32)[..., None]
-        if self.minima is None:
-            values = scales * (codes - np.float32(1 << (self.bits - 1)))
-        else:
-            values = scales * codes + self.minima.astype(np.float32)[..., None]
-        return np.asarray(values.reshape(len(codes), -1))
-
-    def rows(self, order: np.ndarray) -> Blocks:
-        """The same with its rows in another order."""
-        minima = None if self.minima is None else self.minima[order]
-        return Blocks(self.bits, self.codes[order], self.scales[order], minima)
-
-    def packed(self) -> np.ndarray:
-        """Codes as `MatMulNBits` has them: uint8, shape (rows, blocks, 4 * bits)."""
-        if self.bits == 8:
-            return self.codes
-        low, high = self.codes[..., 0::2], self.codes[..., 1::2]
-        return np.asarray(low | (high << 4), dtype=np.uint8)
-
-
-def read_blocks(kind: str, data: np.ndarray) -> Blocks | None:
-    """Blocks of a GGUF tensor; `None` for types that have no equal here.
-
-    Args:
-        kind: ``Q4_0``, ``Q4_1``, ``Q8_0``; others are not carried over.
-        data: uint8 of shape (rows, bytes of a row).
-    """
-    sizes = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-    if kind not in sizes:
-        return None
-    raw = np.ascontiguousarray(data).reshape(len(data), -1, sizes[kind])
-
-    def half(start: int) -> np.ndarray:
-        found: np.ndarray = np.ascontiguousarray(raw[..., start : start + 2]).view("<f2")[..., 0]
-        return found
-
-    if kind == "Q8_0":
-        codes = (raw[..., 2:].view(np.int8).astype(np.int16) + 128).astype(np.uint8)
-        return Blocks(8, codes, half(0), None)
-    nibbles = raw[..., 4:] if kind == "Q4_1" else raw[..., 2:]
-    # The first sixteen weights are in the low halves of the bytes, the others in the high ones.
-    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-    return Blocks(4, codes, half(0), half(2) if kind == "Q4_1" else None)
+#: Which of them have the same input and become one.
+_TOGETHER = ("mlp/gate_proj", "mlp/up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,71 +49,144 @@ class Carried:
     """How much was carried over.
 
     Attributes:
-        nodes: Nodes that have the file's own blocks now.
-        left: Nodes that keep what the model builder rounded.
+        carried: Matrices that have the file's own blocks now.
+        rounded: Matrices that were rounded to 8 bits, because the file has them in another form.
     """
 
-    nodes: int
-    left: int
+    carried: int
+    rounded: int
 
 
 def carry_blocks(
-    folder: Path, source: GgufSource, weights: Path, *, minima: Sequence[str]
+    full: Path, target: Path, source: GgufSource, weights: Path, settings: Int4Settings
 ) -> Carried:
-    """Replace what the model builder rounded by the file's own blocks, in place.
+    """Make a 4-bit folder of a full-precision one, with the blocks of the GGUF file.
+
+    The graph is read without its weights, so this needs little more memory than it writes.
 
     Args:
-        folder: As the model builder wrote it, in 4 bits with blocks of 32.
+        full: What the model builder wrote in full precision.
+        target: Folder to make.
         source: The GGUF file.
         weights: Folder with the dequantized weights as safetensors; every row that is carried over
             is checked to be the same number for number.
-        minima: Parts of a layer whose minima are carried over exactly, such as ``down_proj``. Each
-            costs a little time; other matrices with minima are left as they are.
-
-    Raises:
-        ConversionError: The folder is not what it should be.
+        settings: How exactly minima are kept.
     """
     onnx = load("onnx")
-    model = onnx.load(str(folder / "model.onnx"))
+    model = onnx.load(str(full / _MODEL), load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     tensors = {tensor.name: tensor for tensor in source.reader.tensors}
     reference = _Reference(weights)
-    editor = _Editor(onnx, model)
-    carried = left = 0
-    for node in [node for node in model.graph.node if node.op_type == "MatMulNBits"]:
-        numbers = {a.name: a.i for a in node.attribute}
-        blocks = _blocks_of(node.name, tensors, reference)
-        is_fitting = blocks is not None and (
-            numbers.get("block_size") == BLOCK
-            and stored[node.input[2]].dims[0] == len(blocks.codes)
-            and numbers["K"] == blocks.codes.shape[1] * BLOCK
-            # A table shared with the embedding cannot have minima, nor other bits than it.
-            and (blocks.minima is None or any(part in node.name for part in minima))
-            and (blocks.bits == numbers["bits"] or "lm_head" not in node.name)
-            and (blocks.minima is None or "lm_head" not in node.name)
-        )
-        if blocks is None or not is_fitting:
-            left += 1
-            continue
-        editor.replace(node, blocks)
-        carried += 1
+    editor = GraphEditor(onnx, model)
+    carried = rounded = 0
+    tables: dict[str, Blocks] = {}
+    for nodes in _groups(model.graph, stored):
+        found = []
+        for node in nodes:
+            blocks = _blocks_of(node.name, tensors, reference)
+            if blocks is None or not _fits(node, blocks, stored):
+                array = _array(onnx, stored[node.input[1]], full)
+                blocks, rounded = _rounded(array.T), rounded + 1
+            else:
+                carried += 1
+            found.append((node, blocks))
+            tables[node.input[1]] = blocks
+        _quantize(editor, found, settings)
+    for gather, weight in _lookups(model.graph, stored):
+        blocks = tables.get(weight) or _blocks_of("/embed_tokens/", tensors, reference)
+        if blocks is None or blocks.minima is not None:
+            blocks = _rounded(_array(onnx, stored[weight], full))
+        editor.quantize_table(gather, weight, matrix_of(blocks, digits=0))
     editor.finish()
-    if not carried:
-        return Carried(0, left)
-    data = folder / "model.onnx.data"
-    data.unlink(missing_ok=True)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(full))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    target.mkdir(parents=True, exist_ok=True)
+    for file in full.iterdir():
+        if file.name not in (_MODEL, _DATA):
+            shutil.copyfile(file, target / file.name)
     onnx.save(
-        model, str(folder / "model.onnx"), save_as_external_data=True,
-        all_tensors_to_one_file=True, location=data.name, size_threshold=1024,
+        model, str(target / _MODEL), save_as_external_data=True,
+        all_tensors_to_one_file=True, location=_DATA, size_threshold=1024,
     )  # fmt: skip
-    return Carried(carried, left)
+    return Carried(carried, rounded)
+
+
+def _groups(graph: Any, stored: dict[str, Any]) -> list[list[Any]]:
+    """Products with weights that `MatMulNBits` can take; those that can become one together."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in stored:
+            continue
+        shape = stored[node.input[1]].dims
+        if len(shape) != 2 or shape[0] % BLOCK:
+            continue
+        match = _NODE.match(node.name)
+        is_mergeable = match is not None and match[2] in _TOGETHER
+        groups.setdefault((node.input[0], "" if is_mergeable else node.name), []).append(node)
+    return list(groups.values())
+
+
+def _lookups(graph: Any, stored: dict[str, Any]) -> list[tuple[Any, str]]:
+    """`Gather` nodes for token ids, and the table they read, which may be the head's."""
+    transposed = {
+        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"
+    }
+    found = []
+    for node in graph.node:
+        if node.op_type == "Gather" and "embed_tokens" in node.name:
+            weight = transposed.get(node.input[0], node.input[0])
+            is_shared = node.input[0] in transposed
+            shape = stored[weight].dims if weight in stored else ()
+            if len(shape) == 2 and shape[0 if is_shared else 1] % BLOCK == 0:
+                found.append((node, weight))
+    return found
+
+
+def _quantize(
+    editor: GraphEditor, found: Sequence[tuple[Any, Blocks]], settings: Int4Settings
+) -> None:
+    """As one node where the blocks are of one kind."""
+    together = joined([blocks for _, blocks in found])
+    if together is None:
+        for one in found:
+            _quantize(editor, [one], settings)
+        return
+    nodes = [node for node, _ in found]
+    is_exact = any(part in nodes[0].name for part in settings.exact_minima)
+    digits = settings.minima_digits if is_exact else 0
+    rows = [len(blocks.codes) for _, blocks in found]
+    editor.quantize(nodes, rows, matrix_of(together, digits=digits))
+
+
+def _fits(node: Any, blocks: Blocks, stored: dict[str, Any]) -> bool:
+    shape = tuple(stored[node.input[1]].dims)
+    # A table that the embedding shares cannot have minima.
+    is_shared = "lm_head" in node.name and blocks.minima is not None
+    return shape == (blocks.codes.shape[1] * BLOCK, len(blocks.codes)) and not is_shared
+
+
+def _rounded(array: np.ndarray) -> Blocks:
+    """Blocks of a matrix whose own form has no equal here, in 8 bits (Q8_0)."""
+    gguf = load("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = read_blocks("Q8_0", gguf.quants.quantize(np.ascontiguousarray(array), kind))
+    assert blocks is not None
+    return blocks
+
+
+def _array(onnx: Any, tensor: Any, folder: Path) -> np.ndarray:
+    array: np.ndarray = onnx.numpy_helper.to_array(tensor, str(folder))
+    return array
 
 
 def can_carry(source: GgufSource) -> bool:
     """Whether most weights of the file are of a type that can be carried over."""
     sizes: dict[bool, int] = {True: 0, False: 0}
     for tensor in source.reader.tensors:
-        sizes[tensor.tensor_type.name in ("Q4_0", "Q4_1")] += int(tensor.n_elements)
+        sizes[tensor.tensor_type.name in ("Q4_0", "Q4_1", "Q4_K")] += int(tensor.n_elements)
     # The embedding is often of another type; in small models it is a fifth of everything.
     return sizes[True] > sizes[False]
 
@@ -214,6 +220,8 @@ def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blo
             (f"blk.{match[1]}.{gguf}.weight", f"model.layers.{match[1]}.{hf}.weight")
             for gguf, hf in _PARTS[match[2]]
         ]
+    elif "/embed_tokens/" in name:
+        parts = [("token_embd.weight", "model.embed_tokens.weight")]
     elif "/lm_head/" in name:
         tied = "output.weight" not in tensors
         parts = [("token_embd.weight", "model.embed_tokens.weight")] if tied else [
@@ -225,126 +233,27 @@ def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blo
         if tensor is None or weights is None:
             return None
         blocks = read_blocks(tensor.tensor_type.name, np.asarray(tensor.data))
-        order = None if blocks is None else _order(blocks.dequantized(), weights)
+        order = None if blocks is None else _order(blocks, weights)
         if blocks is None or order is None:
             return None
-        found.append(blocks.rows(order))
-    if not found or len({(b.bits, b.minima is None) for b in found}) != 1:
-        return None
-    minima = [blocks.minima for blocks in found if blocks.minima is not None]
-    return Blocks(
-        found[0].bits,
-        np.concatenate([blocks.codes for blocks in found]),
-        np.concatenate([blocks.scales for blocks in found]),
-        np.concatenate(minima) if minima else None,
-    )
+        found.append(blocks.piece(order))
+    return joined(found)
 
 
-def _order(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
-    """Which row of `rows` each row of `wanted` is; `None` if one is not among them.
+def _order(blocks: Blocks, wanted: np.ndarray) -> np.ndarray | None:
+    """Which row of `blocks` each row of `wanted` is; `None` if one is not among them.
 
     llama.cpp stores rows of query and key in another order than transformers. Finding them by
     their numbers needs no knowledge of it, and proves that both hold the same.
     """
-    if rows.shape != wanted.shape:
+    if (len(blocks.codes), blocks.codes.shape[1] * BLOCK) != wanted.shape:
         return None
-    rows = rows + np.float32(0)  # minus zero becomes zero
+    pieces = [slice(start, start + _PIECE) for start in range(0, len(wanted), _PIECE)]
+    # Mostly the order is the same; large tables are compared piece by piece.
+    if all(np.array_equal(blocks.piece(at).dequantized(), wanted[at]) for at in pieces):
+        return np.arange(len(wanted))
+    rows = blocks.dequantized() + np.float32(0)  # minus zero becomes zero
     places = {row.tobytes(): place for place, row in enumerate(rows)}
     wanted = wanted.astype(np.float32) + np.float32(0)
     found = [places.get(row.tobytes(), -1) for row in wanted]
     return None if -1 in found else np.array(found)
-
-
-class _Editor:
-    """Changes to a graph, kept until all are known."""
-
-    def __init__(self, onnx: Any, model: Any) -> None:
-        self._onnx = onnx
-        self._model = model
-        self._tensors: dict[str, np.ndarray] = {}
-        self._before: list[Any] = []
-        self._after: dict[str, list[Any]] = {}
-        self._sums: dict[str, str] = {}
-
-    def replace(self, node: Any, blocks: Blocks) -> None:
-        """Give a `MatMulNBits` node other weights."""
-        make = self._onnx.helper.make_node
-        source, codes, scales = node.input[:3]
-        self._tensors[codes] = blocks.packed()
-        self._widened(scales, blocks.scales)
-        # Without zero points they are 8 or 128, here and for the embedding that shares the matrix.
-        for reader in self._model.graph.node:
-            if reader is node or scales in reader.input:
-                del reader.input[3:]
-        for attribute in node.attribute:
-            if attribute.name == "bits":
-                attribute.i = blocks.bits
-        if blocks.minima is None:
-            return
-        stem, output = scales.removesuffix("_scale"), node.output[0]
-        self._widened(f"{stem}_min", blocks.minima)
-        self._tensors["nearfar/eight"] = np.array(8, np.float32)
-        self._before += [
-            make("Mul", [scales, "nearfar/eight"], [f"{stem}_shift"], name=f"{stem}_shift"),
-            make("Add", [f"{stem}_min", f"{stem}_shift"], [f"{stem}_offset"],
-                 name=f"{stem}_offset"),
-            make("Transpose", [f"{stem}_offset"], [f"{stem}_offsets"], name=f"{stem}_offsets",
-                 perm=[1, 0]),
-        ]  # fmt: skip
-        node.output[0] = f"{output}_codes"
-        following = self._after.setdefault(node.name, [])
-        if source not in self._sums:
-            self._sums[source] = f"{source}_blocksums"
-            shape = f"nearfar/blocks_{blocks.codes.shape[1]}"
-            self._tensors[shape] = np.array([0, 0, blocks.codes.shape[1], BLOCK], np.int64)
-            self._tensors["nearfar/last"] = np.array([-1], np.int64)
-            following += [
-                make("Reshape", [source, shape], [f"{source}_blocks"], name=f"{source}_blocks"),
-                make("ReduceSum", [f"{source}_blocks", "nearfar/last"], [self._sums[source]],
-                     name=self._sums[source], keepdims=0),
-            ]  # fmt: skip
-        following += [
-            make("MatMul", [self._sums[source], f"{stem}_offsets"], [f"{output}_offset"],
-                 name=f"{node.name}_offset"),
-            make("Add", [node.output[0], f"{output}_offset"], [output], name=f"{node.name}_sum"),
-        ]  # fmt: skip
-
-    def _widened(self, name: str, half: np.ndarray) -> None:
-        """An FP16 constant that the graph sees as FP32 under `name`."""
-        if f"{name}_fp16" in self._tensors:
-            return
-        self._tensors[f"{name}_fp16"] = half
-        self._tensors.pop(name, None)
-        self._before.append(
-            self._onnx.helper.make_node(
-                "Cast", [f"{name}_fp16"], [name], name=f"{name}_widened",
-                to=self._onnx.TensorProto.FLOAT,
-            )
-        )  # fmt: skip
-
-    def finish(self) -> None:
-        """Apply everything."""
-        graph = self._model.graph
-        made = {output for node in self._before for output in node.output}
-        read = {name for node in graph.node for name in node.input}
-        kept = [
-            tensor for tensor in graph.initializer
-            if tensor.name not in self._tensors and tensor.name not in made and tensor.name in read
-        ]  # fmt: skip
-        new = [
-            self._onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
-            for name, array in self._tensors.items()
-        ]
-        nodes = list(self._before)
-        for node in graph.node:
-            nodes.append(node)
-            nodes += self._after.get(node.name, [])
-        del graph.initializer[:]
-        graph.initializer.extend([*kept, *new])
-        del graph.node[:]
-        graph.node.extend(nodes)
-        if len({node.name for node in nodes}) != len(nodes):
-            raise ConversionError(
-                "The model builder gave two nodes one name",
-                fix="Use another algorithm for int4 in the recipe, such as k_quant_mixed",
-            )

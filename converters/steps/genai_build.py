@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.libraries import OFFLINE, load, tool_versions
+from converters.steps.apart import FRUGAL
 from nearfar.errors import ConversionError
 
 PRECISIONS = ("int4", "int8", "fp32")
@@ -28,7 +29,7 @@ _INT4_OPTIONS = ("int4_algo_config", "algo_config")
 _RTN_SINCE = (0, 17)
 
 #: Two builders at once need about eight times the weights' size in memory.
-_SIDE_BY_SIDE_BYTES = 2 << 30
+_SIDE_BY_SIDE_BYTES = 128 << 20
 
 
 def build_genai(
@@ -99,7 +100,7 @@ def _run(commands: Mapping[str, list[str]], work: Path) -> None:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **OFFLINE},
+                    env={**os.environ, **OFFLINE, **FRUGAL},
                     cwd=work,
                 )
             running[name] = (process, log)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import runpy
 from typing import Any
 
+from converters.steps.apart import end_with_parent
+
 
 class RopeTheta:
     """``config.rope_theta`` as it was before transformers 5; an attribute of that name wins."""
@@ -25,6 +27,8 @@ class RopeTheta:
 def main() -> None:
     """Run the builder with this process's arguments."""
     from transformers import PretrainedConfig
+
+    end_with_parent()
 
     if not hasattr(PretrainedConfig, "rope_theta"):
         PretrainedConfig.rope_theta = RopeTheta()
