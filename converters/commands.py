@@ -110,6 +110,13 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    check_tensorrt: Annotated[
+        bool,
+        typer.Option(
+            "--check-tensorrt",
+            help="Ask TensorRT RTX, which needs no GPU, whether it takes each graph.",
+        ),
+    ] = False,
     allow_pickle: Annotated[
         bool,
         typer.Option(
@@ -263,6 +270,9 @@ def convert(
     if max_quality_drop is not None:
         gates = msgspec.structs.replace(settings.gates, max_quality_drop=_share(max_quality_drop))
         settings = msgspec.structs.replace(settings, gates=gates)
+    if check_tensorrt:
+        asked = msgspec.structs.replace(settings.tensorrt, check=True)
+        settings = msgspec.structs.replace(settings, tensorrt=asked)
     stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
     options = replace(options, allow_pickle=allow_pickle)

@@ -9,6 +9,7 @@ from pathlib import Path
 from converters.options import ConversionOptions
 from converters.recipes import embedding, text_generation
 from converters.recipes.base import Workshop
+from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import HuggingFaceSource
@@ -19,7 +20,10 @@ from converters.steps.genai_build import PRECISIONS
 #: Size of a variant against the weights in 32 bits, and seconds per GiB of these on two AVX-512
 #: VNNI cores. From SmolLM2-135M (0.5 GiB), all-MiniLM-L6-v2 (0.08 GiB) and magika (0.003 GiB);
 #: other machines and models are easily two times off.
-_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22}
+_SIZE = {
+    "fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22,
+    "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-int8": 0.3,
+}  # fmt: skip
 _SIZE_GENAI = {"fp32": 1.0, "int8": 0.4, "int4": 0.22}
 _MEASURE_S = 4.0
 _GIB = 1 << 30
@@ -82,7 +86,7 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
 
 def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     own = source.precision
-    ids = _ids(options, (own,), (own, "int8") if own == "fp32" else (own,))
+    ids = _ids(options, (own,), (own, "int8", *TENSORRT_IDS) if own == "fp32" else (own,))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
     if "int8" in ids and own != "int8":
@@ -92,7 +96,7 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
 
 
 def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
-    ids = _ids(options, ("fp32",), ("fp32", "int8"))
+    ids = _ids(options, ("fp32",), ("fp32", "int8", *TENSORRT_IDS))
     full = source.weights_bytes
     steps = [
         _step("export to ONNX and compare with torch", full, per_gib_s=100, start_s=6, disk=full),
@@ -105,7 +109,7 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
 
 
 def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
-    ids = _ids(options, embedding.DEFAULT_VARIANTS, ("int8", "fp32"))
+    ids = _ids(options, embedding.DEFAULT_VARIANTS, ("int8", "fp32", *TENSORRT_IDS))
     full = _weights(source.path)
     steps = [
         _step("load the source", full, per_gib_s=20, start_s=8),

@@ -31,7 +31,7 @@ from nearfar.errors import ConversionError
 from nearfar.units import format_ms
 
 #: Best quality first.
-_QUALITY_ORDER = ("fp32", "fp16", "int8", "int4")
+_QUALITY_ORDER = ("fp32", "trt-fp32", "fp16", "trt-fp16", "int8", "trt-int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,8 @@ class Workshop:
         reporter: Where progress goes.
         cache: Results of earlier steps.
         kept: Nodes that a search left in full precision; filled while the bundle is made.
+        kept_tensorrt: The same in ``trt-int8``.
+        axes_tensorrt: Sizes that TensorRT engines will cover, by axis; filled likewise.
         refused: Why variants were left out, in words; filled likewise.
     """
 
@@ -54,6 +56,8 @@ class Workshop:
     reporter: Reporter
     cache: StepCache
     kept: list[str] = field(default_factory=list)
+    kept_tensorrt: list[str] = field(default_factory=list)
+    axes_tensorrt: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
 
     @property
@@ -65,7 +69,12 @@ class Workshop:
     def settings_found(self) -> Settings:
         """The numbers with what was found on the way, so that a recipe repeats it."""
         int8 = msgspec.structs.replace(self.settings.int8, keep=tuple(self.kept))
-        return msgspec.structs.replace(self.settings, int8=int8)
+        tensorrt = msgspec.structs.replace(
+            self.settings.tensorrt,
+            keep=tuple(self.kept_tensorrt) or self.settings.tensorrt.keep,
+            axes=self.axes_tensorrt or self.settings.tensorrt.axes,
+        )
+        return msgspec.structs.replace(self.settings, int8=int8, tensorrt=tensorrt)
 
     def variant_ids(self, default: Sequence[str], possible: Sequence[str]) -> tuple[str, ...]:
         """Wished variants, best quality first.
@@ -88,6 +97,11 @@ class Workshop:
                     fix=f"Possible are: {', '.join(possible)}",
                 )
         return tuple(sorted(set(wished), key=_QUALITY_ORDER.index))
+
+    @staticmethod
+    def variant_ids_in_order(ids: Sequence[str]) -> tuple[str, ...]:
+        """Ids, best quality first."""
+        return tuple(sorted(ids, key=_QUALITY_ORDER.index))
 
     def lineage(self, source: Source, *tools: str) -> Lineage:
         """Where the bundle comes from."""
@@ -151,10 +165,14 @@ class Workshop:
         )
         if problem is None:
             return True
+        self.refuse(variant_id, problem)
+        return False
+
+    def refuse(self, variant_id: str, problem: str) -> None:
+        """Leave a variant out of the bundle, and say why."""
         self.reporter.say(f"! {problem}")
         shutil.rmtree(self.writer.folder / variant_id, ignore_errors=True)
         self.refused.append(problem)
-        return False
 
     def check_any(self, ids: Sequence[str]) -> None:
         """Refuse to make a bundle without variants.

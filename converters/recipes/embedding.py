@@ -11,6 +11,8 @@ import numpy as np
 from converters import texts
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.tensorrt import IDS as TENSORRT_IDS
+from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
 from converters.sources.onnx_file import io_specs
 from converters.steps.export_encoder import (
@@ -43,7 +45,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32"))
+    ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32", *TENSORRT_IDS))
     pooling = read_pooling(source)
     with shop.reporter.step("load the source") as step:
         model = load_huggingface(source)
@@ -71,6 +73,9 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         best = check.vectors(full)
         quality = {"fp32": check.against_source(best, truth, source.label)}
         step.note(summary(quality["fp32"]))
+    limit = pooling.max_length_tokens
+    compiled = TensorrtVariants(shop, full, ids, sample=check.example, limit=limit)
+    ids = tuple(variant_id for variant_id in ids if variant_id not in compiled.ids)
     if "int8" in ids:
         path = shop.writer.file("int8/model.onnx")
         trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
@@ -85,7 +90,16 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             step.note(summary(found))
         if not shop.accept("int8", quality["int8"]):
             ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
-            shop.check_any(ids)
+    if compiled.ids:
+        trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
+        judge = _judge(trial, full, as_written=True)
+        elsewhere = compiled.make(trial.batches, judge)
+        reference = "fp32" if "fp32" in ids else source.label
+        with shop.reporter.step(f"verify for TensorRT on {check.samples} passages") as step:
+            for variant_id, path in elsewhere.items():
+                vectors = check.vectors(path, is_unfused=True)
+                quality[variant_id] = check.against_reference(vectors, best, reference)
+            step.note("; ".join(f"{one}: {summary(quality[one])}" for one in elsewhere))
     if "fp32" in ids:
         shop.writer.add(full, "fp32/model.onnx")
 
@@ -97,7 +111,16 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             latency[variant_id] = shop.measure(
                 variant_id, _ENGINE, entries[variant_id], feeds=check.example, input_tokens=tokens
             )
-    inputs, outputs = io_specs(shop.writer.folder / entries[ids[0]])
+    variants = joined(
+        shop,
+        shop.variants(ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency),
+        compiled,
+        quality,
+        sample=check.example,
+        limit=limit,
+    )
+    shop.check_any([variant.id for variant in variants])
+    inputs, outputs = io_specs(full)
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -109,14 +132,14 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         outputs=tuple(_with_width(spec, best.shape[1]) for spec in outputs),
         preprocessing=preprocessing,
         embedding_output=OUTPUT,
-        mixed_routes=_mixed(ids, quality),
-        variants=shop.variants(
-            ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
-        ),
+        mixed_routes=_mixed(tuple(variant.id for variant in variants), quality),
+        variants=variants,
     )
 
 
-def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:
+def _judge(
+    check: EmbeddingCheck, full: Path, *, as_written: bool = False
+) -> Callable[[Path], float]:
     """Share of neighbours that a file loses; the reference runs once, and only if it is asked."""
 
     @lru_cache(maxsize=1)
@@ -124,7 +147,9 @@ def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:
         return check.vectors(full)
 
     def drop(path: Path) -> float:
-        found = quality_drop(check.against_reference(check.vectors(path), best(), "fp32"))
+        found = quality_drop(
+            check.against_reference(check.vectors(path, is_unfused=as_written), best(), "fp32")
+        )
         assert found is not None
         return found[1]
 

@@ -15,6 +15,8 @@ from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.tensorrt import IDS as TENSORRT_IDS
+from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
@@ -79,11 +81,13 @@ def build(
         ConversionError: A step refused or failed.
     """
     own = source.precision
-    possible = (own, "int8") if own == "fp32" else (own,)
+    possible = (own, "int8", *TENSORRT_IDS) if own == "fp32" else (own,)
     ids = shop.variant_ids((own,), possible)
     meaning = _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
     full = _optimised(source, samples, shop)
+    compiled = TensorrtVariants(shop, full or source.path, ids, sample=samples[0])
+    ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
     if own in ids:
@@ -91,8 +95,11 @@ def build(
             _copy(source, paths[own])
         else:
             shutil.copyfile(full, paths[own])
+    calibration = samples
+    if ("int8" in ids and own != "int8") or "trt-int8" in compiled.ids:
+        is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
+        samples, calibration = _split(source, samples, kind, shop, is_static=is_static)
     if "int8" in ids and own != "int8":
-        samples, calibration = _split(source, samples, kind, shop)
         make_int8(
             shop,
             full or source.path,
@@ -100,21 +107,33 @@ def build(
             calibration=calibration,
             judge=partial(_drop, source, calibration, meaning),
         )
+    judge = partial(_drop, source, compiled.meant(calibration), meaning, as_written=True)
+    elsewhere = compiled.make(calibration, judge)
     quality: dict[str, tuple[QualityFigure, ...]]
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
         quality = {
             variant_id: _verified(source, samples, meaning, shop, variant_id, path)
             for variant_id, path in paths.items()
         }
+        meant = compiled.meant(samples)
+        for variant_id, path in elsewhere.items():
+            quality[variant_id] = _verified(source, meant, meaning, shop, variant_id, path)
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
-    shop.check_any(ids)
     latency: dict[str, tuple[LatencyFigure, int]] = {}
     if shop.options.measure:
         for variant_id in ids:
             latency[variant_id] = shop.measure(
                 variant_id, _ENGINE, entries[variant_id], feeds=samples[0]
             )
+    variants = joined(
+        shop,
+        shop.variants(ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency),
+        compiled,
+        quality,
+        sample=samples[0],
+    )
+    shop.check_any([variant.id for variant in variants])
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -127,9 +146,7 @@ def build(
         preprocessing=meaning.preprocessing,
         labels=meaning.labels,
         label_output=meaning.label_output,
-        variants=shop.variants(
-            ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
-        ),
+        variants=variants,
     )
 
 
@@ -247,11 +264,11 @@ def _check_head_tail(source: OnnxSource, spec: HeadTailPreprocessing) -> None:
 
 
 def _split(
-    source: OnnxSource, samples: list[Feeds], kind: str, shop: Workshop
+    source: OnnxSource, samples: list[Feeds], kind: str, shop: Workshop, *, is_static: bool
 ) -> tuple[list[Feeds], list[Feeds]]:
     """Inputs to verify with, and others to calibrate and search with where that is needed."""
     settings = shop.settings
-    if settings.int8.method != "static" and settings.gates.max_quality_drop is None:
+    if not is_static and settings.gates.max_quality_drop is None:
         return samples, samples
     if kind == _SYNTHETIC:
         return samples, synthetic_samples(source.inputs, settings.seed + 1)
@@ -261,11 +278,19 @@ def _split(
     return others, samples[::4]
 
 
-def _drop(source: OnnxSource, samples: Sequence[Feeds], meaning: Meaning, path: Path) -> float:
-    """Share of quality that a file loses, as it runs here."""
+def _drop(
+    source: OnnxSource,
+    samples: Sequence[Feeds],
+    meaning: Meaning,
+    path: Path,
+    *,
+    as_written: bool = False,
+) -> float:
+    """Share of quality that a file loses, as it runs here or as it is written."""
     figures = verify_tensors(
         source.path, {"trial": path}, samples,
         source_name="source", label_output=meaning.label_output, min_top1_agreement=0.0,
+        as_written=as_written,
     )["trial"]  # fmt: skip
     found = quality_drop(figures)
     return found[1] if found is not None else 1.0
@@ -344,13 +369,14 @@ def _verified(
         "label_output": meaning.label_output,
         "min_top1_agreement": gate,
         "is_unfused": is_unfused,
+        "as_written": variant_id in TENSORRT_IDS,
     }
 
     def verify() -> tuple[QualityFigure, ...]:
         return verify_tensors(
             source.path, {variant_id: path}, samples,
             source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
-            is_unfused=is_unfused,
+            is_unfused=is_unfused, as_written=variant_id in TENSORRT_IDS,
         )[variant_id]  # fmt: skip
 
     return shop.cache.value(

@@ -38,7 +38,7 @@ def profile_of(
     stated: Mapping[str, Three],
     *,
     sample: Mapping[str, Sequence[int]] | None = None,
-    limits: Mapping[str, int] | None = None,
+    limit: int = 0,
 ) -> tuple[ShapeRange, ...]:
     """Ranges of all inputs with a free axis.
 
@@ -47,7 +47,7 @@ def profile_of(
         stated: Smallest, usual and largest size by the axis' name in the graph, or by
             ``INPUT.AXIS`` (which wins), such as ``input.1``.
         sample: Shapes of one real input: the usual sizes of axes that are not stated.
-        limits: Largest sizes known otherwise, by axis name.
+        limit: Largest size of axes other than the first, where it is known; 0 where not.
 
     Raises:
         ConfigError: A statement fits no free axis, or does not rise.
@@ -69,9 +69,7 @@ def profile_of(
                 ranges.append(_risen(keys[0], stated[keys[0]]))
             else:
                 usual = (sample or {}).get(name, ())[axis : axis + 1]
-                ranges.append(
-                    _default(axis, int(usual[0]) if usual else 0, (limits or {}).get(size, 0))
-                )
+                ranges.append(_default(axis, int(usual[0]) if usual else 0, limit))
         smallest, usual_, largest = zip(*ranges, strict=True)
         found.append(ShapeRange(name=name, smallest=smallest, usual=usual_, largest=largest))
     if unused:
@@ -83,6 +81,20 @@ def profile_of(
             f"{next(iter(axes), 'input')}.0",
         )
     return tuple(found)
+
+
+def stated_axes(model: Any, profile: Sequence[ShapeRange]) -> dict[str, Three]:
+    """A profile as a recipe states it: by the axis' name, by ``INPUT.AXIS`` where it has none."""
+    axes = free_axes(model)
+    found: dict[str, Three] = {}
+    for one in profile:
+        for axis, size in enumerate(axes[one.name]):
+            if isinstance(size, int):
+                continue
+            three = (one.smallest[axis], one.usual[axis], one.largest[axis])
+            key = size if size and found.get(size, three) == three else f"{one.name}.{axis}"
+            found[key] = three
+    return found
 
 
 def _risen(key: str, three: Three) -> Three:
