@@ -143,7 +143,8 @@ def _show(console: object, name: str, verdict: Verdict) -> None:
         if verdict.engine_bytes
         else ""
     )
-    console.print(Text.assemble(f"{name}: ", (word, style), f" ({verdict.library}{built})"))
+    line = Text.assemble(f"{name}: ", (word, style), f" ({verdict.library}{built})")
+    console.print(line, soft_wrap=True)
     for finding in verdict.findings:
         console.print(Text(f"  {finding}"), soft_wrap=True)
         if not finding.is_fixed:
