@@ -119,7 +119,7 @@ def check_graph(
     marked = repair(model, list(findings), fixed=fixed, ranges=ranges)
     if not fixed and not any(one.is_fixed for one in marked):
         return Verdict(library=library, findings=tuple(marked))
-    again, trial_findings = _trial(model, ranges, path, save_fixed, timeout_s)
+    again, trial_findings = _trial(model, ranges, save_fixed, timeout_s)
     is_taken = again.is_built and not any(one.is_fatal for one in (*marked, *trial_findings))
     marked = merged(marked, trial_findings)
     return Verdict(
@@ -152,13 +152,13 @@ def _telling(found: list[Finding], refusals: list[Finding], *, is_built: bool) -
 def _trial(
     model: Any,
     ranges: tuple[ShapeRange, ...],
-    path: Path,
     save: Path | None,
     timeout_s: float,
 ) -> tuple[BuildResult, list[Finding]]:
     """Build the repaired graph; keeps it where that is wished and works."""
     onnx = load("onnx")
-    with tempfile.TemporaryDirectory(dir=path.parent if save is None else save.parent) as folder:
+    # Beside the target, so that it can be moved there; sources may lie where nobody may write.
+    with tempfile.TemporaryDirectory(dir=save.parent if save is not None else None) as folder:
         trial = Path(folder) / "model.onnx"
         is_large = model.ByteSize() > 1 << 30
         onnx.save(
