@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Block(nn.Module):
+class _Block(nn.Module):  # type: ignore[misc]
     """Two convolutions and what goes past them."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
@@ -29,7 +29,7 @@ class _Block(nn.Module):
         return torch.relu(self.other_norm(self.second(inside)) + self.past(image))
 
 
-class ResNet18(nn.Module):
+class ResNet18(nn.Module):  # type: ignore[misc]
     """Images of 3 x 224 x 224 to 1,000 scores; 11.7 million weights."""
 
     def __init__(self) -> None:

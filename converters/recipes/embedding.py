@@ -96,10 +96,14 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         elsewhere = compiled.make(trial.batches, judge)
         reference = "fp32" if "fp32" in ids else source.label
         with shop.reporter.step(f"verify for TensorRT on {check.samples} passages") as step:
-            for variant_id, path in elsewhere.items():
-                vectors = check.vectors(path, is_unfused=True)
-                quality[variant_id] = check.against_reference(vectors, best, reference)
-            step.note("; ".join(f"{one}: {summary(quality[one])}" for one in elsewhere))
+            judged = compiled.judged(
+                elsewhere,
+                lambda _, path: check.against_reference(
+                    check.vectors(path, is_unfused=True), best, reference
+                ),
+            )
+            quality.update(judged)
+            step.note("; ".join(f"{one}: {summary(found)}" for one, found in judged.items()))
     if "fp32" in ids:
         shop.writer.add(full, "fp32/model.onnx")
 

@@ -116,8 +116,9 @@ def build(
             for variant_id, path in paths.items()
         }
         meant = compiled.meant(samples)
-        for variant_id, path in elsewhere.items():
-            quality[variant_id] = _verified(source, meant, meaning, shop, variant_id, path)
+        quality |= compiled.judged(
+            elsewhere, lambda one, path: _verified(source, meant, meaning, shop, one, path)
+        )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
     latency: dict[str, tuple[LatencyFigure, int]] = {}

@@ -22,6 +22,7 @@ from nearfar.bundle.manifest import (
     TensorrtPlan,
     Variant,
 )
+from nearfar.errors import ConversionError
 
 IDS = ("trt-fp32", "trt-fp16", "trt-int8")
 _TOOLS = ("onnx", "onnxruntime", "onnxslim", "numpy")
@@ -95,6 +96,25 @@ class TensorrtVariants:
                 )
         return paths
 
+    def judged(
+        self,
+        paths: Mapping[str, Path],
+        judge: Callable[[str, Path], tuple[QualityFigure, ...]],
+    ) -> dict[str, tuple[QualityFigure, ...]]:
+        """Figures of each; one that is not the same model any more is left out, and said to be.
+
+        Args:
+            paths: Id to graph.
+            judge: Makes the figures of one.
+        """
+        found = {}
+        for one, path in paths.items():
+            try:
+                found[one] = judge(one, path)
+            except ConversionError as exc:
+                self._shop.refuse(one, f"{one} is left out: {exc.problem}")
+        return found
+
     def meant(self, samples: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
         """Samples with the fixed inputs at their value."""
         fixed = self._settings.fixed
@@ -106,18 +126,11 @@ class TensorrtVariants:
             for feeds in samples
         ]
 
-    def finish(
-        self, quality: Mapping[str, tuple[QualityFigure, ...]], *, is_gated: bool = True
-    ) -> tuple[Variant, ...]:
-        """Manifest entries of those that are good enough and, where asked, taken by TensorRT.
-
-        Args:
-            quality: Id to figures.
-            is_gated: Whether `Gates.max_quality_drop` holds for them.
-        """
+    def finish(self, quality: Mapping[str, tuple[QualityFigure, ...]]) -> tuple[Variant, ...]:
+        """Manifest entries of those that are good enough and, where asked, taken by TensorRT."""
         found = []
         for one in self.ids:
-            if is_gated and not self._shop.accept(one, quality[one]):
+            if one not in quality or not self._shop.accept(one, quality[one]):
                 continue
             variant = Variant(
                 id=one,

@@ -94,7 +94,8 @@ def _build(trt: Any, job: dict[str, Any], logger: Any, log: list[str], emit: Any
     timing = job.get("timing_cache") or ""
     if timing:
         config.set_timing_cache(config.create_timing_cache(_read(timing)), False)
-    config.progress_monitor = _monitor(trt, emit)
+    monitor = _monitor(trt, emit)  # kept: TensorRT only points to it
+    config.progress_monitor = monitor
     started_s = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -140,7 +141,7 @@ def _add_profiles(
 
 
 def _logger(trt: Any, log: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -153,7 +154,7 @@ def _logger(trt: Any, log: list[str]) -> Any:
 
 
 def _monitor(trt: Any, emit: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Tells what is done. Called from TensorRT's threads, one at a time for a phase."""
 
         def __init__(self) -> None:
@@ -176,12 +177,16 @@ def _monitor(trt: Any, emit: Any) -> Any:
 
 
 def _error(error: Any) -> dict[str, Any]:
+    def told(name: str) -> str:
+        # Not every release tells node and operator.
+        return str(getattr(error, name, str)() or "")
+
     return {
-        "code": str(error.code()).rpartition(".")[2],
-        "node": error.node_name() or "",
-        "operator": error.node_operator() or "",
-        "text": (error.desc() or "")[:_MAX_LINE],
-        "function": error.func() or "",
+        "code": told("code").rpartition(".")[2],
+        "node": told("node_name"),
+        "operator": told("node_operator"),
+        "text": told("desc")[:_MAX_LINE],
+        "function": told("func"),
     }
 
 

@@ -144,6 +144,24 @@ def test_a_variant_that_loses_too_much_is_left_out(source: Path):
     assert [variant.id for variant in bundle.manifest.variants] == ["fp32"]
 
 
+def test_a_variant_that_is_another_model_is_left_out_and_the_others_are_made(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from converters.recipes import tensorrt
+
+    def broken(before: Path, target: Path) -> None:
+        model = onnx.load(before)
+        weights = next(tensor for tensor in model.graph.initializer if tensor.name == "w")
+        array = onnx.numpy_helper.to_array(weights) * np.float32(np.nan)
+        weights.CopyFrom(onnx.numpy_helper.from_array(array, "w"))
+        onnx.save(model, str(target))
+
+    monkeypatch.setattr(tensorrt, "to_half", broken)
+    bundle = converted(source, variants=("fp32", "trt-fp32", "trt-fp16"))
+    assert [variant.id for variant in bundle.manifest.variants] == ["fp32", "trt-fp32"]
+    assert not (bundle.path / "trt-fp16").exists()
+
+
 def test_nodes_that_lose_most_stay_and_are_in_the_recipe(source: Path):
     bundle = converted(source, variants=("fp32", "trt-int8"), gate=0.008)
     recipe = read_recipe(source.parent.parent / "r.toml")
