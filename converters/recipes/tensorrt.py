@@ -25,6 +25,7 @@ from nearfar.bundle.manifest import (
 from nearfar.errors import ConversionError
 
 IDS = ("trt-fp32", "trt-fp16", "trt-int8")
+_HALF_SCALES_OPSET = 19
 _TOOLS = ("onnx", "onnxruntime", "onnxslim", "numpy")
 
 Feeds = Mapping[str, np.ndarray]
@@ -83,7 +84,7 @@ class TensorrtVariants:
             precise = base
             if one == "trt-int8":
                 precise = self._quantized(base, calibration, judge)
-            if one == "trt-int8" and self._settings.rest == "fp32":
+            if one == "trt-int8" and (self._settings.rest == "fp32" or not _takes_half(precise)):
                 shutil.copyfile(precise, path)
                 continue
             with self._shop.reporter.step(f"write {one} with FP16"):
@@ -202,6 +203,14 @@ class TensorrtVariants:
     @staticmethod
     def _entry(variant_id: str) -> str:
         return f"{variant_id}/model.onnx"
+
+
+def _takes_half(path: Path) -> bool:
+    """Whether `QuantizeLinear` may have FP16 scales in this graph: since opset 19."""
+    from converters.tensorrt.graph import Graph
+    from converters.tensorrt.ranges import load_model
+
+    return Graph(load_model(path, with_data=False)).opset >= _HALF_SCALES_OPSET
 
 
 def with_check(

@@ -102,6 +102,15 @@ def test_int8_is_signed_and_symmetric_and_the_rest_fp16_or_fp32(source: Path):
                    if node.op_type == "DequantizeLinear")  # fmt: skip
 
 
+def test_the_rest_of_an_old_graph_stays_fp32(source: Path):
+    model = onnx.load(source)
+    model.opset_import[0].version = 17  # FP16 scales came with 19
+    onnx.save(model, str(source))
+    bundle = converted(source, variants=("trt-int8",))
+    graph = onnx.load(bundle.variant_entry(bundle.variant("trt-int8"))).graph
+    assert not any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer)
+
+
 def test_the_gate_speaks_and_the_recipe_repeats_ranges_and_files(source: Path):
     first = converted(source, variants=("fp32", "trt-fp16"), check=True)
     for variant in first.manifest.variants:
