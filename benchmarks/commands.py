@@ -374,4 +374,43 @@ def convert(
     harness.conclude(report, json_path=json_file, check=check)
 
 
+@app.command()
+def tensorrt(
+    models: Annotated[
+        Path | None,
+        typer.Option(help="Folder of bundles, whose variants are asked about as they are."),
+    ] = None,
+    sources: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the models' files; those that are there are converted."),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep results of steps, for the next time.", show_default=False
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each build.")] = 600.0,
+    json_file: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """Whether TensorRT takes the graphs that nearfar makes, asked without a GPU.
+
+    Converts an MLP, a CNN, a transformer encoder and ResNet-18, and of the sources MiniLM, magika
+    and silero-vad, for CPU and TensorRT, and has TensorRT RTX build every variant with a dynamic
+    batch. Needs tensorrt-rtx. Takes some minutes, and says nothing about speed.
+    """
+    from benchmarks import harness
+    from benchmarks.tensorrt import Settings, measure
+    from benchmarks.tensorrt_table import show
+
+    harness.check_json_path(json_file)
+    settings = Settings(models=models, sources=sources, cache=cache, timeout_s=timeout)
+    with harness.progress(is_quiet=check) as begin:
+        found = measure(settings, begin)
+    if not check:
+        show(found)
+    harness.conclude(found.report, json_path=json_file, check=check)
+
+
 __all__ = ["app"]

@@ -164,6 +164,13 @@ def convert(
     max_variants: Annotated[
         int, typer.Option(min=1, help="With --auto: how many variants the bundle may have.")
     ] = 3,
+    check_tensorrt: Annotated[
+        bool,
+        typer.Option(
+            "--check-tensorrt",
+            help="Ask TensorRT RTX, which needs no GPU, whether it takes each graph.",
+        ),
+    ] = False,
     allow_pickle: Annotated[
         bool,
         typer.Option(
@@ -347,6 +354,9 @@ def convert(
         settings.gates, quality=max_quality_drop, size=max_size, latency=max_latency
     )
     settings = msgspec.structs.replace(settings, gates=gates)
+    if check_tensorrt:
+        asked = msgspec.structs.replace(settings.tensorrt, check=True)
+        settings = msgspec.structs.replace(settings, tensorrt=asked)
     stated["settings"] = settings
     options = overridden(options, **stated, replace=force, keep_work=keep_work, sign=sign)
     options = replace(options, allow_pickle=allow_pickle)

@@ -76,6 +76,10 @@ def convert_model(
     # Minutes of work must not end with a key that cannot be read.
     signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
+    if options.settings.tensorrt.check:
+        from converters.tensorrt.check import require_library
+
+        require_library()
     with reporter.step(f"check {source_path.name}") as step:
         source = open_source(
             source_path,

@@ -10,6 +10,7 @@ from converters.options import ConversionOptions
 from converters.recipes import bundle, embedding, text_generation
 from converters.recipes.base import Workshop
 from converters.recipes.onnx_model import variants_of
+from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.sources.base import Source
 from converters.sources.bundle import BundleSource
 from converters.sources.gguf import GgufSource
@@ -21,7 +22,10 @@ from converters.steps.genai_build import PRECISIONS
 #: Size of a variant against the weights in 32 bits, and seconds per GiB of these on two AVX-512
 #: VNNI cores. From SmolLM2-135M (0.5 GiB), all-MiniLM-L6-v2 (0.08 GiB) and magika (0.003 GiB);
 #: other machines and models are easily two times off.
-_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22}
+_SIZE = {
+    "fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22,
+    "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-int8": 0.3,
+}  # fmt: skip
 _SIZE_GENAI = {"fp32": 1.0, "int8": 0.4, "int4": 0.22}
 _MEASURE_S = 4.0
 _GIB = 1 << 30
@@ -128,7 +132,7 @@ def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
 
 
 def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
-    ids = _ids(options, embedding.DEFAULT_VARIANTS, ("int8", "fp32"))
+    ids = _ids(options, embedding.DEFAULT_VARIANTS, ("int8", "fp32", *TENSORRT_IDS))
     full = _weights(source.path)
     steps = [
         _step("load the source", full, per_gib_s=20, start_s=8),

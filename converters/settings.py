@@ -129,6 +129,29 @@ class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 1024
 
 
+class TensorrtSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Variants that devices build TensorRT engines of, and the gate without a GPU.
+
+    Attributes:
+        check: Whether TensorRT is asked about every graph (`--check-tensorrt`).
+        axes: Smallest, usual and largest size of free axes, by the axis' name or ``INPUT.AXIS``.
+            Not stated: 1, 4, 16 of the first; of others 1, that of a sample, four times that.
+        fixed: Inputs of one number that always have this value; they are no inputs of the engine.
+        rest: Precision of what ``trt-int8`` does not round.
+        keep: Nodes that ``trt-int8`` leaves alone.
+        workspace_bytes: Most scratch memory of one layer; 0 leaves it to TensorRT.
+        optimization_level: How long the device may search for fast kernels.
+    """
+
+    check: bool = False
+    axes: dict[str, tuple[int, int, int]] = {}
+    fixed: dict[str, float] = {}
+    rest: Literal["fp16", "fp32"] = "fp16"
+    keep: tuple[str, ...] = ()
+    workspace_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    optimization_level: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+
+
 class Gates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a variant must reach.
 
@@ -206,4 +229,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     int4: Int4Settings = Int4Settings()
     prune: PruneSettings = PruneSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
+    tensorrt: TensorrtSettings = TensorrtSettings()
     gates: Gates = Gates()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,6 +143,71 @@ def run(
         _show(manifest, inputs, result, top_k)
         if output is not None:
             _save(output, result.outputs)
+
+
+@app.command()
+def build(
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a model in the store, or a bundle's folder or .nfb file.",
+            show_default=False,
+        ),
+    ],
+    variant: Annotated[
+        str | None, typer.Option(help="Only this variant.", show_default=False)
+    ] = None,
+    models: Models = _DEFAULT_MODELS,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build engines anew that are there.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each engine.")] = 3600.0,
+    trusted_key: TrustedKeys = None,
+) -> None:
+    """Build TensorRT engines of a model's trt-… variants, for this device and its TensorRT.
+
+    Takes minutes on a small device. Engines are kept in ~/.cache/nearfar/tensorrt
+    (NEARFAR_TENSORRT_ENGINES names another folder) and used by everything that runs the model.
+    """
+    from edge_runtime.building import build_engines, tensorrt_variants
+    from nearfar.bundle import BundleStore, open_bundle
+    from nearfar.bundle.keys import trusted
+    from nearfar.units import format_bytes
+
+    if Path(bundle).exists():
+        opened = open_bundle(
+            Path(bundle), trusted_keys=trusted(trusted_key) if trusted_key else None
+        )
+    else:
+        opened = BundleStore(models, trusted_keys=trusted_key or None).open(bundle)
+    wished = tensorrt_variants(opened, variant)
+    with _phases() as progress:
+        for state in build_engines(
+            opened, wished, is_forced=force, timeout_s=timeout, progress=progress
+        ):
+            how = f"built in {state.build_s:.0f} s" if state.is_new else "was there already"
+            typer.echo(f"{state.variant_id}: {how}, {format_bytes(state.size_bytes)}")
+
+
+@contextmanager
+def _phases() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for TensorRT's outermost phase, and the name of the one it is in."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("building", total=None)
+        outermost = ""
+
+        def show(phase: str, step: int, steps: int) -> None:
+            nonlocal outermost
+            outermost = outermost or phase
+            if phase == outermost:
+                bar.update(task, completed=step, total=steps or None)
+            bar.update(task, description=phase)
+
+        yield show
 
 
 def _manifests(models: Path, trusted_keys: list[str] | None) -> list[Manifest]:

@@ -22,7 +22,7 @@ GROUP = "nearfar.commands"
 _ORDER = (
     "quickstart", "doctor", "infer", "chat", "explain", "calibrate", "replay", "top", "jobs",
     "policy",
-    "trust", "client-key", "convert", "bundle", "edge", "cloud", "bench",
+    "trust", "client-key", "convert", "tensorrt", "bundle", "edge", "cloud", "bench",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from nearfar.errors import ConversionError
 from nearfar.units import format_ms
 
 #: Best quality first.
-_QUALITY_ORDER = ("fp32", "fp16", "pruned", "int8", "int4")
+_QUALITY_ORDER = ("fp32", "trt-fp32", "fp16", "trt-fp16", "pruned", "int8", "trt-int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,8 @@ class Workshop:
         reporter: Where progress goes.
         cache: Results of earlier steps.
         kept: Nodes that a search left in full precision; filled while the bundle is made.
+        kept_tensorrt: The same in ``trt-int8``.
+        axes_tensorrt: Sizes that TensorRT engines will cover, by axis; filled likewise.
         refused: Why variants were left out, in words; filled likewise.
         evidence: What the report shows beside the manifest; filled likewise.
     """
@@ -64,6 +66,8 @@ class Workshop:
     reporter: Reporter
     cache: StepCache
     kept: list[str] = field(default_factory=list)
+    kept_tensorrt: list[str] = field(default_factory=list)
+    axes_tensorrt: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
 
@@ -76,7 +80,12 @@ class Workshop:
     def settings_found(self) -> Settings:
         """The numbers with what was found on the way, so that a recipe repeats it."""
         int8 = msgspec.structs.replace(self.settings.int8, keep=tuple(self.kept))
-        return msgspec.structs.replace(self.settings, int8=int8)
+        tensorrt = msgspec.structs.replace(
+            self.settings.tensorrt,
+            keep=tuple(self.kept_tensorrt) or self.settings.tensorrt.keep,
+            axes=self.axes_tensorrt or self.settings.tensorrt.axes,
+        )
+        return msgspec.structs.replace(self.settings, int8=int8, tensorrt=tensorrt)
 
     def variant_ids(self, default: Sequence[str], possible: Sequence[str]) -> tuple[str, ...]:
         """Wished variants, best quality first.
@@ -99,6 +108,11 @@ class Workshop:
                     fix=f"Possible are: {', '.join(possible)}",
                 )
         return tuple(sorted(set(wished), key=_QUALITY_ORDER.index))
+
+    @staticmethod
+    def variant_ids_in_order(ids: Sequence[str]) -> tuple[str, ...]:
+        """Ids, best quality first."""
+        return tuple(sorted(ids, key=_QUALITY_ORDER.index))
 
     def lineage(self, source: Source, *tools: str) -> Lineage:
         """Where the bundle comes from."""
@@ -187,6 +201,10 @@ class Workshop:
             return True
         self._leave_out(variant_id, problem, figures)
         return False
+
+    def refuse(self, variant_id: str, reason: str) -> None:
+        """Leave a variant out of the bundle, and say why."""
+        self._leave_out(variant_id, Refusal(reason, ""), ())
 
     def measured(
         self,

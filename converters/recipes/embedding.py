@@ -15,6 +15,8 @@ from converters.cache import digest_of_arrays
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.tensorrt import IDS as TENSORRT_IDS
+from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
 from converters.sources.onnx_file import io_specs
 from converters.steps.export_encoder import (
@@ -48,7 +50,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32"))
+    ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32", *TENSORRT_IDS))
     pooling = read_pooling(source)
     with shop.reporter.step("read the tokenizer") as step:
         tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
@@ -96,6 +98,9 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             check_short(quality["fp32"], limits.max_quality_drop)
         step.note(summary(quality["fp32"]))
     shop.evidence.full_bytes = full.stat().st_size
+    limit = pooling.max_length_tokens
+    compiled = TensorrtVariants(shop, full, ids, sample=check.example, limit=limit)
+    ids = tuple(variant_id for variant_id in ids if variant_id not in compiled.ids)
     if "int8" in ids:
         reference = "fp32" if "fp32" in ids else source.label
         quality["int8"] = compress(
@@ -104,13 +109,35 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         )  # fmt: skip
         if not shop.accept("int8", quality["int8"]):
             ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
-            shop.check_any(ids)
+    if compiled.ids:
+        trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
+        judge = _judge(trial, full, as_written=True)
+        elsewhere = compiled.make(trial.batches, judge)
+        reference = "fp32" if "fp32" in ids else source.label
+        with shop.reporter.step(f"verify for TensorRT on {check.samples} passages") as step:
+            judged = compiled.judged(
+                elsewhere,
+                lambda _, path: check.against_reference(
+                    check.vectors(path, is_unfused=True), best, reference
+                ),
+            )
+            quality.update(judged)
+            step.note("; ".join(f"{one}: {summary(found)}" for one, found in judged.items()))
     if "fp32" in ids:
         shop.writer.add(full, "fp32/model.onnx")
 
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
-    ids, latency = measured(shop, ids, quality, check)
-    inputs, outputs = io_specs(shop.writer.folder / entries[ids[0]])
+    ids, latency = measured(shop, ids, quality, check) if ids else ((), {})
+    variants = joined(
+        shop,
+        shop.variants(ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency),
+        compiled,
+        quality,
+        sample=check.example,
+        limit=limit,
+    )
+    shop.check_any([variant.id for variant in variants])
+    inputs, outputs = io_specs(full)
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -122,11 +149,9 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         outputs=tuple(_with_width(spec, best.shape[1]) for spec in outputs),
         preprocessing=preprocessing,
         embedding_output=OUTPUT,
-        mixed_routes=_mixed(ids, quality),
+        mixed_routes=_mixed(tuple(variant.id for variant in variants), quality),
         space=space_of(fingerprint(source), pooling, projection),
-        variants=shop.variants(
-            ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
-        ),
+        variants=variants,
     )
 
 
@@ -221,7 +246,9 @@ def _full(
     return full
 
 
-def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:
+def _judge(
+    check: EmbeddingCheck, full: Path, *, as_written: bool = False
+) -> Callable[[Path], float]:
     """Share of neighbours that a file loses; the reference runs once, and only if it is asked."""
 
     @lru_cache(maxsize=1)
@@ -229,7 +256,9 @@ def _judge(check: EmbeddingCheck, full: Path) -> Callable[[Path], float]:
         return check.vectors(full)
 
     def drop(path: Path) -> float:
-        found = quality_drop(check.against_reference(check.vectors(path), best(), "fp32"))
+        found = quality_drop(
+            check.against_reference(check.vectors(path, is_unfused=as_written), best(), "fp32")
+        )
         assert found is not None
         return found[1]
 

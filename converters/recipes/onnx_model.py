@@ -16,6 +16,8 @@ from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.tensorrt import IDS as TENSORRT_IDS
+from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
@@ -100,6 +102,9 @@ def build(
     samples, kind = _samples(source, meaning, shop, examples)
     full = _optimised(source, samples, shop)
     narrow = _optimised(pruned, samples, shop) if pruned is not None else None
+    base = (narrow or pruned.path) if pruned is not None else (full or source.path)
+    compiled = TensorrtVariants(shop, base, ids, sample=samples[0])
+    ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
     if own in ids:
@@ -109,12 +114,14 @@ def build(
             shutil.copyfile(full, paths[own])
     if "pruned" in ids and pruned is not None:
         shutil.copyfile(narrow or pruned.path, paths["pruned"])
-    base = (narrow or pruned.path) if pruned is not None else (full or source.path)
     if "fp16" in ids and own == "fp32":
         with shop.reporter.step("store weights in 16 bits"):
             store_fp16(base, paths["fp16"])
+    calibration = samples
+    if ("int8" in ids and own != "int8") or "trt-int8" in compiled.ids:
+        is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
+        samples, calibration = _split(source, samples, kind, meaning, shop, is_static=is_static)
     if "int8" in ids and own != "int8":
-        samples, calibration = _split(source, samples, kind, meaning, shop)
         make_int8(
             shop,
             base,
@@ -122,16 +129,32 @@ def build(
             calibration=calibration,
             judge=partial(_drop, source, calibration, meaning),
         )
+    judge = partial(_drop, source, compiled.meant(calibration), meaning, as_written=True)
+    elsewhere = compiled.make(calibration, judge)
     quality: dict[str, tuple[QualityFigure, ...]]
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
         quality = {
             variant_id: _verified(source, samples, meaning, shop, variant_id, path)
             for variant_id, path in paths.items()
         }
+        meant = compiled.meant(samples)
+        quality |= compiled.judged(
+            elsewhere, lambda one, path: _verified(source, meant, meaning, shop, one, path)
+        )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
-    shop.check_any(ids)
-    ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
+    if ids:
+        ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
+    else:
+        latency = {}
+    variants = joined(
+        shop,
+        shop.variants(ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency),
+        compiled,
+        quality,
+        sample=samples[0],
+    )
+    shop.check_any([variant.id for variant in variants])
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -144,17 +167,15 @@ def build(
         preprocessing=meaning.preprocessing,
         labels=meaning.labels,
         label_output=meaning.label_output,
-        variants=shop.variants(
-            ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency
-        ),
+        variants=variants,
     )
 
 
 def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are made when nobody says, variants that can be made) of a precision."""
     if is_pruned:
-        return ("pruned", own), (own, "pruned", "fp16", "int8")
-    return (own,), (own, "fp16", "int8") if own == "fp32" else (own,)
+        return ("pruned", own), (own, "pruned", "fp16", "int8", *TENSORRT_IDS)
+    return (own,), (own, "fp16", "int8", *TENSORRT_IDS) if own == "fp32" else (own,)
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
@@ -284,11 +305,17 @@ def _check_stream(source: OnnxSource, spec: StreamPreprocessing) -> None:
 
 
 def _split(
-    source: OnnxSource, samples: list[Feeds], kind: str, meaning: Meaning, shop: Workshop
+    source: OnnxSource,
+    samples: list[Feeds],
+    kind: str,
+    meaning: Meaning,
+    shop: Workshop,
+    *,
+    is_static: bool,
 ) -> tuple[list[Feeds], list[Feeds]]:
     """Inputs to verify with, and others to calibrate and search with where that is needed."""
     settings = shop.settings
-    if settings.int8.method != "static" and settings.gates.max_quality_drop is None:
+    if not is_static and settings.gates.max_quality_drop is None:
         return samples, samples
     if isinstance(meaning.preprocessing, StreamPreprocessing):
         return split_windows(samples, meaning.preprocessing)
@@ -300,11 +327,19 @@ def _split(
     return others, samples[::4]
 
 
-def _drop(source: OnnxSource, samples: Sequence[Feeds], meaning: Meaning, path: Path) -> float:
-    """Share of quality that a file loses, as it runs here."""
+def _drop(
+    source: OnnxSource,
+    samples: Sequence[Feeds],
+    meaning: Meaning,
+    path: Path,
+    *,
+    as_written: bool = False,
+) -> float:
+    """Share of quality that a file loses, as it runs here or as it is written."""
     figures = verify_tensors(
         source.path, {"trial": path}, samples,
         source_name="source", label_output=meaning.label_output, min_top1_agreement=0.0,
+        as_written=as_written,
     )["trial"]  # fmt: skip
     if isinstance(meaning.preprocessing, StreamPreprocessing):
         figures += stream_agreement(source.path, path, samples, meaning.preprocessing, "source")
@@ -394,13 +429,14 @@ def _verified(
         "min_top1_agreement": gate,
         "is_unfused": is_unfused,
         "stream": to_builtins(stream),
+        "as_written": variant_id in TENSORRT_IDS,
     }
 
     def verify() -> tuple[QualityFigure, ...]:
         figures = verify_tensors(
             source.path, {variant_id: path}, samples,
             source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
-            is_unfused=is_unfused,
+            is_unfused=is_unfused, as_written=variant_id in TENSORRT_IDS,
         )[variant_id]  # fmt: skip
         if stream is not None:
             figures += stream_agreement(source.path, path, samples, stream, source.label)

@@ -13,11 +13,17 @@ _INT4 = {
     "k_quant_mixed": "k-quant, some layers in 8 bits",
 }
 
+_OTHERS = {"fp16": "weights in 16 bits", "pruned": "narrower layers, in 32 bits"}
+
 
 def method_of(precision: str, settings: Settings) -> str:
     """How a variant of that precision is made with these settings."""
     if precision == "int4":
         return f"INT4, {_INT4[settings.int4.algorithm]}"
+    if precision.startswith("trt-"):
+        return f"{precision.removeprefix('trt-').upper()}, typed for TensorRT"
+    if precision in _OTHERS:
+        return _OTHERS[precision]
     if precision != "int8":
         return f"{precision.upper()}, not compressed"
     int8 = settings.int8

@@ -27,14 +27,15 @@ class Refusal(msgspec.Struct, frozen=True):
 
     Attributes:
         reason: What is wrong, with the figure and the limit.
-        hint: What to try instead.
+        hint: What to try instead; may be empty.
     """
 
     reason: str
     hint: str
 
     def __str__(self) -> str:
-        return f"{self.reason}. It is left out. Try {self.hint}"
+        said = f"{self.reason}. It is left out"
+        return f"{said}. Try {self.hint}" if self.hint else said
 
 
 def quality_drop(

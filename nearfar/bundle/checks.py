@@ -25,6 +25,8 @@ _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 #: 1 TiB: larger than any single model file, small enough that a sum of sizes means something.
 MAX_FILE_BYTES = 1 << 40
+#: TensorRT counts sizes in 32 bits.
+_MAX_AXIS = 2**31 - 1
 #: Head and tail rows are allocated per request.
 _MAX_HEAD_TAIL = 1 << 20
 #: Windows and states of signals likewise; also the highest sample rate, in Hz.
@@ -91,6 +93,7 @@ def _variant_problems(field: str, variant: Variant) -> Iterator[tuple[str, str]]
         yield f"{field}.placement", "is empty"
     if variant.requirements.memory_bytes < 0:
         yield f"{field}.requirements.memory_bytes", "is negative"
+    yield from _tensorrt_problems(field, variant)
     for position, quality in enumerate(variant.quality):
         if not math.isfinite(quality.value):
             yield f"{field}.quality[{position}].value", "is not finite"
@@ -98,6 +101,29 @@ def _variant_problems(field: str, variant: Variant) -> Iterator[tuple[str, str]]
         figures = (latency.p50_ms, latency.p99_ms, latency.ms_per_token or 0.0)
         if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
             yield f"{field}.latency[{position}]", "has a figure that is not a duration"
+
+
+def _tensorrt_problems(field: str, variant: Variant) -> Iterator[tuple[str, str]]:
+    plan = variant.tensorrt
+    if plan is None:
+        if variant.engine == "tensorrt":
+            yield f"{field}.tensorrt", "is missing, but the engine is tensorrt"
+        return
+    for position, sizes in enumerate(plan.profile):
+        where = f"{field}.tensorrt.profile[{position}]"
+        if not len(sizes.smallest) == len(sizes.usual) == len(sizes.largest):
+            yield where, "has shapes of different length"
+        elif not all(
+            0 <= low <= usual <= high <= _MAX_AXIS
+            for low, usual, high in zip(sizes.smallest, sizes.usual, sizes.largest, strict=True)
+        ):
+            yield where, "does not rise from smallest over usual to largest"
+    if not all(math.isfinite(value) for value in plan.fixed.values()):
+        yield f"{field}.tensorrt.fixed", "has a value that is not finite"
+    if plan.workspace_bytes < 0:
+        yield f"{field}.tensorrt.workspace_bytes", "is negative"
+    if plan.optimization_level is not None and not 0 <= plan.optimization_level <= 5:
+        yield f"{field}.tensorrt.optimization_level", "is not in 0..5"
 
 
 def _tensor_problems(field: str, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:

@@ -185,6 +185,52 @@ class LatencyFigure(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int | None = None
 
 
+class ShapeRange(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of one input that a compiled engine must cover (a TensorRT optimization profile).
+
+    Attributes:
+        name: Input name.
+        smallest: Least size of every axis.
+        usual: The sizes to optimise for.
+        largest: Greatest size of every axis.
+    """
+
+    name: str
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+class TensorrtPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How a device builds its engine of a ``tensorrt`` variant, whose files hold typed ONNX.
+
+    Attributes:
+        profile: Sizes of every input with a free axis.
+        fixed: Inputs of the manifest that the graph has no more, and the only value they may have.
+        workspace_bytes: Most scratch memory of one layer; 0 leaves it to TensorRT.
+        optimization_level: 0 to 5: how long TensorRT may search; `None` leaves it to TensorRT.
+    """
+
+    profile: tuple[ShapeRange, ...] = ()
+    fixed: dict[str, float] = {}
+    workspace_bytes: int = 0
+    optimization_level: int | None = None
+
+
+class TensorrtCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether TensorRT took a variant's graph, found out where there was no GPU.
+
+    Attributes:
+        library: What was asked, with its version: ``tensorrt_rtx 1.7.1.116``.
+        accepted: Whether it built an engine, which was thrown away.
+        findings: What it or the look at the graph found, each ``kind: problem``.
+    """
+
+    library: str
+    accepted: bool
+    findings: tuple[str, ...] = ()
+
+
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
     """One runnable form of the model.
 
@@ -192,13 +238,16 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
         id: Unique in the bundle, for example ``int4`` or ``fp32``.
         engine: Which `nearfar.engines` module runs it.
         precision: ``fp32 fp16 int8 int4 …``, for people.
-        entry: The file (``onnxruntime``) or folder (``onnxruntime-genai``) the engine opens.
+        entry: The file (``onnxruntime``, ``tensorrt``: ONNX) or folder (``onnxruntime-genai``) the
+            engine opens.
         files: The variant's own files.
         placement: Where it is meant to run, best first.
         quality_rank: Order of quality within the bundle; 0 is the best.
         saturation: Of variants that round activations to 8 bits too: kind of CPU (see
             `nearfar.engines.devices.cpu_kind`) to whether it was found to saturate there, that is,
             to lose in the CPU's 8-bit kernels what the model as it is written does not lose.
+        tensorrt: For the engine ``tensorrt``: what the device builds.
+        tensorrt_check: Whether TensorRT would take the graph, where that was checked.
     """
 
     id: str
@@ -212,6 +261,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     quality: tuple[QualityFigure, ...] = ()
     latency: tuple[LatencyFigure, ...] = ()
     saturation: dict[str, bool] = {}
+    tensorrt: TensorrtPlan | None = None
+    tensorrt_check: TensorrtCheck | None = None
 
     @property
     def size_bytes(self) -> int:

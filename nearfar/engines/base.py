@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from nearfar.bundle.manifest import ShapeRange as ShapeRange  # users import it from here
 from nearfar.bundle.manifest import TensorSpec
 from nearfar.generation import GenerationChunk, GenerationOptions, Prompt
 
@@ -44,23 +45,6 @@ class CancelToken:
     @property
     def is_cancelled(self) -> bool:
         return self._event.is_set()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapeRange:
-    """Sizes of one input that a compiled engine must cover (a TensorRT optimization profile).
-
-    Attributes:
-        name: Input name.
-        smallest: Least size of every axis.
-        usual: The sizes to optimise for.
-        largest: Greatest size of every axis; larger inputs make TensorRT build again.
-    """
-
-    name: str
-    smallest: tuple[int, ...]
-    usual: tuple[int, ...]
-    largest: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 PACKAGE_OF_ENGINE = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-genai": "onnxruntime_genai",
+    "tensorrt": "tensorrt",
 }
 
 
@@ -44,8 +45,7 @@ def load_engine(bundle: Bundle, variant_id: str, options: SessionOptions | None 
     if variant.engine not in PACKAGE_OF_ENGINE:
         raise EngineError(
             f"Variant {label} needs the engine {variant.engine!r}, which this version does not run",
-            fix=f"Choose a variant for one of: {', '.join(PACKAGE_OF_ENGINE)}; or convert the "
-            "model to ONNX, which ONNX Runtime can run with its TensorRT execution provider",
+            fix=f"Choose a variant for one of: {', '.join(PACKAGE_OF_ENGINE)}",
         )
     entry = bundle.variant_entry(variant)
     started_s = time.monotonic()
@@ -55,6 +55,20 @@ def load_engine(bundle: Bundle, variant_id: str, options: SessionOptions | None 
             from nearfar.engines.onnxruntime_engine import OnnxRuntimeEngine
 
             engine = OnnxRuntimeEngine(entry, variant, options, manifest=bundle.manifest)
+        elif variant.engine == "tensorrt":
+            from nearfar.engines import tensorrt_store
+            from nearfar.engines.tensorrt_engine import TensorrtEngine
+
+            device = tensorrt_store.probe_tensorrt()
+            problem = tensorrt_store.why_not(variant)
+            if problem is not None:
+                raise EngineError(
+                    f"Variant {label} cannot run: {problem}",
+                    fix=f"Run nearfar edge build {bundle.path} on a device with TensorRT, or "
+                    "choose another variant",
+                )
+            built = tensorrt_store.read_engine(tensorrt_store.engine_path(variant, device))
+            engine = TensorrtEngine(built, variant, manifest=bundle.manifest)
         else:
             from nearfar.engines.genai_engine import GenaiEngine
 

@@ -1,4 +1,7 @@
-"""Which variants of a bundle run on a device, and which to take first. Pure functions."""
+"""Which variants of a bundle run on a device, and which to take first.
+
+Pure functions, but that TensorRT's engines are looked for where there are variants for it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ class Candidate(msgspec.Struct, frozen=True):
 def candidates(manifest: Manifest, device: Device, placement: Placement) -> tuple[Candidate, ...]:
     """All variants: first those that can run, best first for the placement, then the others.
 
-    On the device (``edge``) a variant meant for it comes first, then the smaller one. In the cloud
+    On the device (``edge``) a variant meant for it comes first, then one with an engine built
+    here, then the smaller one. In the cloud
     the better one comes first, then the smaller one.
     """
 
@@ -36,7 +40,12 @@ def candidates(manifest: Manifest, device: Device, placement: Placement) -> tupl
         excluded = candidate.excluded is not None
         if placement == "edge":
             meant_elsewhere = variant.placement[:1] != ("edge",)
-            return excluded, meant_elsewhere, variant.size_bytes, variant.quality_rank, variant.id
+            # Who built an engine for this device wants it used, though others may be smaller.
+            is_general = variant.engine != "tensorrt"
+            return (
+                excluded, meant_elsewhere, is_general, variant.size_bytes, variant.quality_rank,
+                variant.id,
+            )  # fmt: skip
         return excluded, variant.quality_rank, variant.size_bytes, variant.id
 
     found = (
@@ -68,6 +77,10 @@ def why_not(variant: Variant, device: Device) -> str | None:
     provider = needs.execution_provider
     if variant.engine not in PACKAGE_OF_ENGINE:
         return f"this version does not run the engine {variant.engine}"
+    if variant.engine == "tensorrt":
+        from nearfar.engines.tensorrt_store import why_not
+
+        return why_not(variant)
     if not device.execution_providers:
         return "onnxruntime is not installed (pip install 'nearfar[edge]')"
     if variant.engine == "onnxruntime-genai" and not device.has_genai:

@@ -27,7 +27,7 @@ def as_engine(bundle, engine):
     return Bundle(bundle.path, manifest)
 
 
-@pytest.mark.parametrize("engine", ["tensorrt", "torch"])
+@pytest.mark.parametrize("engine", ["torch"])
 def test_engines_this_version_does_not_run_are_named_with_what_to_do(bundle, engine):
     with pytest.raises(EngineError, match=f"'{engine}', which this version does not run") as caught:
         load_engine(as_engine(bundle, engine), "fp32")

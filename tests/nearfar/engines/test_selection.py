@@ -60,7 +60,7 @@ def test_the_order_in_the_manifest_makes_no_difference():
     ("wanted", "device", "reason"),
     [
         (variant("v", rank=0, placement=("cloud",)), {}, "meant for cloud only"),
-        (variant("v", rank=0, engine="tensorrt"), {}, "does not run the engine tensorrt"),
+        (variant("v", rank=0, engine="torch"), {}, "does not run the engine torch"),
         (
             variant("v", rank=0, engine="onnxruntime-genai"),
             {"has_genai": False},
