@@ -34,7 +34,9 @@ def state(tmp_path):
     offers = {"story": ModelOffer(manifest=STORY, variant="fp32")}
     link = SimpleNamespace(
         state=LinkState(is_connected=True, offers=offers),
-        config=SimpleNamespace(name="main", region=None),
+        config=SimpleNamespace(
+            name="main", region=None, shaping="balanced", attestation=None, verifier=None
+        ),
     )
     core = Core(policy=OPEN, default_sensitivity=None, known=Knowledge(edge=edge, link=link))
 
