@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from nearfar.errors import BundleError, ConfigError, InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
 from nearfar.units import Deadline
-from sdk import requests
+from sdk import assembly, requests
 from sdk.config import CloudConfig, Config
 from sdk.core import Completed, Core
 from sdk.knowledge import Knowledge
 from sdk.plans import Plans
-from sdk.policy import DEVICE_ONLY, Policy
+from sdk.policy import Policy
 from sdk.requests import Request
 from sdk.results import (
     BatchUsage,
@@ -33,21 +33,16 @@ if TYPE_CHECKING:
     from nearfar.engines.base import CancelToken, SessionOptions
     from sdk.answer import AnswerState
     from sdk.beginnings import OpenCloud
-    from sdk.cascade.settings import CascadeConfig
     from sdk.cloud.egress import Permit
     from sdk.cloud.resumption import ResumableStream
-    from sdk.edge import EdgeRoute
     from sdk.jobs.config import JobsConfig
     from sdk.jobs.desk import Desk
     from sdk.records.ring import Recorder
     from sdk.routing import RouteDecision
     from sdk.routing.types import Mode, Objective
     from sdk.sharing.config import CacheConfig
-    from sdk.sharing.sharing import Sharing
     from sdk.sources import EdgeSource
-    from sdk.steps import Link, Step
-    from sdk.telemetry import Telemetry
-    from sdk.valuation import Valuation
+    from sdk.steps import Step
 
 
 class RequestOptions(TypedDict, total=False):
@@ -163,13 +158,13 @@ class Calls:
         self._deadline_ms = deadline_ms if deadline_ms is not None else config.routing.deadline_ms
         requests.check_settings(self._mode, self._objective, 5)
         store = Path(models).expanduser() if models is not None else config.models_store
-        rules = _policy_of(policy if policy is not None else config.policy_file)
+        rules = assembly.policy_of(policy if policy is not None else config.policy_file)
         self._edge = (
-            _edge_of(store, edge_options, config.trusted_keys)
+            assembly.edge_of(store, edge_options, config.trusted_keys)
             if edge and store is not None
             else None
         )
-        self._link, self._valuation = _clouds_of(cloud, config)
+        self._link, self._valuation = assembly.clouds_of(cloud, config)
         if self._edge is None and self._link is None:
             raise ConfigError(
                 "This client has neither local models nor a cloud",
@@ -194,17 +189,17 @@ class Calls:
             default_sensitivity=default,
             known=known,
             confidence=config.routing.confidence,
-            cascade=_cascade_of(config, calibrations),
+            cascade=assembly.cascade_of(config, calibrations),
             hedge_budget=config.routing.hedge_budget,
             retry_budget=config.routing.retry_budget,
             valuation=self._valuation,
         )
         caches = config.caches if cache is None else cache
-        self._sharing = _sharing_of(caches, self._core) if caches else None
+        self._sharing = assembly.sharing_of(caches, self._core) if caches else None
         is_traced = config.telemetry if telemetry is None else telemetry
-        self._telemetry = _telemetry_of() if is_traced else None
+        self._telemetry = assembly.telemetry_of() if is_traced else None
         if config.routing.record is not None:
-            self._recorder = _recorder_of(config.routing.record, known, self._core)
+            self._recorder = assembly.recorder_of(config.routing.record, known, self._core)
 
     @property
     def policy(self) -> Policy:
@@ -532,67 +527,6 @@ def _sampling(
         seed=seed,
         stop=stop,
     )
-
-
-def _policy_of(policy: Policy | str | Path | None) -> Policy:
-    if policy is None:
-        return DEVICE_ONLY
-    if isinstance(policy, Policy):
-        return policy
-    from sdk.policy import load_policy
-
-    return load_policy(policy)
-
-
-def _edge_of(store: Path, options: SessionOptions | None, trusted_keys: Sequence[str]) -> EdgeRoute:
-    from sdk.edge import EdgeRoute
-
-    return EdgeRoute(store, options=options, trusted_keys=trusted_keys)
-
-
-def _recorder_of(path: Path, known: Knowledge, core: Core) -> Recorder:
-    from sdk.records.ring import Recorder
-
-    recorder = Recorder(path, known)
-    core.record, known.record = recorder.decided, recorder.finished
-    return recorder
-
-
-def _sharing_of(caches: Mapping[str, CacheConfig], core: Core) -> Sharing:
-    from sdk.sharing.sharing import Sharing
-
-    return Sharing(caches, core)
-
-
-def _telemetry_of() -> Telemetry:
-    from nearfar.telemetry import require
-
-    require()
-    from sdk.telemetry import Telemetry
-
-    return Telemetry()
-
-
-def _clouds_of(
-    cloud: CloudConfig | Sequence[CloudConfig] | None, config: Config
-) -> tuple[Link | None, Valuation | None]:
-    if cloud is None and not (config.clouds or config.edge_price or config.routing.weights):
-        return None, None
-    from sdk.clouds import clouds_of, link_of, valuation_of
-
-    clouds = clouds_of(cloud, config)
-    return link_of(clouds), valuation_of(config, clouds)
-
-
-def _cascade_of(config: Config, calibrations: str | Path | None) -> CascadeConfig | None:
-    if calibrations is None:
-        return config.cascade
-    from msgspec.structs import replace
-
-    from sdk.cascade.settings import CascadeConfig
-
-    folder = Path(calibrations).expanduser()
-    return replace(config.cascade or CascadeConfig(), calibrations=folder)
 
 
 def _output(done: Completed, name: str | None) -> np.ndarray:
