@@ -269,7 +269,7 @@ class Knowledge:
         if request.method == "embed" and self._is_other_space(request, offer.manifest):
             return RouteState(
                 obstacle="no_model",
-                detail="its vectors lie in another space than this device's",
+                detail="vectors of another space",
             )
         pin = self.variant_wanted(request)
         variant = offer.manifest.variant(pin or offer.variant)

@@ -228,9 +228,9 @@ def test_after_kill_9_the_same_command_gives_the_same_bundle(model: Path, privat
 
 
 def test_the_work_folder_of_a_living_conversion_is_left_alone(model: Path):
-    from converters.pipeline import _remove_stale, _work_folder
+    from converters.pipeline import _remove_stale, work_folder
 
-    with BundleWriter(model.parent / "b"), _work_folder(model.parent / "b", keep=False) as work:
+    with BundleWriter(model.parent / "b"), work_folder(model.parent / "b", keep=False) as work:
         os.utime(work, (0, 0))
         _remove_stale(model.parent, ".b.work-")
         assert work.exists()
