@@ -13,10 +13,10 @@ from statistics import fmean
 from benchmarks.harness import Bar, Direction, Figure, Report, Run, quantile
 from benchmarks.routing.causes import causes
 from benchmarks.routing.policies import (
-    OURS,
-    OURS_TOLD,
     MISSED,
+    OURS,
     OURS_PARTLY,
+    OURS_TOLD,
     OURS_UNHEDGED,
     OURS_UNSENSED,
     MeanOfTen,

@@ -391,7 +391,7 @@ class SizedLatency:
         and then may have seen the change late: of all speeds between the two that one is taken
         which explains the answer best.
         """
-        begun, ended = slower[0] ** self.bend, slower[1] ** self.bend
+        begun, ended = float(slower[0] ** self.bend), float(slower[1] ** self.bend)
         if begun == ended or usual_ms is None:
             return ended
         low, high = (begun, ended) if begun < ended else (ended, begun)

@@ -242,9 +242,7 @@ class Predictor:
         if seen.load_ms > 0:
             latency.load.observe(0, seen.load_ms, now_s=now_s)
         if seen.prefill_ms is not None:
-            latency.prefill.observe(
-                size.input_tokens, seen.prefill_ms, now_s=now_s, slower=slower
-            )
+            latency.prefill.observe(size.input_tokens, seen.prefill_ms, now_s=now_s, slower=slower)
             compute_ms = seen.prefill_ms + (seen.decode_ms or 0.0)
             if seen.decode_ms is not None and seen.completion_tokens > 1:
                 per_token = seen.decode_ms / (seen.completion_tokens - 1)
