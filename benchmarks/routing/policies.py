@@ -292,7 +292,7 @@ class Ours:
             self.name = OURS_UNSENSED
         elif sensor.missed:
             self.name = OURS_PARTLY
-        self._sensor = sensor
+        self.sensor = sensor
         self.hedging = Hedging(hedge_budget)
         self.predictor = Predictor()
         #: Codes of the errors that callers were told.
@@ -315,8 +315,8 @@ class Ours:
 
     def _sense(self, now_s: float) -> None:
         """What the client's thread does beside its requests."""
-        if self._sensor is not None:
-            self.predictor.sense(self._sensor.speed(now_s))
+        if self.sensor is not None:
+            self.predictor.sense(self.sensor.speed(now_s))
 
     def decide(self, job: Job, now_s: float, failed: tuple[Route, ...] = ()) -> RouteDecision:
         self._sense(now_s)

@@ -34,7 +34,7 @@ def until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_nothing_runs_before_somebody_asks_and_nothing_stays_where_nothing_is_told(
+def test_nothing_runs_before_somebody_asks_nor_where_nothing_is_told(
     tmp_path,
 ) -> None:
     told: list[float | None] = []

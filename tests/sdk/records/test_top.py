@@ -84,7 +84,10 @@ def test_a_route_that_is_not_configured_has_no_row():
     assert [row.route for row in board.view(100.0).rows] == ["edge"]
 
 
-def drawn(view, device=DeviceCondition()) -> str:
+SILENT = DeviceCondition()
+
+
+def drawn(view, device=SILENT) -> str:
     from rich.console import Console
 
     console = Console(width=160, file=io.StringIO())
@@ -96,7 +99,8 @@ def test_the_view_shows_routes_quantiles_breaker_repairs_link_and_temperature():
     board = Board()
     board.add([decided(100.0, breaker="half_open", failures=2), answered(100.0, 187.0)])
     text = drawn(board.view(100.0), DeviceCondition(0.45, 61.4, "15W"))
-    for word in ("half_open", "2 failures", "40 ms", "8 Mbit/s", "61 °C", "speed 45 %", "15W", "190 ms", "200 ms",
+    for word in ("half_open", "2 failures", "40 ms", "8 Mbit/s", "61 °C", "speed 45 %",
+                 "15W", "190 ms", "200 ms",
                  "187 ms", "1/1", "repairs 0 (0.0 %)", "cloud: "):  # fmt: skip
         assert word in text, word
     empty = drawn(Board().view(100.0))
