@@ -25,6 +25,8 @@ _SAME_MODULE = {
     "onnxruntime-genai": ("onnxruntime-genai-cuda",),
 }
 _FEWEST_CORES = 2
+#: A device that may use less of its clock than this is slower than it could be.
+_SLOW = 0.7
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -83,6 +85,7 @@ def examine(config_path: Path) -> Iterator[Finding]:
     yield _python()
     yield from _packages()
     yield _device()
+    yield from _condition()
     if not config_path.is_file():
         yield Finding(
             "warn",
@@ -162,6 +165,30 @@ def _device() -> Finding:
     if cores < _FEWEST_CORES:
         return Finding("warn", "device", detail, "One core: expect slow answers on the edge")
     return Finding("ok", "device", detail)
+
+
+def _condition() -> Iterator[Finding]:
+    """How fast the device may run just now, where it says anything about that."""
+    from nearfar.errors import NearfarError
+
+    try:
+        from nearfar.engines.condition import DeviceCondition, describe, read_condition
+        from nearfar.engines.devices import probe
+
+        condition = read_condition(uses_gpu=probe().sm_arch is not None)
+    except (ImportError, NearfarError):
+        return  # the finding before this one says why
+    if condition == DeviceCondition():
+        return
+    if condition.speed is not None and condition.speed < _SLOW:
+        yield Finding(
+            "warn",
+            "condition",
+            describe(condition),
+            "Let the device cool down, or choose a faster power mode; the router reckons with it",
+        )
+    else:
+        yield Finding("ok", "condition", describe(condition))
 
 
 def _policy(config: Config) -> Iterator[Finding]:

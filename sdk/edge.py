@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from nearfar.errors import BundleError, EngineError, NearfarError
 
 if TYPE_CHECKING:
     from edge_runtime import EdgeModel, EdgeRuntime
+    from edge_runtime.sensing import SpeedSensor
     from nearfar.bundle.manifest import Manifest
     from nearfar.engines.base import CancelToken, SessionOptions
     from nearfar.units import Deadline
@@ -49,6 +50,9 @@ class EdgeRoute:
         self._runtime: EdgeRuntime | None = None
         self._found: dict[tuple[str, str | None], EdgeModel] = {}
         self._watch: DeadlineWatch | None = None
+        self._sensor: SpeedSensor | None = None
+        #: Root of the file system that says how fast the device may run.
+        self.root = Path("/")
 
     def watch(self, deadline: Deadline, cancel: CancelToken) -> Watched:
         """Have a call cancelled at its deadline, unless it ends before; a context manager."""
@@ -59,6 +63,26 @@ class EdgeRoute:
             with self._making:
                 watch = self._watch = self._watch or DeadlineWatch()
         return watch.watch(deadline.at_s, cancel)
+
+    def sense(self, tell: Callable[[float | None], None], now_s: float) -> None:
+        """Have somebody told how fast the device may run, now and whenever that changes.
+
+        For decisions on which it has a bearing; what looks at the device is started with the first
+        of them, and nothing here waits for it.
+
+        Args:
+            tell: Told the share of the full clock; see `DeviceCondition.speed`.
+            now_s: Monotonic time.
+        """
+        sensor = self._sensor
+        if sensor is None:
+            from edge_runtime.sensing import SpeedSensor
+
+            with self._making:
+                if self._sensor is None:
+                    self._sensor = SpeedSensor(tell, root=self.root)
+                sensor = self._sensor
+        sensor.asked(now_s)
 
     @property
     def is_ready(self) -> bool:
@@ -122,6 +146,8 @@ class EdgeRoute:
         """Free all loaded models; idempotent."""
         if self._watch is not None:
             self._watch.close()
+        if self._sensor is not None:
+            self._sensor.close()
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None

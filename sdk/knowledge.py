@@ -230,6 +230,8 @@ class Knowledge:
         if pin is not None and pin != variant.id:
             return RouteState(obstacle="no_model", detail=_other_variant(model, variant.id, pin))
         self._seed("edge", model, variant.id, found.manifest)
+        if self.endpoints or request.deadline.is_set:  # else nothing depends on its speed
+            edge.sense(self.predictor.sense, now_s)
         prediction = self.predictor.predict(
             "edge",
             model,

@@ -13,9 +13,12 @@ from statistics import fmean
 from benchmarks.harness import Bar, Direction, Figure, Report, Run, quantile
 from benchmarks.routing.causes import causes
 from benchmarks.routing.policies import (
+    MISSED,
     OURS,
+    OURS_PARTLY,
     OURS_TOLD,
     OURS_UNHEDGED,
+    OURS_UNSENSED,
     MeanOfTen,
     Oracle,
     Ours,
@@ -25,12 +28,16 @@ from benchmarks.routing.policies import (
     fixed_policies,
 )
 from benchmarks.routing.scenarios import Scenario, Use, of_group, scenarios
+from benchmarks.routing.sensor import Sensor
 from benchmarks.routing.simulate import Score, simulate
 from benchmarks.routing.world import Nature, World
 from benchmarks.subjects import Begin
 
 ORACLE = Oracle.name
-ADAPTIVE = (MeanOfTen.name, PeakEwma.name, OURS_UNHEDGED, OURS, OURS_TOLD, ORACLE)
+ADAPTIVE = (
+    MeanOfTen.name, PeakEwma.name, OURS_UNHEDGED, OURS, OURS_UNSENSED, OURS_PARTLY, OURS_TOLD,
+    ORACLE,
+)  # fmt: skip
 
 MAX_BEHIND_ORACLE = -2.0  # points of SLO attainment
 MIN_AHEAD_OF_STATIC = 10.0  # points, where links vary
@@ -124,12 +131,15 @@ def _policies(nature: Nature, seed: int) -> list[Callable[[World], Policy]]:
     fixed: list[Callable[[World], Policy]] = [
         functools.partial(_fixed, policy) for policy in fixed_policies()
     ]
+    sensor, partly = Sensor(nature, seed), Sensor(nature, seed, missed=MISSED)
     return [
         *fixed,
         lambda world: MeanOfTen(random.Random(seed)),
         lambda world: PeakEwma(),
-        lambda world: Ours(nature, random.Random(seed), hedge_budget=0.0),
+        lambda world: Ours(nature, random.Random(seed), hedge_budget=0.0, sensor=sensor),
+        lambda world: Ours(nature, random.Random(seed), sensor=sensor),
         lambda world: Ours(nature, random.Random(seed)),
+        lambda world: Ours(nature, random.Random(seed), sensor=partly),
         lambda world: Told(world, random.Random(seed)),
         Oracle,
     ]
@@ -279,8 +289,11 @@ def time_decisions(begin: Begin) -> Figure:
     step = begin("decisions", 1)
     nature = _lesson().draw(0)
     world = World(nature)
-    policy = Ours(nature, random.Random(0))
+    policy = Ours(nature, random.Random(0), sensor=Sensor(nature, 0))
     simulate(world, policy)
+    # A client looks at its device on another thread; only what that does to a decision counts.
+    policy.sensor = None
+    policy.predictor.sense(0.5)
     last_s = nature.jobs[-1].arrival_s + 1.0
     jobs = [replace(job, deadline_s=last_s + job.deadline_s - job.arrival_s) for job in nature.jobs]
     calls_us = []

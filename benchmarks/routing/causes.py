@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.routing.policies import Oracle, Ours, Plan
 from benchmarks.routing.scenarios import Scenario
+from benchmarks.routing.sensor import Sensor
 from benchmarks.routing.simulate import simulate
 from benchmarks.routing.world import Job, Nature, Visit, World
 from sdk.routing import Route, RouteDecision
@@ -19,8 +20,10 @@ BURDENED = "neither route could, after earlier choices"
 class Watched(Ours):
     """The client's router, and what either route would have made of each request when it came."""
 
-    def __init__(self, nature: Nature, world: World, rng: random.Random) -> None:
-        super().__init__(nature, rng)
+    def __init__(
+        self, nature: Nature, world: World, rng: random.Random, sensor: Sensor | None = None
+    ) -> None:
+        super().__init__(nature, rng, sensor=sensor)
         self._world = world
         self.seen: dict[int, tuple[Visit, Visit, RouteDecision]] = {}
 
@@ -40,7 +43,7 @@ def causes(scenario: Scenario, seeds: Sequence[int]) -> dict[str, float]:
         world = World(nature)
         best = simulate(world, Oracle(world))
         world = World(nature)
-        router = Watched(nature, world, random.Random(seed))
+        router = Watched(nature, world, random.Random(seed), Sensor(nature, seed))
         for job, ours, theirs in zip(nature.jobs, simulate(world, router), best, strict=True):
             count += 1
             if ours.is_in_time:

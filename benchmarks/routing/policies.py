@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
+from benchmarks.routing.sensor import Sensor
 from benchmarks.routing.world import Job, Nature, Speed, Visit, World, factor_at
 from nearfar.bundle.manifest import LatencyFigure
 from nearfar.errors import CloudUnavailable, DeadlineExceeded, NearfarError
@@ -37,7 +38,10 @@ from sdk.routing.types import HEDGE_BUDGET
 
 MODEL = "lab"
 OURS, OURS_UNHEDGED = "nearfar", "nearfar, no hedging"
+OURS_UNSENSED, OURS_PARTLY = "nearfar, without a sensor", "nearfar, sensor misses a third"
 OURS_TOLD = "nearfar, told of its device"
+#: Of the times in which the device is slow, how many a sensor of clocks misses for `OURS_PARTLY`.
+MISSED = 1.0 / 3.0
 #: What anyone may know: policy allows both routes, and nothing here is content.
 ALLOWED = Verdict(edge=True, cloud=True, rule_ids=("lab",), reason="allowed", policy_hash="lab")
 #: How far a bundle's figures are off, measured on another machine than the one that runs.
@@ -272,12 +276,23 @@ class Ours:
         nature: Speeds that the bundle states, and the first round trip.
         rng: For the breaker's jitter.
         hedge_budget: As in the configuration.
+        sensor: What the device says of its speed; `None` when it says nothing.
     """
 
     def __init__(
-        self, nature: Nature, rng: random.Random, *, hedge_budget: float = HEDGE_BUDGET
+        self,
+        nature: Nature,
+        rng: random.Random,
+        *,
+        hedge_budget: float = HEDGE_BUDGET,
+        sensor: Sensor | None = None,
     ) -> None:
         self.name = OURS if hedge_budget else OURS_UNHEDGED
+        if sensor is None:
+            self.name = OURS_UNSENSED
+        elif sensor.missed:
+            self.name = OURS_PARTLY
+        self.sensor = sensor
         self.hedging = Hedging(hedge_budget)
         self.predictor = Predictor()
         #: Codes of the errors that callers were told.
@@ -298,7 +313,13 @@ class Ours:
             self.predictor.seed(route, MODEL, [figure])
         self.predictor.observe_round_trip(nature.jobs[0].rtt_s * 1000.0, now_s=0.0)
 
+    def _sense(self, now_s: float) -> None:
+        """What the client's thread does beside its requests."""
+        if self.sensor is not None:
+            self.predictor.sense(self.sensor.speed(now_s))
+
     def decide(self, job: Job, now_s: float, failed: tuple[Route, ...] = ()) -> RouteDecision:
+        self._sense(now_s)
         size = size_of(job)
         edge = self.predictor.predict(
             "edge", MODEL, size, now_s=now_s, queue_ms=self._edge_wait_ms(now_s)
@@ -367,6 +388,7 @@ class Ours:
         self._breaker.record_failure(now_s)
 
     def started(self, job: Job, route: Route, now_s: float) -> None:
+        self._sense(now_s)
         expected = self._decisions[job.number].inputs.state(route).prediction
         self._tickets[job.number, route] = self.predictor.start(
             route, MODEL, size_of(job), expected, now_s=now_s
@@ -378,6 +400,7 @@ class Ours:
 
     def ended(self, job: Job, route: Route, ended: Ended) -> None:
         now_s, visit = ended.visit.end_s, ended.visit
+        self._sense(now_s)
         ticket = self._tickets.pop((job.number, route))
         self.predictor.stop(ticket, now_s=now_s)
         if route == "edge":
@@ -397,6 +420,7 @@ class Ours:
             self.predictor.observe_late(ticket, now_s=now_s)
 
     def cancelled(self, job: Job, route: Route, now_s: float) -> None:
+        self._sense(now_s)
         ticket = self._tickets.pop((job.number, route))
         self.predictor.stop(ticket, now_s=now_s)
         self.predictor.observe_late(ticket, now_s=now_s)

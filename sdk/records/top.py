@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_THERMAL = Path("/sys/class/thermal")
+    from nearfar.engines.condition import ConditionReader, DeviceCondition
+
 _STYLE = {"closed": "green", "half_open": "yellow", "open": "bold red"}
 
 
@@ -59,35 +60,30 @@ def top(
         return
     from rich.live import Live
 
-    with Live(render(look(), temperature_c()), screen=True, auto_refresh=False) as live:
+    device = _device()
+    with Live(render(look(), device.read()), screen=True, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(interval_s)
-                live.update(render(look(), temperature_c()), refresh=True)
+                live.update(render(look(), device.read()), refresh=True)
         except KeyboardInterrupt:
             return  # how a live view is left
 
 
-def temperature_c(root: Path = _THERMAL) -> float | None:
-    """The hottest sensor of this device in degrees Celsius; `None` where there is none to read.
+def _device() -> ConditionReader:
+    """What says how the device is on which `top` runs."""
+    from nearfar.engines.condition import ConditionReader
+    from nearfar.engines.devices import probe
 
-    Source: Documentation/driver-api/thermal/sysfs-api.rst of the Linux kernel: millidegrees.
-    """
-    hottest: float | None = None
-    for path in root.glob("thermal_zone*/temp"):
-        try:
-            value = int(path.read_text()) / 1000.0
-        except (OSError, ValueError):
-            continue  # a sensor that is asleep says so by an error
-        if -40.0 < value < 200.0:
-            hottest = value if hottest is None else max(hottest, value)
-    return hottest
+    return ConditionReader(uses_gpu=probe().sm_arch is not None)
 
 
-def render(view: View, degrees_c: float | None) -> RenderableType:
+def render(view: View, device: DeviceCondition) -> RenderableType:
     """The view as rich draws it."""
     from rich.console import Group
     from rich.text import Text
+
+    from nearfar.engines.condition import describe
 
     breaker = view.breaker or "—"
     failures = f" ({view.failures} failures)" if view.failures else ""
@@ -102,8 +98,7 @@ def render(view: View, degrees_c: float | None) -> RenderableType:
         (breaker, _STYLE.get(view.breaker, "")),
         f"{failures}   round trip {rtt}   ",
         "bandwidth —" if bandwidth is None else f"bandwidth {bandwidth:.3g} Mbit/s",
-        "   temperature " + ("—" if degrees_c is None else f"{degrees_c:.0f} °C"),
-        "\n",
+        f"\ndevice: {describe(device)}\n",
     )
     last = Text("\n")
     for at_s, model, reason in view.last:
@@ -138,16 +133,16 @@ def _table(view: View) -> Table:
 
 
 def _print_once(view: View, *, json: bool) -> None:
-    degrees_c = temperature_c()
+    device = _device().read()
     if json:
         import msgspec
 
-        facts = {**msgspec.structs.asdict(view), "temperature_c": degrees_c}
+        facts = {**msgspec.structs.asdict(view), **msgspec.structs.asdict(device)}
         sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
         return
     from rich.console import Console
 
-    Console(highlight=False).print(render(view, degrees_c))
+    Console(highlight=False).print(render(view, device))
 
 
 def _file_of(config: Path) -> Path:

@@ -21,6 +21,8 @@ from typing import Protocol
 #: Which quantiles are kept of everything; `Prediction` has one field for each.
 LEVELS = (0.2, 0.5, 0.8, 0.95, 0.99)
 Quantiles = tuple[float, float, float, float, float]
+#: The device's clocks at full speed when a call began and when it ended, or nothing known of them.
+FULL = (1.0, 1.0)
 
 # Newest measurement's weight in the level: when its forecast missed, and when it did not.
 LEVEL_WEIGHT, CALM_WEIGHT = 0.5, 0.2
@@ -51,6 +53,9 @@ MIN_SIGMA = 0.02
 # and between what it stays.
 TAIL_PRIOR, TAIL_MEMORY = 3.0, 0.95
 FATTEST_TAIL, THINNEST_TAIL = 0.3, 6.0
+# How fast it is learned by how much a device's clocks matter to a duration, what that may come to,
+# and how much slower the clocks must be for an answer to say anything about it.
+BEND_WEIGHT, MOST_BEND, TELLING = 0.3, 1.5, 1.25
 # Normal quantiles of a few equally likely values; a prior distribution in nine values.
 _PRIOR = (-1.59, -0.97, -0.59, -0.28, 0.0, 0.28, 0.59, 0.97, 1.59)
 
@@ -65,13 +70,16 @@ class LatencyEstimate(Protocol):
     def observe(self, size: float, value_ms: float, *, now_s: float) -> None:
         """Learn one measurement."""
 
-    def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
+    def quantiles(
+        self, size: float, *, now_s: float, factor: float = 1.0, slower: float = 1.0
+    ) -> Quantiles | None:
         """Quantiles at `LEVELS` in milliseconds; `None` when nothing is known.
 
         Args:
             size: What the duration is a function of.
             now_s: Monotonic time.
             factor: How much slower it is at least, as far as requests in flight show.
+            slower: How much slower the device's clocks are than at full speed.
         """
 
 
@@ -180,6 +188,14 @@ class Level:
     def set(self, value: float, *, now_s: float) -> None:
         """Know the level from elsewhere."""
         self.value, self._last_s = value, now_s
+
+    def shift(self, factor: float) -> None:
+        """Leave a part of the level to another layer, which is divided by this factor."""
+        self.value = min(max(self.value * factor, LOWEST_LEVEL), HIGHEST_LEVEL)
+        before, low, high = self._before
+        self._before = before * factor, low, high
+        for index, level in enumerate(self._run):
+            self._run[index] = level * factor
 
     def observe(
         self, ratio: float, *, now_s: float, cause: float | None = None, is_cut: bool = False
@@ -308,13 +324,19 @@ class Shape:
 class SizedLatency:
     """A duration as a function of size, as a distribution: a `LatencyEstimate`.
 
+    Shape, level and errors hold for the device at full speed. Where a sensor says how much slower
+    its clocks are, the forecast is multiplied by that, raised to `bend`: 1 for work that waits for
+    nothing but the clocks, less for work that waits for memory, 0 when the sensor is wrong. It is
+    learned, slowly, from answers of a device that is slower; until then, and above it, the level
+    corrects the forecast as fast as it always does.
+
     Args:
         prior_ms: Median at `prior_size`, before anything is measured.
         prior_size: Size that the prior was measured at; 0 when it holds for any size.
         sigma: Assumed spread (of the logarithm) until errors were seen.
     """
 
-    __slots__ = ("_last_s", "is_measured", "level", "shape")
+    __slots__ = ("_last_s", "bend", "is_measured", "level", "shape")
 
     def __init__(
         self,
@@ -325,33 +347,74 @@ class SizedLatency:
     ) -> None:
         self.shape = Shape(prior_ms, prior_size=prior_size)
         self.level = Level(sigma)
+        self.bend = 1.0
         self.is_measured = False
         self._last_s = 0.0
 
-    def observe(self, size: float, value_ms: float, *, now_s: float) -> None:
+    def observe(
+        self, size: float, value_ms: float, *, now_s: float, slower: tuple[float, float] = FULL
+    ) -> None:
+        """Learn one measurement.
+
+        Args:
+            size: What the duration is a function of.
+            value_ms: What it was.
+            now_s: Monotonic time.
+            slower: How much slower than at full speed the device's clocks were, when the call
+                began and when it ended.
+        """
         usual_ms = self.shape.at(size)
+        at_full_ms = value_ms
+        if slower is not FULL:
+            at_full_ms /= self._slowness(usual_ms, value_ms, now_s, slower)
         self._last_s = now_s
         self.is_measured = True
         if usual_ms is None or int(size).bit_length() not in self.shape.points:
             # The first one of a size says where the shape is, not that today is unusual.
-            self.shape.observe(size, value_ms / self.level.at(now_s))
+            self.shape.observe(size, at_full_ms / self.level.at(now_s))
             return
         forecast_ms = usual_ms * self.level.at(now_s)
-        self.level.observe(value_ms / max(forecast_ms, 1e-6), now_s=now_s)
+        self.level.observe(at_full_ms / max(forecast_ms, 1e-6), now_s=now_s)
         # A jump belongs into the level, whichever size it was seen at.
-        typical_ms = value_ms / self.level.value
+        typical_ms = at_full_ms / self.level.value
         typical_ms = min(max(typical_ms, usual_ms / MAX_PULL), usual_ms * MAX_PULL)
         self.shape.observe(size, typical_ms)
+        if slower is not FULL and slower[0] == slower[1] >= TELLING:
+            self._learn_bend(value_ms / max(usual_ms, 1e-6), slower[0])
 
-    def quantiles(self, size: float, *, now_s: float, factor: float = 1.0) -> Quantiles | None:
-        scale = self.scale(size, now_s)
+    def _slowness(
+        self, usual_ms: float | None, value_ms: float, now_s: float, slower: tuple[float, float]
+    ) -> float:
+        """How much slower the clocks made this one.
+
+        A call during which they changed ran partly at either speed, and a sensor that looks now
+        and then may have seen the change late: of all speeds between the two that one is taken
+        which explains the answer best.
+        """
+        begun, ended = float(slower[0] ** self.bend), float(slower[1] ** self.bend)
+        if begun == ended or usual_ms is None:
+            return ended
+        low, high = (begun, ended) if begun < ended else (ended, begun)
+        return min(max(value_ms / max(usual_ms * self.level.at(now_s), 1e-6), low), high)
+
+    def _learn_bend(self, ratio: float, slower: float) -> None:
+        """Move `bend` to what an answer of a slower device shows, and the level by as much back."""
+        shown = math.log(max(ratio, 1e-6)) / math.log(slower)
+        before = self.bend
+        self.bend += BEND_WEIGHT * (min(max(shown, 0.0), MOST_BEND) - before)
+        self.level.shift(slower ** (before - self.bend))
+
+    def quantiles(
+        self, size: float, *, now_s: float, factor: float = 1.0, slower: float = 1.0
+    ) -> Quantiles | None:
+        scale = self.scale(size, now_s, slower)
         if scale is None:
             return None
         scale *= factor
         q20, q50, q80, q95, q99 = self.level.errors.quantiles
         return scale * q20, scale * q50, scale * q80, scale * q95, scale * q99
 
-    def scale(self, size: float, now_s: float) -> float | None:
+    def scale(self, size: float, now_s: float, slower: float = 1.0) -> float | None:
         """The forecast, of which `level.errors` says how far it misses."""
         usual_ms = self.shape.at(size)
         if usual_ms is None:
@@ -361,7 +424,8 @@ class SizedLatency:
             if seed_ms:
                 trust = 0.5 ** ((now_s - self._last_s) / SHAPE_HALF_LIFE_S)
                 usual_ms = seed_ms * float((usual_ms / seed_ms) ** trust)
-        return usual_ms * self.level.at(now_s)
+        usual_ms *= self.level.at(now_s)
+        return usual_ms if slower == 1.0 else usual_ms * float(slower**self.bend)
 
 
 class Tail:

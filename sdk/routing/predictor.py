@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sdk.routing.estimates import Quantiles, Recent, SizedLatency, Tail, moments_of, sigma_of
+from sdk.routing.estimates import (
+    FULL,
+    Quantiles,
+    Recent,
+    SizedLatency,
+    Tail,
+    moments_of,
+    sigma_of,
+)
 from sdk.routing.network import LinkLatency
 from sdk.routing.types import UNKNOWN, USUAL_TAIL, Basis, Prediction, RequestSize, Route
 
@@ -40,6 +48,8 @@ PER_TOKEN_SIGMA = 0.1
 # how soon that is forgotten. One is an accident more often than not.
 SILENCE = (0.0, 0.04, 0.5, 0.65, 0.8)
 SILENCE_HALF_LIFE_S = 5.0
+# A device that says that it runs slower than this is taken to run at this.
+LOWEST_SPEED = 0.02
 # How far that reaches at p80 and p99, in p95 - p50 (normal distribution).
 _QUEUE_REACH_80, _QUEUE_REACH_99 = 0.51, 1.41
 
@@ -83,6 +93,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         service_ms: For how long it was predicted to hold its slot.
         queue_ms: What wait for a slot was predicted.
         ahead_bytes: Bytes of earlier uploads that were under way when it started.
+        slower: How much slower the device's clocks were than at full speed when it started.
     """
 
     number: int
@@ -96,6 +107,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     service_ms: float | None
     queue_ms: float
     ahead_bytes: float
+    slower: float = 1.0
 
 
 class Predictor:
@@ -108,12 +120,15 @@ class Predictor:
         models: What is known about each (route, model).
         answers: Lengths of the last answers of each model, in tokens.
         link: What is known about the link to the cloud.
+        slower: How much slower the device's clocks are just now than at full speed; see `sense`.
     """
 
     def __init__(self) -> None:
         self.models: dict[tuple[Route, str], ModelLatency] = {}
         self.answers: dict[str, Recent] = {}
         self.link = LinkLatency()
+        self.slower = 1.0
+        self._is_sensed = False
         self._numbers = itertools.count()
         self._unanswered = 0
         self._unanswered_at_s = 0.0
@@ -145,6 +160,18 @@ class Predictor:
 
     # -- learning --------------------------------------------------------------------------------
 
+    def sense(self, speed: float | None) -> None:
+        """Know how fast the device may run just now, from a sensor; from any thread.
+
+        What was learned is kept for full speed, so a device that becomes slow, or quick again, is
+        predicted to be so before its next answer.
+
+        Args:
+            speed: Share of its full clock, 0 to 1; `None` where nothing says so.
+        """
+        self._is_sensed = self._is_sensed or speed is not None
+        self.slower = 1.0 if speed is None else 1.0 / min(max(speed, LOWEST_SPEED), 1.0)
+
     def start(
         self, route: Route, model: str, size: RequestSize, prediction: Prediction, *, now_s: float
     ) -> Ticket:
@@ -173,6 +200,7 @@ class Predictor:
             service_ms=prediction.service_ms,
             queue_ms=prediction.queue_ms,
             ahead_bytes=self.link.ahead_bytes(now_s) if is_cloud else 0.0,
+            slower=self.slower,
         )
         if is_cloud:
             self.link.sending(size.upload_bytes, now_s=now_s)
@@ -206,18 +234,23 @@ class Predictor:
         if ticket is not None and ticket.enough_ms and seen.total_ms > ticket.enough_ms:
             self._tails[route].observe(seen.total_ms / ticket.enough_ms)
         compute_ms = 0.0
+        slower = FULL
+        if route == "edge":
+            now, begun = self.slower, self.slower if ticket is None else ticket.slower
+            if now != 1.0 or begun != 1.0:
+                slower = (begun, now)
         if seen.load_ms > 0:
             latency.load.observe(0, seen.load_ms, now_s=now_s)
         if seen.prefill_ms is not None:
-            latency.prefill.observe(size.input_tokens, seen.prefill_ms, now_s=now_s)
+            latency.prefill.observe(size.input_tokens, seen.prefill_ms, now_s=now_s, slower=slower)
             compute_ms = seen.prefill_ms + (seen.decode_ms or 0.0)
             if seen.decode_ms is not None and seen.completion_tokens > 1:
                 per_token = seen.decode_ms / (seen.completion_tokens - 1)
-                latency.per_token.observe(0, per_token, now_s=now_s)
+                latency.per_token.observe(0, per_token, now_s=now_s, slower=slower)
             if seen.finished and seen.completion_tokens > 0:
                 self._learn_length(model, seen.completion_tokens)
         elif seen.compute_ms is not None:
-            latency.compute.observe(size.work, seen.compute_ms, now_s=now_s)
+            latency.compute.observe(size.work, seen.compute_ms, now_s=now_s, slower=slower)
             compute_ms = seen.compute_ms
         if route == "cloud":
             self._unanswered = 0
@@ -251,6 +284,10 @@ class Predictor:
         else:
             latency = self.models.get((ticket.route, ticket.model))
             if latency is not None and latency.compute.is_measured:
+                if self.slower > ticket.slower:  # that much is no news
+                    ratio *= self._sensed(latency, ticket.slower) / self._sensed(latency)
+                    if ratio <= 1.0:
+                        return
                 latency.compute.level.observe(ratio, now_s=now_s, is_cut=True)
 
     def observe_round_trip(self, rtt_ms: float, *, now_s: float) -> None:
@@ -301,18 +338,24 @@ class Predictor:
                 queue_ms = queue_ms * 0.5 ** (age_s / QUEUE_HALF_LIFE_S) if age_s < 60.0 else 0.0
             if latency.queue_errors is not None:
                 parts.append((1.0, latency.queue_errors.moments))
-        overdue_ms, here = 0.0, 1.0
+        overdue_ms, here, slower = 0.0, 1.0, 1.0
+        if route == "edge":
+            slower = self.slower
         if self._in_flight[route]:
             if route == "cloud":
                 overdue_ms = self._overdue_ms(now_s)
             else:
                 here = self._slowed(latency, now_s)
                 queue_ms *= here
+                if self._is_sensed:
+                    queue_ms *= self._requeued()
         prefill: Quantiles | None = None
         per_token_ms: float | None = None
         if size.max_new_tokens > 0:
-            prefill = latency.prefill.quantiles(size.input_tokens, now_s=now_s, factor=here)
-            per_token = latency.per_token.quantiles(0, now_s=now_s, factor=here)
+            prefill = latency.prefill.quantiles(
+                size.input_tokens, now_s=now_s, factor=here, slower=slower
+            )
+            per_token = latency.per_token.quantiles(0, now_s=now_s, factor=here, slower=slower)
             if prefill is None or per_token is None:
                 return UNKNOWN
             tokens = self._expected_tokens(model, size.max_new_tokens)
@@ -328,7 +371,7 @@ class Predictor:
             at = len(parts)
             parts.append((1.0, moments_of(compute)))
         else:
-            scale = latency.compute.scale(size.work, now_s)
+            scale = latency.compute.scale(size.work, now_s, slower)
             if scale is None:
                 return UNKNOWN
             measured = latency.compute.is_measured
@@ -401,10 +444,31 @@ class Predictor:
             if not ticket.service_ms:
                 break
             ratio = (now_s - self._running_since_s) * 1000.0 / ticket.service_ms
+            if self.slower > ticket.slower:  # what a sensor says is not said twice
+                ratio *= self._sensed(latency, ticket.slower) / self._sensed(latency)
             _, q50, _, _, q99 = latency.compute.level.errors.quantiles
             if ratio * q50 > OVERRUN * q99:
                 return GROWTH * ratio
         return 1.0
+
+    def _sensed(self, latency: ModelLatency, slower: float | None = None) -> float:
+        """How much slower a model is at the present clocks, or at others."""
+        known = latency.compute if latency.compute.is_measured else latency.prefill
+        return float((self.slower if slower is None else slower) ** known.bend)
+
+    def _requeued(self) -> float:
+        """How much longer a queue is now, whose work was reckoned at the clocks of that time."""
+        then_ms = now_ms = 0.0
+        for ticket in tuple(self._in_flight["edge"].values()):
+            latency = self.models.get(("edge", ticket.model))
+            if latency is None or not ticket.service_ms:
+                continue
+            change = 1.0
+            if ticket.slower != self.slower:
+                change = self._sensed(latency) / self._sensed(latency, ticket.slower)
+            then_ms += ticket.service_ms
+            now_ms += ticket.service_ms * change
+        return now_ms / then_ms if then_ms else 1.0
 
     def _learn_length(self, model: str, tokens: int) -> None:
         lengths = self.answers.get(model)

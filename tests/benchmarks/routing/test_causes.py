@@ -8,6 +8,7 @@ import pytest
 from benchmarks.routing.causes import UNAVOIDABLE, Watched, causes
 from benchmarks.routing.policies import Ours, Told
 from benchmarks.routing.scenarios import Scenario, scenarios
+from benchmarks.routing.sensor import Sensor
 from benchmarks.routing.simulate import Score, simulate
 from benchmarks.routing.world import Nature, World
 
@@ -15,7 +16,9 @@ from benchmarks.routing.world import Nature, World
 def test_causes_add_up_to_what_was_missed(monkeypatch) -> None:
     scenario = next(s for s in scenarios(None) if s.name == "cellular")
     nature = scenario.draw(3)
-    score = Score.of(simulate(World(nature), Ours(nature, random.Random(3))))
+    score = Score.of(
+        simulate(World(nature), Ours(nature, random.Random(3), sensor=Sensor(nature, 3)))
+    )
     found = causes(scenario, [3])
     assert abs(sum(found.values()) - (100.0 - score.attainment)) < 1e-9
     assert len(found) > 2

@@ -10,9 +10,10 @@ import msgspec
 import pytest
 
 from nearfar import cli
+from nearfar.engines.condition import DeviceCondition
 from sdk.records import Decided, Finished, Moment, Recorder, RingReader
 from sdk.records.board import Board
-from sdk.records.top import render, temperature_c, top
+from sdk.records.top import render, top
 from sdk.routing import Prediction, RouteState
 from tests.sdk.records.test_replay import typical
 from tests.sdk.records.test_ring import KNOWN
@@ -83,30 +84,28 @@ def test_a_route_that_is_not_configured_has_no_row():
     assert [row.route for row in board.view(100.0).rows] == ["edge"]
 
 
-def drawn(view, degrees_c=None) -> str:
+SILENT = DeviceCondition()
+
+
+def drawn(view, device=SILENT) -> str:
     from rich.console import Console
 
     console = Console(width=160, file=io.StringIO())
-    console.print(render(view, degrees_c))
+    console.print(render(view, device))
     return console.file.getvalue()
 
 
 def test_the_view_shows_routes_quantiles_breaker_repairs_link_and_temperature():
     board = Board()
     board.add([decided(100.0, breaker="half_open", failures=2), answered(100.0, 187.0)])
-    text = drawn(board.view(100.0), 61.4)
-    for word in ("half_open", "2 failures", "40 ms", "8 Mbit/s", "61 °C", "190 ms", "200 ms",
+    text = drawn(board.view(100.0), DeviceCondition(0.45, 61.4, "15W"))
+    for word in ("half_open", "2 failures", "40 ms", "8 Mbit/s", "61 °C", "speed 45 %",
+                 "15W", "190 ms", "200 ms",
                  "187 ms", "1/1", "repairs 0 (0.0 %)", "cloud: "):  # fmt: skip
         assert word in text, word
-    assert "no decisions" in drawn(Board().view(100.0))
-
-
-def test_the_hottest_sensor_counts_and_broken_ones_do_not(tmp_path):
-    assert temperature_c(tmp_path) is None
-    for zone, text in enumerate(["41000\n", "67500\n", "", "-274000\n"]):
-        (tmp_path / f"thermal_zone{zone}").mkdir()
-        (tmp_path / f"thermal_zone{zone}" / "temp").write_text(text)
-    assert temperature_c(tmp_path) == 67.5
+    empty = drawn(Board().view(100.0))
+    assert "no decisions" in empty
+    assert "speed —" in empty
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def test_one_view_is_printed_or_given_as_json(written, capsys):
     facts = json.loads(text)
     assert facts["decisions"] == 1
     assert facts["rows"][1]["p50_ms"] == 12.0
-    assert "temperature_c" in facts
+    assert {"temperature_c", "speed", "power_mode"} <= set(facts)
     status, text = run(capsys, written, "--once")
     assert status == 0
     assert "nearfar top" in text
