@@ -91,6 +91,7 @@ class DirectConnection(Connection):
     _listener: Listener | None = None
     _is_writable = True
     _fragments: bytearray | None = None
+    _is_amid_text = False
 
     def listen(self, listener: Listener) -> None:
         """Hand all messages to a listener from now on, first those that wait.
@@ -169,7 +170,8 @@ class DirectConnection(Connection):
         # Whether the next byte begins a frame that belongs to no message begun before.
         protocol = self.protocol
         reader: _Reader = protocol.reader  # type: ignore[assignment]
-        if reader.waits_for_frame and self._fragments is None and protocol.state is State.OPEN:
+        is_amid = self._fragments is not None or self._is_amid_text
+        if reader.waits_for_frame and not is_amid and protocol.state is State.OPEN:
             came = self._take_whole(listener, came)
         if came:
             super().data_received(bytes(came))
@@ -239,17 +241,20 @@ class DirectConnection(Connection):
         if frame.fin and frame.opcode is Opcode.BINARY:
             listener.message_received(data)
         elif frame.opcode is Opcode.TEXT:
+            self._is_amid_text = not frame.fin
             listener.text_received()
         elif frame.opcode is Opcode.BINARY:
             # One buffer: a list would spend 40 bytes on each fragment of a single byte.
             self._fragments = bytearray(data)
             listener.message_began()
-        elif self._fragments is not None:  # otherwise the rest of a text
+        elif self._fragments is not None:
             self._fragments += data
             if frame.fin:
                 whole, self._fragments = self._fragments, None
                 listener.message_ended()
                 listener.message_received(whole)
+        else:
+            self._is_amid_text = not frame.fin
 
 
 class _Reader(StreamReader):

@@ -224,6 +224,41 @@ def test_text_is_told_at_its_first_fragment() -> None:
     connected(Side.CLIENT, body)
 
 
+def test_a_whole_message_inside_a_fragmented_text_is_refused() -> None:
+    peer = other(Side.CLIENT)
+    peer.send_text(b"hello", fin=False)
+    text = said(peer)
+    intruder = other(Side.CLIENT)
+    intruder.send_binary(b"x" * 40)
+
+    def body(end: DirectConnection, transport: FakeTransport, heard: Heard) -> None:
+        end.listen(heard)
+        # The first piece is the library's; from the next one on frames are read directly.
+        end.data_received(text)
+        end.data_received(said(intruder))
+        assert heard.messages == []
+        assert not end.is_open
+
+    connected(Side.CLIENT, body)
+
+
+def test_after_a_fragmented_text_whole_messages_are_taken_again() -> None:
+    peer = other(Side.CLIENT)
+    peer.send_text(b"hel", fin=False)
+    peer.send_continuation(b"lo", fin=True)
+    text = said(peer)
+    peer.send_binary(b"x" * 40)
+
+    def body(end: DirectConnection, transport: FakeTransport, heard: Heard) -> None:
+        end.listen(heard)
+        end.data_received(text)
+        end.data_received(said(peer))
+        assert heard.messages == [b"x" * 40]
+        assert end.is_open
+
+    connected(Side.CLIENT, body)
+
+
 def test_a_peer_that_does_not_read_is_told_and_the_end_as_well() -> None:
     def body(end: DirectConnection, transport: FakeTransport, heard: Heard) -> None:
         end.listen(heard)
