@@ -126,7 +126,11 @@ def routing(
     seed: Seed = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write routing.html with charts.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Write routing.html with charts, and pictures (matplotlib: nearfar[plots]).",
+            show_default=False,
+        ),
     ] = None,
     json_file: JsonFile = None,
     check: Check = False,
@@ -138,9 +142,12 @@ def routing(
     """
     from benchmarks import harness
     from benchmarks.routing import bench as lab
+    from benchmarks.routing.pictures import require, write_pictures
     from benchmarks.routing.plots import write_page
 
     harness.check_json_path(json_file)
+    if plot is not None:
+        require()  # said before minutes of simulation
     if traces is None and _TRACES_BESIDE.is_dir():
         traces = _TRACES_BESIDE
     settings = lab.Settings(seed=seed, seeds=seeds, traces=traces)
@@ -148,6 +155,7 @@ def routing(
         report, outcomes = lab.measure(settings, begin)
     if plot is not None:
         write_page(outcomes, plot)
+        write_pictures(outcomes, plot)
     harness.conclude(report, json_path=json_file, check=check)
 
 

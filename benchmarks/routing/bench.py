@@ -265,6 +265,8 @@ def _figures(outcome: Outcome) -> list[Figure]:
             ("p99_ms", "p99", "ms"),
             ("extra", "extra requests", "%"),
             ("on_cloud", "on the cloud", "%"),
+            ("cloud_calls", "cloud calls for 100 requests", ""),
+            ("energy_j", "energy of the device", "J"),
         ):
             values = [getattr(score, field) for score in scores]
             figures.append(Figure.of_rounds(f"{title}: {text}", unit, values))

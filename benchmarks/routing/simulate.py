@@ -23,6 +23,8 @@ class Result:
         is_in_time: Whether it was an answer.
         attempts: How many routes were taken for it.
         route: The last one.
+        cloud_calls: How many of them were the cloud.
+        energy_j: What it took of the device's energy; see `_energy_j`.
     """
 
     arrival_s: float
@@ -30,6 +32,8 @@ class Result:
     is_in_time: bool
     attempts: int
     route: str
+    cloud_calls: int = 0
+    energy_j: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ class Score:
         p99_ms: 99th percentile of the same.
         extra: Attempts beyond one for each request, in percent of requests.
         on_cloud: Requests that ended in the cloud, in percent.
+        cloud_calls: What is paid for: cloud calls for 100 requests.
+        energy_j: Of the device, for one request.
         latencies_ms: All of them, ascending; runs are pooled for rare events.
     """
 
@@ -53,6 +59,8 @@ class Score:
     p99_ms: float
     extra: float
     on_cloud: float
+    cloud_calls: float
+    energy_j: float
     latencies_ms: tuple[float, ...]
 
     @classmethod
@@ -66,6 +74,8 @@ class Score:
             p99_ms=quantile(ordered, 0.99),
             extra=100.0 * sum(result.attempts - 1 for result in results) / count,
             on_cloud=100.0 * sum(result.route == "cloud" for result in results) / count,
+            cloud_calls=100.0 * sum(result.cloud_calls for result in results) / count,
+            energy_j=sum(result.energy_j for result in results) / count,
             latencies_ms=tuple(ordered),
         )
 
@@ -75,6 +85,8 @@ class _Request:
     job: Job
     plan: Plan
     attempts: int = 0
+    cloud_calls: int = 0
+    energy_j: float = 0.0
     first: Try | None = None
     open: dict[Route, tuple[Visit, float]] = field(default_factory=dict)
     is_over: bool = False
@@ -89,6 +101,19 @@ class _Silent:
 
 
 Event = Union[Try, Ended, _Silent]
+
+#: A small board at work.
+_DEVICE_W = 10.0
+#: LTE at 5 Mbit/s upwards: (438 mW for each Mbit/s + 1288 mW) * 1.6 s (Huang et al., MobiSys 2012,
+#: "A Close Examination of Performance and Power Characteristics of 4G LTE Networks").
+_UPLOAD_J_PER_MB = 5.6
+
+
+def _energy_j(job: Job, visit: Visit) -> float:
+    """Energy of one attempt: computing, or sending; one that is given up counts whole."""
+    if visit.route == "edge":
+        return visit.compute_ms / 1000.0 * _DEVICE_W
+    return job.upload_bytes / 1e6 * _UPLOAD_J_PER_MB
 
 
 def simulate(world: World, policy: Policy) -> list[Result]:
@@ -147,6 +172,8 @@ class _Run:
         request.attempts += 1
         self._policy.started(request.job, step.route, now_s)
         visit = self._world.start(step.route, request.job, now_s)
+        request.cloud_calls += step.route == "cloud"
+        request.energy_j += _energy_j(request.job, visit)
         request.open[step.route] = visit, now_s
         self._push(visit.end_s, request, Ended(visit=visit, started_s=now_s))
         for after_s, kind in ((step.hedge_after_s, "hedge"), (step.stall_after_s, "stall")):
@@ -175,4 +202,6 @@ class _Run:
                 is_in_time=visit.ending == "answered",
                 attempts=request.attempts,
                 route=visit.route,
+                cloud_calls=request.cloud_calls,
+                energy_j=request.energy_j,
             )

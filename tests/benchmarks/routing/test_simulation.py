@@ -9,6 +9,7 @@ import pytest
 from benchmarks.routing import bench
 from benchmarks.routing.bench import Settings, run_scenario, time_decisions
 from benchmarks.routing.links import steady_link
+from benchmarks.routing.pictures import write_pictures
 from benchmarks.routing.policies import Fixed, Oracle, Ours, fixed_policies
 from benchmarks.routing.scenarios import Scenario, scenarios
 from benchmarks.routing.simulate import Score, simulate
@@ -224,3 +225,18 @@ def test_held_out_scenarios_have_seeds_of_their_own(monkeypatch) -> None:
         with pytest.raises((KeyboardInterrupt, StopIteration)):
             bench.measure(Settings(seed=3, seeds=2), no_progress)
     assert set(asked["tuned"]).isdisjoint(asked["held_out"])
+
+
+def test_cloud_calls_and_energy_are_those_of_the_attempts() -> None:
+    world = nature(job(0, 0.0, upload_bytes=500_000), job(1, 10.0, upload_bytes=500_000))
+    near = Score.of(simulate(World(world), EDGE))
+    assert (near.cloud_calls, near.energy_j) == (0.0, pytest.approx(0.1 * 10.0))
+    far = Score.of(simulate(World(world), CLOUD))
+    assert (far.cloud_calls, far.energy_j) == (100.0, pytest.approx(0.5 * 5.6))
+
+
+def test_pictures_are_drawn(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    outcome = run_scenario(scenarios(None)[0], [0], lambda: None)
+    for path in write_pictures([outcome], tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
