@@ -168,10 +168,18 @@ def handover(
     model: Annotated[str, typer.Option(help="Text generation model in it.")] = "assistant",
     variant: Annotated[str, typer.Option(help="Its variant, on both routes.")] = "fp32",
     tokens: Annotated[int, typer.Option(min=2, max=512, help="Length of the answer.")] = 64,
+    other: Annotated[
+        str,
+        typer.Option(
+            help="Another variant for the device: answers must then be well-formed and marked, and "
+            "keep what was shown, instead of being the same.",
+            show_default=False,
+        ),
+    ] = "",
     json_file: JsonFile = None,
     check: Check = False,
 ) -> None:
-    """Whether an answer comes out the same when its route dies after any of its tokens.
+    """Whether an answer comes out right when its route dies after any of its tokens.
 
     Device and cloud run the same variant, and each dies once after each token of a greedy answer;
     the other one goes on. Takes some ten minutes.
@@ -181,7 +189,7 @@ def handover(
 
     harness.check_json_path(json_file)
     with harness.progress(is_quiet=check) as begin:
-        settings = Settings(models=models, model=model, variant=variant, tokens=tokens)
+        settings = Settings(models=models, model=model, variant=variant, tokens=tokens, other=other)
         report = measure(settings, begin)
     harness.conclude(report, json_path=json_file, check=check)
 

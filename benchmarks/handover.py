@@ -49,12 +49,15 @@ class Settings:
         variant: Runs on both routes. FP32 gives the same tokens whether the text before was
             generated or read; engines that round activations do not where two tokens are close.
         tokens: Length of the answer.
+        other: Another variant, for the device: then an answer may go on differently, but must keep
+            what was shown and be well-formed. ``""``: the same on both.
     """
 
     models: Path
     model: str = "assistant"
     variant: str = "fp32"
     tokens: int = 64
+    other: str = ""
 
 
 def measure(settings: Settings, begin: Begin) -> Report:
@@ -79,10 +82,10 @@ def measure(settings: Settings, begin: Begin) -> Report:
     with tempfile.TemporaryDirectory(prefix="nearfar-bench-") as folder:
         bench = _Bench(Path(folder), settings)
         try:
-            reference = bench.reference()
+            references = bench.references()
             parts = [
-                bench.way("cloud", "edge", reference, begin),
-                bench.way("edge", "cloud", reference, begin),
+                bench.way("cloud", "edge", references["cloud"], begin),
+                bench.way("edge", "cloud", references["edge"], begin),
             ]
         finally:
             bench.close()
@@ -92,6 +95,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
         settings={
             "model": settings.model,
             "variant": settings.variant,
+            "device's variant": settings.other or settings.variant,
             "tokens": settings.tokens,
         },
     )
@@ -130,22 +134,41 @@ class MortalModel(LoadedModel):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    text: str
+    pieces: tuple[tuple[int, str], ...]  # index, text
+    finish_reason: str
     path: str
     marked_at: tuple[int, ...]
     tokens: int
     total_ms: float
 
+    @property
+    def text(self) -> str:
+        return "".join(text for _, text in self.pieces)
+
+    def begins_as(self, other: _Answer, tokens: int) -> bool:
+        """Whether the text of the first tokens is the other's."""
+        return self.text.startswith("".join(text for index, text in other.pieces if index < tokens))
+
+    def is_well_formed(self, tokens: int) -> bool:
+        """Whole characters, every piece once and in order, an end, and no more than was asked."""
+        indices = [index for index, _ in self.pieces]
+        return (
+            "\ufffd" not in self.text
+            and indices == sorted(set(indices))
+            and self.finish_reason in ("stop", "length")
+            and 0 < self.tokens <= tokens
+        )
+
 
 class _Bench:
-    """A cloud and a client in this process, with the same variant of the model on both."""
+    """A cloud and a client in this process, with the model on both."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._settings = settings
         bundle = BundleStore(settings.models).open(settings.model)
         self._loop = BackgroundLoop()
         self._models: dict[RouteName, MortalModel] = {
-            "edge": MortalModel(bundle, settings.variant),
+            "edge": MortalModel(bundle, settings.other or settings.variant),
             "cloud": MortalModel(bundle, settings.variant),
         }
         there = self._models["cloud"]
@@ -188,27 +211,29 @@ class _Bench:
         )
         chunks = list(stream)
         return _Answer(
-            text="".join(chunk.text for chunk in chunks),
+            pieces=tuple((chunk.index, chunk.text) for chunk in chunks),
+            finish_reason=stream.finish_reason or "",
             path=stream.route.path,
             marked_at=tuple(chunk.index for chunk in chunks if chunk.handover),
             tokens=stream.usage.completion_tokens if stream.usage is not None else 0,
             total_ms=(time.perf_counter() - started_s) * 1e3,
         )
 
-    def reference(self) -> _Answer:
-        """The uninterrupted answer, the same on both routes.
+    def references(self) -> dict[RouteName, _Answer]:
+        """The uninterrupted answer of each route.
 
         Raises:
-            EngineError: It is not the same, or shorter than asked for.
+            EngineError: They are shorter than asked for, or not the same with the same variant.
         """
         here, there = self.answer("edge_only"), self.answer("cloud_only")
-        if here.text != there.text or here.tokens != self._settings.tokens:
+        is_short = min(here.tokens, there.tokens) != self._settings.tokens
+        if is_short or (not self._settings.other and here.text != there.text):
             raise EngineError(
                 f"The model gives {here.tokens} and {there.tokens} tokens where "
                 f"{self._settings.tokens} were asked for, or not the same ones on both routes",
                 fix="Ask for a shorter answer: --tokens 32",
             )
-        return here
+        return {"edge": here, "cloud": there}
 
     def way(self, first: RouteName, other: RouteName, reference: _Answer, begin: Begin) -> Part:
         """Let the first route die after each token."""
@@ -221,7 +246,13 @@ class _Bench:
             mortal.dies_after = count
             answer = self.answer(mode)
             mortal.dies_after = None
-            if answer.text != reference.text:
+            if self._settings.other:
+                is_right = answer.begins_as(reference, count) and answer.is_well_formed(
+                    self._settings.tokens
+                )
+            else:
+                is_right = answer.text == reference.text
+            if not is_right:
                 wrong.append(count)
             # Before the first token there is nothing to hand over: the other route just answers,
             # and if the first was late as well, it is not even named.
@@ -230,7 +261,8 @@ class _Bench:
             times_ms.append(answer.total_ms - reference.total_ms)
             self.answer("cloud_only", tokens=1)  # one failure after the other opens the breaker
             step()
-        different = Figure.of_rounds(f"{name}: answers that differ", "", [float(len(wrong))])
+        what = "answers that are not well-formed" if self._settings.other else "answers that differ"
+        different = Figure.of_rounds(f"{name}: {what}", "", [float(len(wrong))])
         lost = Figure.of_rounds(
             f"{name}: handovers not marked where they were", "", [float(len(unmarked))]
         )
