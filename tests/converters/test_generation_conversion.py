@@ -158,6 +158,8 @@ def test_a_conversion_that_is_stopped_leaves_nothing_behind(tiny_llama, tmp_path
     process = subprocess.Popen(
         [sys.executable, "-m", "converters", str(tiny_llama), "-o", str(out / "bundle")],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Shells have what they start in the background ignore Ctrl-C, and so have we then.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
