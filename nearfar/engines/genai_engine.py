@@ -135,7 +135,9 @@ class GenaiEngine:
         is_stopped = False
         generator: native.Generator | None = None
         try:
-            generator = native.Generator(model, self._parameters(len(tokens), options))
+            generator = native.Generator(
+                model, self._parameters(len(tokens) + seam.spare_tokens, options)
+            )
             cancel.on_cancel(generator.terminate)
             self._prefill(generator, seam.before, cancel)
             chosen: list[int] = []
@@ -199,7 +201,7 @@ class GenaiEngine:
         is_sampled = options.temperature > 0
         settings: dict[str, float] = {
             # The KV cache is allocated for this length, so it is no longer than can be needed.
-            "max_length": prompt_tokens + options.max_new_tokens,
+            "max_length": min(prompt_tokens + options.max_new_tokens, self.context_length_tokens),
             "do_sample": is_sampled,
             "num_beams": 1,
             "repetition_penalty": options.repetition_penalty,

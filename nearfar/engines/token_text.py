@@ -53,7 +53,9 @@ class Seam:
     An answer may have been cut inside what would be one token: "The capi", or "The capital of "
     (the space belongs to the next word's token). After such an end models derail. So the engine
     takes the last word's tokens one by one, and each time asks the model what it would put there;
-    if that is the rest of the answer and more, it takes the place of that rest.
+    if that is the rest of the answer and more, it takes the place of that rest. White space may
+    also have been written in shorter tokens than those that it is read as (an empty line as two
+    line breaks): where the model would do so, it does so here.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -63,6 +65,7 @@ class Seam:
     Attributes:
         before: Tokens before the seam.
         tail: The last word's tokens; empty when there is nothing to ask about.
+        spare_tokens: By how many it may become longer.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[int], answer: str) -> None:
@@ -80,6 +83,7 @@ class Seam:
                 break
         cut = len(tokens) - len(self._pieces)
         self.before, self.tail = tokens[:cut], tokens[cut:]
+        self.spare_tokens = sum(map(len, self._pieces)) - len(self._pieces)
 
     def choose(self, position: int, logits: np.ndarray) -> tuple[int, str]:
         """What stands at a position of the tail.
@@ -97,7 +101,18 @@ class Seam:
         rest = "".join(self._pieces[position:])
         if len(text) > len(rest) and text.startswith(rest) and _INCOMPLETE not in text:
             return token, text[len(rest) :]
+        if rest.isspace() and text and len(text) < len(rest) and rest.startswith(text):
+            self._split(position, token, text, rest[len(text) :])
         return self.tail[position], ""
+
+    def _split(self, position: int, token: int, text: str, left: str) -> None:
+        """Put a shorter token where the tail has a longer one, if the rest can stand behind it."""
+        tokens = self._tokenizer.encode(left, add_special_tokens=False).ids
+        stream = self.stream([*self.tail[:position], token])
+        pieces = [stream.step(other) for other in tokens]
+        if "".join(pieces) == left and all(pieces):
+            self.tail = [*self.tail[:position], token, *tokens]
+            self._pieces = [*self._pieces[:position], text, *pieces]
 
     def stream(self, chosen: list[int]) -> TextStream:
         """Stream for what follows the chosen tokens."""

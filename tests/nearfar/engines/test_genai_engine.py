@@ -10,11 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from nearfar.bundle import BundleStore
 from nearfar.engines import load_engine
 from nearfar.engines.base import CancelToken, GenerationEngine, SessionOptions
+from nearfar.engines.token_text import Seam
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.generation import ChatMessage, GenerationOptions, Prompt
 
@@ -326,3 +329,19 @@ def test_the_context_of_the_manifest_bounds_that_of_the_model(engine, bundle):
     config = json.loads((folder / "genai_config.json").read_text())
     assert engine.context_length_tokens <= config["model"]["context_length"]
     assert engine.context_length_tokens <= bundle.manifest.context_length_tokens
+
+
+def test_white_space_may_have_been_written_in_shorter_tokens(bundles_dir):
+    tokenizer = Tokenizer.from_file(str(bundles_dir / "assistant" / "fp32" / "tokenizer.json"))
+    answer = "One.\n\n"
+    tokens = tokenizer.encode("Say it. " + answer).ids
+    (line_break,) = tokenizer.encode("\n").ids
+    seam = Seam(tokenizer, tokens, answer)
+    assert len(seam.tail) == 1  # it is read as one token
+    assert seam.spare_tokens == 1
+    logits = np.zeros(tokenizer.get_vocab_size(), np.float32)
+    logits[line_break] = 1.0
+    assert seam.choose(0, logits) == (line_break, "")
+    assert seam.tail == [line_break, line_break]
+    assert seam.choose(1, logits) == (line_break, "")
+    assert tokenizer.decode([*seam.before, *seam.tail]).endswith(answer)
