@@ -24,7 +24,7 @@ from benchmarks.harness import Bar, Figure, Report, Run
 from benchmarks.processes import OPEN_POLICY, RealCloud, check_store, wait_until_s
 from benchmarks.routing.links import write_trace
 from benchmarks.routing.scenarios import DURATION_S, Scenario, scenarios
-from benchmarks.routing.simulate import Result, Score
+from benchmarks.routing.simulate import COLUMNS, Result, Score
 from benchmarks.routing.world import Job, Nature, factor_at
 from benchmarks.subjects import Begin
 from nearfar.bundle import BundleStore
@@ -284,14 +284,7 @@ def _figures(outcome: Outcome) -> list[Figure]:
         score, title = outcome.score(policy), f"{outcome.scenario.name}: {policy}"
         figures += [
             Figure.of_rounds(f"{title}: {text}", unit, [getattr(score, field)])
-            for field, text, unit in (
-                ("attainment", "SLO attainment", "%"),
-                ("p50_ms", "p50", "ms"),
-                ("p95_ms", "p95", "ms"),
-                ("p99_ms", "p99", "ms"),
-                ("extra", "extra requests", "%"),
-                ("on_cloud", "on the cloud", "%"),
-            )
+            for field, text, unit in COLUMNS
         ]
         figures.append(
             Figure.of_calls(f"{title}: known after the deadline", "ms", outcome.late_ms[policy])

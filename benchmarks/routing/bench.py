@@ -29,7 +29,7 @@ from benchmarks.routing.policies import (
 )
 from benchmarks.routing.scenarios import Scenario, Use, of_group, scenarios
 from benchmarks.routing.sensor import Sensor
-from benchmarks.routing.simulate import Score, simulate
+from benchmarks.routing.simulate import COLUMNS, Score, simulate
 from benchmarks.routing.world import Nature, World
 from benchmarks.subjects import Begin
 
@@ -259,12 +259,7 @@ def _figures(outcome: Outcome) -> list[Figure]:
         title = f"{outcome.scenario.name}: {'best static' if policy == best else policy}"
         scores = outcome.scores[policy]
         for field, text, unit in (
-            ("attainment", "SLO attainment", "%"),
-            ("p50_ms", "p50", "ms"),
-            ("p95_ms", "p95", "ms"),
-            ("p99_ms", "p99", "ms"),
-            ("extra", "extra requests", "%"),
-            ("on_cloud", "on the cloud", "%"),
+            *COLUMNS,
             ("cloud_calls", "cloud calls for 100 requests", ""),
             ("energy_j", "energy of the device", "J"),
         ):

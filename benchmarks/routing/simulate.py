@@ -100,6 +100,16 @@ class _Silent:
     kind: str
 
 
+#: Fields of a `Score` as tables show them: name, title, unit.
+COLUMNS = (
+    ("attainment", "SLO attainment", "%"),
+    ("p50_ms", "p50", "ms"),
+    ("p95_ms", "p95", "ms"),
+    ("p99_ms", "p99", "ms"),
+    ("extra", "extra requests", "%"),
+    ("on_cloud", "on the cloud", "%"),
+)
+
 Event = Union[Try, Ended, _Silent]
 
 #: A small board at work.
