@@ -24,6 +24,7 @@ from cloud_runtime.settings import ServerSettings
 from nearfar.errors import ConfigError
 from nearfar.secure.keys import KeyRing
 from nearfar.session import max_sealed_bytes
+from nearfar.websocket import Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class GuardedConnection(ServerWebsocket):
     #: the handshake and `Auth`, each at its own limit.
     allowance_bytes: int | None = 256 * 1024
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: Buffer) -> None:
         """Called by asyncio with what came from the socket."""
         if self.allowance_bytes is not None:
             self.allowance_bytes -= len(data)

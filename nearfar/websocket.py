@@ -25,6 +25,8 @@ from websockets.frames import DATA_OPCODES, Frame, Opcode
 from websockets.protocol import Side, State
 from websockets.streams import StreamReader
 
+from nearfar.tls import DirectTls, take_over
+
 try:
     from websockets.speedups import apply_mask
 except ImportError:  # the library was built without its C module
@@ -89,6 +91,7 @@ class DirectConnection(Connection):
     """
 
     _listener: Listener | None = None
+    _writer: asyncio.WriteTransport | DirectTls
     _is_writable = True
     _fragments: bytearray | None = None
     _is_amid_text = False
@@ -100,6 +103,7 @@ class DirectConnection(Connection):
             listener: Called on the event loop.
         """
         self._listener = listener
+        self._writer = take_over(self) or self.transport
         while self._early:
             self._take(listener, self._early.pop(0))
         listener.batch_ended()
@@ -138,7 +142,7 @@ class DirectConnection(Connection):
                 parts += (mask, apply_mask(record, mask))
             else:
                 parts.append(record)
-        self.transport.write(b"".join(parts))
+        self._writer.write(b"".join(parts))
 
     async def until_writable(self) -> None:
         """Wait until the other end has read most of what was written, or the connection ended."""
@@ -155,13 +159,14 @@ class DirectConnection(Connection):
         self._masks = self.protocol.side is Side.CLIENT
         self.protocol.reader.__class__ = _Reader  # its parser holds the object already
         super().connection_made(transport)
+        self._writer = self.transport
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: Buffer) -> None:
         listener = self._listener
         if listener is None:
-            super().data_received(data)
+            super().data_received(bytes(data))
             return
-        came: bytes | bytearray = data
+        came = data
         if self._begun:
             self._begun += data
             if len(self._begun) < self._wanted_bytes:
@@ -177,7 +182,7 @@ class DirectConnection(Connection):
             super().data_received(bytes(came))
         listener.batch_ended()
 
-    def _take_whole(self, listener: Listener, data: bytes | bytearray) -> bytes | bytearray:
+    def _take_whole(self, listener: Listener, data: Buffer) -> Buffer:
         """Take the whole binary messages at the beginning; returns what the library must read."""
         position, total = 0, len(data)
         view = memoryview(data)  # long messages are read where they lie
@@ -203,7 +208,7 @@ class DirectConnection(Connection):
                 return b""
             message: Buffer = view[start:end]
             if is_masked:
-                message = apply_mask(message, data[start - _MASK_BYTES : start])
+                message = apply_mask(message, bytes(data[start - _MASK_BYTES : start]))
             position = end
             listener.message_received(message)
         return data[position:]

@@ -1,0 +1,175 @@
+"""The established TLS connection of a websocket, with a fraction of asyncio's calls.
+
+asyncio keeps TLS in a layer of its own between socket and protocol (`asyncio.sslproto`). Here it
+goes on to make handshakes, check certificates and close in good order. But it spends some fifty
+calls and several copies on whatever comes or goes, which for a message of 1 KiB is as much as all
+our cryptography. `DirectTls` stands in for it while a connection does nothing but carry data: it
+drives the same `ssl.SSLObject` over the same buffers, and steps aside for good as soon as
+something else happens: TLS's own close, an end of file, `close()` of the transport.
+
+It reaches for attributes of asyncio's layer that are not documented, and have been the same since
+Python 3.11. Where they are not as expected (Python 3.10, uvloop), the connection stays as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from asyncio import sslproto
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nearfar.websocket import DirectConnection
+
+#: Read from the socket at once.
+_READ_BYTES = 256 * 1024
+#: Goes through OpenSSL's buffer at once: each connection's keeps the size that it grew to.
+_FEED_BYTES = 64 * 1024
+#: More than a TLS record can be (RFC 8446, section 5.2): what an earlier read left of one.
+_RECORD_BYTES = 32 * 1024
+#: What is used of the layer: without one of them it is not the one we know.
+_USED = ("_transport", "_incoming", "_outgoing", "_sslobj", "_write_backlog", "_app_reading_paused")
+
+
+class _Scratch(threading.local):
+    """One thread's buffers, for all its connections.
+
+    What came is decrypted and handed over before the event loop, which has its thread for itself,
+    lets the next connection read.
+    """
+
+    def __init__(self) -> None:
+        self.sealed = memoryview(bytearray(_READ_BYTES))
+        self.plain = memoryview(bytearray(_READ_BYTES + _RECORD_BYTES))
+
+
+_scratch = _Scratch()
+
+
+def take_over(websocket: DirectConnection) -> DirectTls | None:
+    """Stand in for asyncio's TLS layer.
+
+    Args:
+        websocket: Connected, on the event loop of this thread. From now on its `data_received` is
+            given views that are valid until it returns.
+
+    Returns:
+        `None` when it must stay: there is no TLS 1.3, it is not the layer we know, or it is amid
+        something.
+    """
+    layer: Any = getattr(websocket.transport, "_ssl_protocol", None)
+    is_known = type(layer) is sslproto.SSLProtocol
+    if not is_known or not all(hasattr(layer, name) for name in _USED):
+        return None
+    tls: ssl.SSLObject | None = layer._sslobj
+    if tls is None or tls.version() != "TLSv1.3" or websocket.transport.is_closing():
+        return None
+    if layer._write_backlog or layer._app_reading_paused or layer._outgoing.pending:
+        return None
+    return DirectTls(layer, websocket)
+
+
+class DirectTls(asyncio.BufferedProtocol):
+    """Between a socket's transport and a websocket; made by `take_over`.
+
+    Args:
+        layer: An `asyncio.sslproto.SSLProtocol`, past its handshake.
+        websocket: Its protocol.
+    """
+
+    def __init__(self, layer: Any, websocket: DirectConnection) -> None:
+        self._layer = layer
+        self._websocket = websocket
+        self._outer: asyncio.Transport = websocket.transport
+        self._socket: asyncio.Transport = layer._transport
+        self._incoming: ssl.MemoryBIO = layer._incoming
+        self._outgoing: ssl.MemoryBIO = layer._outgoing
+        self._tls: ssl.SSLObject = layer._sslobj
+        self._read: Callable[[int, memoryview], int] = layer._sslobj.read
+        self._sealed, self._plain = _scratch.sealed, _scratch.plain
+        self._is_paused = self._is_aside = False
+        self._problem: Exception | None = None
+        # The layer makes its buffer anew if it is to read again.
+        layer._ssl_buffer = bytearray()
+        layer._ssl_buffer_view = memoryview(layer._ssl_buffer)
+        self._socket.set_protocol(self)
+
+    def write(self, data: bytes) -> None:
+        """Encrypt and send; what the socket does not take now waits, see `pause_writing`."""
+        if self._is_aside or self._outer.is_closing():
+            self._outer.write(data)  # the layer's to send, or to drop
+            return
+        try:
+            written = self._tls.write(data)
+            while written < len(data):
+                written += self._tls.write(memoryview(data)[written:])
+        except ssl.SSLError as exc:
+            self._fail(exc)
+            return
+        self._socket.write(self._outgoing.read())
+
+    # Called by the socket's transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (asyncio's signature)
+        return self._sealed
+
+    def buffer_updated(self, nbytes: int) -> None:
+        incoming, plain = self._incoming, self._plain
+        end, count = 0, 1
+        problem: ssl.SSLError | None = None
+        is_closing = self._outer.is_closing()
+        for start in range(0, nbytes, _FEED_BYTES):
+            incoming.write(self._sealed[start : min(nbytes, start + _FEED_BYTES)])
+            if is_closing:
+                continue
+            try:
+                # Each call reads one record; one that is not whole is told by an error, which
+                # costs more than asking whether anything is left.
+                while count and incoming.pending:
+                    count = self._read(_READ_BYTES, plain[end:])
+                    end += count
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as exc:
+                problem = exc
+                break
+        if end:
+            self._websocket.data_received(plain[:end])
+        if problem is not None:
+            self._fail(problem)
+        elif is_closing or not count:  # 0: the other end has closed TLS
+            self._step_aside()
+            self._layer.buffer_updated(0)
+        elif self._outgoing.pending:  # TLS's own answers, such as to a change of keys
+            self._socket.write(self._outgoing.read())
+
+    def eof_received(self) -> bool | None:
+        self._step_aside()
+        keeps_open: bool | None = self._layer.eof_received()
+        return keeps_open
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+        self._websocket.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self._websocket.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._layer.connection_lost(exc or self._problem)
+
+    def _step_aside(self) -> None:
+        """Let asyncio's layer go on where this stands."""
+        self._is_aside = True
+        self._socket.set_protocol(self._layer)
+        if self._is_paused:
+            self._is_paused = False
+            self._websocket.resume_writing()
+            self._layer.pause_writing()
+
+    def _fail(self, problem: Exception) -> None:
+        self._problem = problem
+        self._socket.abort()
