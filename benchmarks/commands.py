@@ -362,7 +362,7 @@ def convert(
 
     Converts all-MiniLM-L6-v2 to INT8 plainly and by nearfar's recipe, and SmolLM2-135M to INT8,
     INT4 rounded to the nearest and INT4 as nearfar makes it; kills a conversion again and again.
-    Takes a quarter of an hour.
+    Takes the better part of an hour on two cores. A part that fails is told, and the others go on.
     """
     from benchmarks import harness
     from benchmarks.convert import PARTS, Settings, measure

@@ -16,9 +16,10 @@ from benchmarks.convert_encoder import measure_encoder
 from benchmarks.convert_llm import measure_llm
 from benchmarks.convert_resume import measure_resume
 from benchmarks.convert_vision import measure_vision
-from benchmarks.harness import Report, Run
+from benchmarks.harness import Bar, Report, Run
 from benchmarks.subjects import Begin, Part
-from nearfar.errors import InvalidInput
+from nearfar.cli import report
+from nearfar.errors import InvalidInput, NearfarError
 
 PARTS = ("encoder", "llm", "vision", "audio", "files", "resume")
 
@@ -57,9 +58,10 @@ def measure(settings: Settings, begin: Begin) -> Report:
         settings: What is converted.
         begin: Shows progress.
 
+    A part that fails is told on standard error, and is a bar that is not met.
+
     Raises:
         InvalidInput: A model is missing; says how to get it.
-        ConversionError: A conversion failed.
     """
     run = Run("convert", seed=settings.seed)
     sources = {
@@ -77,25 +79,14 @@ def measure(settings: Settings, begin: Begin) -> Report:
         for name, source in found.items():
             work = Path(folder) / name
             work.mkdir()
-            if name == "encoder":
-                parts.append(measure_encoder(source, work, settings.rounds, run, begin))
-            elif name == "vision":
-                parts.append(measure_vision(work, begin))
-            elif name == "audio":
-                sounds = settings.sounds or settings.sources
-                parts.append(measure_audio(source, sounds, work, begin))
-            elif name == "files":
-                count, seed = settings.files, settings.seed
-                parts.append(measure_files(source, work, count, seed, begin))
-            elif name == "llm":
-                parts.append(
-                    measure_llm(
-                        source, work, settings.rounds, settings.tokens, run, begin,
-                        quick=settings.quick,
-                    )
-                )  # fmt: skip
-            else:
-                parts.append(measure_resume(source, work, settings.kills, run, begin))
+            try:
+                parts.append(_measure_part(name, source, work, settings, run, begin))
+            except NearfarError as exc:  # the other parts take minutes: theirs is not lost
+                report(exc)
+                bar = Bar(
+                    name=f"{name}: measured", value=0.0, limit=1.0, direction="at_least", unit=""
+                )
+                parts.append(Part((bar,), ()))
             # Models are large, and temporary folders may be memory.
             shutil.rmtree(work)
     return run.report(
@@ -109,6 +100,23 @@ def measure(settings: Settings, begin: Begin) -> Report:
             **{f"{name} source": path.name for name, path in found.items()},
         },
     )
+
+
+def _measure_part(
+    name: str, source: Path, work: Path, settings: Settings, run: Run, begin: Begin
+) -> Part:
+    if name == "encoder":
+        return measure_encoder(source, work, settings.rounds, run, begin)
+    if name == "vision":
+        return measure_vision(work, begin)
+    if name == "audio":
+        return measure_audio(source, settings.sounds or settings.sources, work, begin)
+    if name == "files":
+        return measure_files(source, work, settings.files, settings.seed, begin)
+    if name == "llm":
+        rounds, tokens = settings.rounds, settings.tokens
+        return measure_llm(source, work, rounds, tokens, run, begin, quick=settings.quick)
+    return measure_resume(source, work, settings.kills, run, begin)
 
 
 _FETCH = "Fetch silero-vad and recordings with --fetch; the other models with `nearfar quickstart`"

@@ -11,12 +11,15 @@ from msgspec import json, structs
 
 from converters import texts
 from converters.libraries import quiet
+from converters.steps.verify_stream import recordings, windows_of
 from converters.steps.verify_tensors import synthetic_samples
 from nearfar.bundle.manifest import (
     Golden,
     HeadTailPreprocessing,
     Manifest,
+    StreamPreprocessing,
     TextPreprocessing,
+    Variant,
 )
 from nearfar.bundle.writer import BundleWriter
 from nearfar.engines.devices import probe
@@ -75,7 +78,7 @@ def _added(writer: BundleWriter, manifest: Manifest, seed: int) -> tuple[Manifes
             golden = Golden(inputs=PROMPTS, outputs=ANSWERS, reference=best)
             return structs.replace(manifest, golden=golden), f"{len(prompts)} prompts"
         try:
-            cases = _cases(manifest, writer, seed)
+            cases = _cases(manifest, writer, ranked[0], seed)
         except ConversionError as exc:  # a type of input that random numbers do not make
             return manifest, exc.problem
         truth = run_cases(draft, best, cases)
@@ -104,8 +107,17 @@ def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
-def _cases(manifest: Manifest, writer: BundleWriter, seed: int) -> list[Case]:
+def _cases(manifest: Manifest, writer: BundleWriter, best: Variant, seed: int) -> list[Case]:
     spec = manifest.preprocessing
+    if isinstance(spec, StreamPreprocessing):
+        # The first windows of a sound at each rate, with the states that lead from one to the next.
+        heard, _ = recordings(None, spec, seed)
+        share = -(-CASES // len(heard))
+        windows = [
+            windows_of(writer.file(best.entry), manifest.inputs, [sound], spec)[:share]
+            for sound in heard
+        ]
+        return [window for row in windows for window in row]
     rows = max(1, manifest.inputs[0].shape[0]) if manifest.inputs[0].shape else 1
     if isinstance(spec, TextPreprocessing):
         from nearfar.processing.text import TextEncoder

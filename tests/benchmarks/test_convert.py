@@ -12,6 +12,8 @@ import pytest
 from benchmarks.convert import PARTS, Settings, measure
 from benchmarks.convert_encoder import _figure, _has_int8
 from benchmarks.convert_process import changed_files, convert, tree_bytes
+from benchmarks.harness import Bar
+from benchmarks.subjects import Part
 from nearfar.bundle import open_bundle
 from nearfar.errors import ConversionError, InvalidInput
 from tests.support.tiny import write_tiny_classifier_bundle, write_tiny_tensor_bundle
@@ -62,3 +64,22 @@ def test_memory_of_children_counts():
         held = tree_bytes(os.getpid())
         child.communicate()
     assert held > before + 50_000_000
+
+
+def test_a_part_that_fails_loses_only_itself(tmp_path: Path, monkeypatch, capsys):
+    def fails(*_: object) -> Part:
+        raise ConversionError("silero refuses", fix="Mend it")
+
+    kept = Bar(name="files: kept", value=1.0, limit=1.0, direction="at_least", unit="")
+    monkeypatch.setattr("benchmarks.convert.measure_audio", fails)
+    monkeypatch.setattr("benchmarks.convert.measure_files", lambda *_: Part((kept,), ()))
+    for name in ("silero_vad.onnx", "magika/model.onnx"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    report = measure(Settings(sources=tmp_path, parts=("audio", "files")), begin)
+    assert [(bar.name, bar.is_met) for bar in report.bars] == [
+        ("audio: measured", False),
+        ("files: kept", True),
+    ]
+    assert "silero refuses" in capsys.readouterr().err

@@ -83,6 +83,11 @@ def test_a_model_like_silero_needs_no_options_and_the_client_hears_with_it(tmp_p
     figures = {figure.metric: figure for figure in fp32.quality}
     assert figures["top1_agreement"].value == 1
     assert figures["top1_agreement"].samples > 100
+    with np.load(bundle.path / bundle.manifest.golden.inputs) as golden:
+        # Windows as the model hears them, each with the state that the one before left.
+        widths = [golden[f"{place}/input"].shape for place in range(4)]
+        assert widths == [(1, 288), (1, 288), (1, 576), (1, 576)]
+        assert [bool(golden[f"{place}/state"].any()) for place in range(4)] == [0, 1, 0, 1]
     with Client(models=store) as client:
         heard = client.stream_audio("vad", sample_rate_hz=16_000)
         answers = heard.feed(np.full(16_000, 0.25, np.float32))
