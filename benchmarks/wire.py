@@ -98,7 +98,7 @@ def measure(settings: Settings, begin: Begin) -> Report:
 
 
 class _Bench:
-    """The server's process, this process's event loop, and one open connection of each kind.
+    """The servers' processes, this process's event loop, and one open connection of each kind.
 
     Bars belong to asyncio's own loop, which is always there; another loop adds figures.
     """
@@ -112,8 +112,9 @@ class _Bench:
         self._has_bars = loop == "asyncio"
         self._prefix = "" if self._has_bars else f"{loop}: "
         self._loop = new_event_loop(loop)
-        self._server = Server(folder, loop=loop)
-        self._tls = client_tls(self._server.config("raw"))
+        self._bare = Server(folder, loop=loop, is_bare=True)
+        self._server = Server(folder, loop=loop, is_bare=False)
+        self._tls = client_tls(self._bare.config("raw"))
         self._echoes: dict[str, Echo] = {}
 
     def __enter__(self) -> _Bench:
@@ -124,6 +125,7 @@ class _Bench:
     def __exit__(self, *_: object) -> None:
         for echo in self._echoes.values():
             self._do(echo.close())
+        self._bare.close()
         self._server.close()
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
@@ -243,7 +245,8 @@ class _Bench:
 
     async def _open(self, name: str) -> Echo:
         kind = Timed if name == "timed" else SIDES[name]
-        return await kind.open(self._server.config(name), self._tls)
+        server = self._bare if name == "raw" else self._server
+        return await kind.open(server.config(name), self._tls)
 
     def _payload(self, size_bytes: int) -> np.ndarray:
         return np.frombuffer(self._run.random.randbytes(size_bytes), np.uint8)
@@ -256,10 +259,13 @@ class _Bench:
         )
 
     def _cpu_of(self, work: Work) -> float:
-        """Processor time, in seconds, that some work takes in both processes."""
-        before_s = time.process_time() + self._server.cpu_s()
+        """Processor time, in seconds, that some work takes at both ends."""
+        before_s = self._cpu_s()
         self._do(work())
-        return time.process_time() + self._server.cpu_s() - before_s
+        return self._cpu_s() - before_s
+
+    def _cpu_s(self) -> float:
+        return time.process_time() + self._bare.cpu_s() + self._server.cpu_s()
 
     def _handshake_cpu_of(self, work: Work) -> float:
         """What of it the timed sessions took for their handshakes."""
@@ -279,7 +285,8 @@ def _idle(folder: Path, loop: LoopName, settings: Settings, begin: Begin) -> Par
     kb = {}
     for name in SIDES:
         # A process for each, so that none inherits memory that another one gave back.
-        with Server(folder, loop=loop, max_connections=settings.connections + 64) as server:
+        places = settings.connections + 64
+        with Server(folder, loop=loop, is_bare=name == "raw", max_connections=places) as server:
             kb[name] = asyncio.run(_idle_kb(server, name, settings.connections))
         step()
     figures = {

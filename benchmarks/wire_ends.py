@@ -47,23 +47,29 @@ class Server:
     Args:
         folder: Gets certificates, identity and API key; throw-away.
         loop: Its event loop.
+        is_bare: Whether it is the baseline's, or that of all the others.
         max_connections: How many it must take.
 
     Raises:
         EngineError: It did not start.
     """
 
-    def __init__(self, folder: Path, *, loop: LoopName, max_connections: int = 64) -> None:
+    def __init__(
+        self, folder: Path, *, loop: LoopName, is_bare: bool, max_connections: int = 64
+    ) -> None:
         self.state = StateDir(folder)
         if not self.state.identity.exists():
             provision(self.state, ("localhost", _HOST))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.wire_server", folder, str(max_connections), loop],
+            [
+                sys.executable, "-m", "benchmarks.wire_server", "raw" if is_bare else "nearfar",
+                folder, str(max_connections), loop,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        )  # fmt: skip
         self.ports: dict[str, int] = self._answer()
 
     def cpu_s(self) -> float:

@@ -1,9 +1,10 @@
 """The far end of `nearfar bench wire`: one process that answers with what it was sent.
 
 It is a process of its own, so that both ends use a core each, as a client and a cloud do, and so
-that its memory is the server's alone. It listens three times, always with TLS 1.3:
+that its memory is the server's alone. Its sides, always with TLS 1.3:
 
-- ``raw``: a bare `websockets` echo, the baseline;
+- ``raw``: a bare `websockets` echo, the baseline, as asyncio comes; alone in its process, since the
+  others' has smaller TLS buffers, which would slow it down;
 - ``session``: `ServerSession` in the least shell that serves it, what the protocol itself costs;
 - ``runtime``: the whole `CloudServer` with a model that gives its input back.
 
@@ -19,7 +20,7 @@ import json
 import resource
 import sys
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -160,7 +161,7 @@ class _SessionEcho:
         pass  # `wait_closed` returns
 
 
-async def main(state: StateDir, *, max_connections: int) -> None:
+async def main(state: StateDir, *, is_bare: bool, max_connections: int) -> None:
     """Listen, tell where, and answer questions until standard input ends."""
     limits = Limits()
     tls = tls_context(state.server_chain, state.server_key)
@@ -178,30 +179,21 @@ async def main(state: StateDir, *, max_connections: int) -> None:
         tls=tls,
         settings=ServerSettings(limits=limits, max_connections=max_connections),
     )
-    async with (
-        runtime,
-        serve(echo_raw, "127.0.0.1", 0, **options) as raw,
-        serve(
-            SessionEcho(keys, limits).serve,
-            "127.0.0.1",
-            0,
-            create_connection=ServerWebsocket,
-            **options,
-        ) as session,
-        serve(
-            SessionEcho(keys, limits, TimedServerSession).serve,
-            "127.0.0.1",
-            0,
-            create_connection=ServerWebsocket,
-            **options,
-        ) as timed,
-    ):
-        ports = {
-            "raw": _port(raw),
-            "session": _port(session),
-            "timed": _port(timed),
-            "runtime": await runtime.start("127.0.0.1", 0),
+    handlers: dict[str, Any] = {"raw": echo_raw}
+    if not is_bare:
+        options["create_connection"] = ServerWebsocket
+        handlers = {
+            "session": SessionEcho(keys, limits).serve,
+            "timed": SessionEcho(keys, limits, TimedServerSession).serve,
         }
+    async with AsyncExitStack() as stack:
+        ports = {}
+        for side, handler in handlers.items():
+            server = await stack.enter_async_context(serve(handler, "127.0.0.1", 0, **options))
+            ports[side] = _port(server)
+        if not is_bare:
+            await stack.enter_async_context(runtime)
+            ports["runtime"] = await runtime.start("127.0.0.1", 0)
         _say(ports)
         while True:
             question = await asyncio.to_thread(sys.stdin.readline)
@@ -243,7 +235,11 @@ def _say(answer: object) -> None:
 
 
 if __name__ == "__main__":
-    folder, connections, loop = sys.argv[1:]
+    kind, folder, connections, loop = sys.argv[1:]
     allow_files(int(connections) + _SPARE_FILES)
-    limit_tls_buffers()  # as `nearfar cloud serve` does
-    run(main(StateDir(Path(folder)), max_connections=int(connections)), cast("LoopName", loop))
+    if kind != "raw":
+        limit_tls_buffers()  # as `nearfar cloud serve` does
+    run(
+        main(StateDir(Path(folder)), is_bare=kind == "raw", max_connections=int(connections)),
+        cast("LoopName", loop),
+    )

@@ -267,10 +267,11 @@ class _Session(abc.ABC):
             The records, and whether they are all: `is_quiet`.
         """
         sealed: list[Buffer] = []
+        outbox = self._outbox
         while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
             sealed.append(record)
             at_most_bytes -= len(record)
-            if self.is_quiet:
+            if outbox.is_idle and not self._outgoing:
                 self._unsent_replies = 0
                 return sealed, True
         return sealed, not sealed and self.is_quiet

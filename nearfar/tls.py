@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nearfar.websocket import DirectConnection
 
-#: Read from the socket at once.
+#: Read from the socket at once. OpenSSL's buffer of a connection grows to what came together, and
+#: keeps that size.
 _READ_BYTES = 256 * 1024
-#: Goes through OpenSSL's buffer at once: each connection's keeps the size that it grew to.
-_FEED_BYTES = 64 * 1024
 #: More than a TLS record can be (RFC 8446, section 5.2): what an earlier read left of one.
 _RECORD_BYTES = 32 * 1024
 #: What is used of the layer: without one of them it is not the one we know.
@@ -63,8 +62,12 @@ def take_over(websocket: DirectConnection) -> DirectTls | None:
     is_known = type(layer) is sslproto.SSLProtocol
     if not is_known or not all(hasattr(layer, name) for name in _USED):
         return None
-    tls: ssl.SSLObject | None = layer._sslobj
-    if tls is None or tls.version() != "TLSv1.3" or websocket.transport.is_closing():
+    tls: Any = layer._sslobj
+    if (
+        not hasattr(tls, "_sslobj")
+        or tls.version() != "TLSv1.3"
+        or websocket.transport.is_closing()
+    ):
         return None
     if layer._write_backlog or layer._app_reading_paused or layer._outgoing.pending:
         return None
@@ -87,7 +90,8 @@ class DirectTls(asyncio.BufferedProtocol):
         self._incoming: ssl.MemoryBIO = layer._incoming
         self._outgoing: ssl.MemoryBIO = layer._outgoing
         self._tls: ssl.SSLObject = layer._sslobj
-        self._read: Callable[[int, memoryview], int] = layer._sslobj.read
+        # Without the method around it, which is a call more for each record of 16 KiB.
+        self._read: Callable[[int, memoryview], int] = layer._sslobj._sslobj.read
         self._sealed, self._plain = _scratch.sealed, _scratch.plain
         self._is_paused = self._is_aside = False
         self._problem: Exception | None = None
@@ -112,34 +116,32 @@ class DirectTls(asyncio.BufferedProtocol):
 
     # Called by the socket's transport
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (asyncio's signature)
+    def get_buffer(self, sizehint: int) -> memoryview:
         return self._sealed
 
     def buffer_updated(self, nbytes: int) -> None:
-        incoming, plain = self._incoming, self._plain
-        end, count = 0, 1
+        self._incoming.write(self._sealed[:nbytes])
+        if self._outer.is_closing():
+            self._step_aside()
+            self._layer.buffer_updated(0)
+            return
+        plain, end, count = self._plain, 0, 1
         problem: ssl.SSLError | None = None
-        is_closing = self._outer.is_closing()
-        for start in range(0, nbytes, _FEED_BYTES):
-            incoming.write(self._sealed[start : min(nbytes, start + _FEED_BYTES)])
-            if is_closing:
-                continue
-            try:
-                # Each call reads one record; one that is not whole is told by an error, which
-                # costs more than asking whether anything is left.
-                while count and incoming.pending:
-                    count = self._read(_READ_BYTES, plain[end:])
-                    end += count
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError as exc:
-                problem = exc
-                break
+        try:
+            # Each call reads one record; one that is not whole is told by an error, which costs
+            # more than asking whether anything is left.
+            while count and self._incoming.pending:
+                count = self._read(_READ_BYTES, plain[end:])
+                end += count
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as exc:
+            problem = exc
         if end:
             self._websocket.data_received(plain[:end])
         if problem is not None:
             self._fail(problem)
-        elif is_closing or not count:  # 0: the other end has closed TLS
+        elif not count:  # the other end has closed TLS
             self._step_aside()
             self._layer.buffer_updated(0)
         elif self._outgoing.pending:  # TLS's own answers, such as to a change of keys

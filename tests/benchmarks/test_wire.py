@@ -26,17 +26,23 @@ BARS = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("wire"), loop="asyncio") as running:
+    with Server(tmp_path_factory.mktemp("wire"), loop="asyncio", is_bare=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("bare"), loop="asyncio", is_bare=True) as running:
         yield running
 
 
 @pytest.mark.parametrize("name", list(SIDES))
 @pytest.mark.parametrize("size_bytes", [1, 1024, 150_000, 1 << 20])
-def test_every_side_gives_back_what_it_was_sent(server, name, size_bytes):
+def test_every_side_gives_back_what_it_was_sent(server, bare, name, size_bytes):
     payload = np.frombuffer(np.random.default_rng(7).bytes(size_bytes), np.uint8)
 
     async def scenario():
-        config = server.config(name)
+        config = (bare if name == "raw" else server).config(name)
         echo = await SIDES[name].open(config, tls_context(config))
         try:
             sealed = [await echo.echo(payload) for _ in range(2)]
@@ -58,7 +64,7 @@ def test_the_server_tells_its_time_and_memory(server):
 
 def test_a_server_that_does_not_start_is_an_error(tmp_path):
     with pytest.raises(EngineError, match="server ended with status"):
-        Server(tmp_path / "state", loop="asyncio", max_connections=10**9)
+        Server(tmp_path / "state", loop="asyncio", is_bare=False, max_connections=10**9)
 
 
 def test_too_many_connections_are_refused_before_anything_is_measured():
@@ -66,9 +72,9 @@ def test_too_many_connections_are_refused_before_anything_is_measured():
         wire.measure(Settings(connections=10**9), lambda title, steps: lambda: None)
 
 
-def test_a_wrong_answer_stops_the_benchmark(server):
+def test_a_wrong_answer_stops_the_benchmark(bare):
     async def scenario():
-        config = server.config("raw")
+        config = bare.config("raw")
         echo = await SIDES["raw"].open(config, tls_context(config))
         await echo._websocket.send(b"something else")
         try:
