@@ -25,10 +25,10 @@ from websockets.exceptions import ConnectionClosed
 from cloud_runtime.answers import Answers, Reader, too_late
 from cloud_runtime.auth import Authenticator
 from cloud_runtime.caller import ANONYMOUS, Caller, NotAdmitted, permit, permit_model, visible
-from cloud_runtime.executor import InferWork
 from cloud_runtime.models import ServedModels
 from cloud_runtime.recent import RecentRuns
 from cloud_runtime.relay import Completion, TokenRelay
+from cloud_runtime.requests import OpenStream, access_log, deadline_of, work_of
 from cloud_runtime.settings import ServerSettings
 from nearfar import __version__
 from nearfar.errors import (
@@ -42,10 +42,9 @@ from nearfar.errors import (
 from nearfar.secure.keys import KeyRing
 from nearfar.session import Received, ServerSession
 from nearfar.transport import TextReceived, Transport
-from nearfar.units import Deadline
 from nearfar.websocket import DirectConnection
 from nearfar.wire.checks import TICKET_BYTES
-from nearfar.wire.codec import describe, named
+from nearfar.wire.codec import describe
 from nearfar.wire.messages import (
     PROTOCOL_VERSION,
     Auth,
@@ -67,7 +66,6 @@ from nearfar.wire.messages import (
 from nearfar.wire.retention import ticket_for
 
 logger = logging.getLogger(__name__)
-access_log = logging.getLogger("cloud_runtime.access")
 
 _CLOSE_NORMAL = 1000
 _CLOSE_GOING_AWAY = 1001
@@ -89,49 +87,6 @@ class Services:
     recent: RecentRuns
     answers: Answers
     settings: ServerSettings
-
-
-@dataclass(slots=True, kw_only=True)
-class _Stream:
-    """One request: how to stop it, and its line of the access log."""
-
-    connection: int
-    stream: int
-    kind: str
-    in_bytes: int
-    started_s: float
-    model: str = "-"  # only names of served models: any other is the client's text
-    out_bytes: int = 0
-    tokens: int = 0
-    queue_ms: float = 0.0
-    compute_ms: float = 0.0
-    aborted: NearfarError | None = None
-    on_abort: Callable[[NearfarError], None] | None = None
-    on_credit: Callable[[int], None] | None = None
-
-    def abort(self, error: NearfarError) -> None:
-        """Stop the work, or keep it from beginning; the first reason counts."""
-        if self.aborted is None:
-            self.aborted = error
-            if self.on_abort is not None:
-                self.on_abort(error)
-
-    def log(self, status: str) -> None:
-        access_log.info(
-            "conn=%d stream=%d %s model=%s in=%dB out=%dB tokens=%d "
-            "queue=%.1fms compute=%.1fms total=%.1fms %s",
-            self.connection,
-            self.stream,
-            self.kind,
-            self.model,
-            self.in_bytes,
-            self.out_bytes,
-            self.tokens,
-            self.queue_ms,
-            self.compute_ms,
-            (time.monotonic() - self.started_s) * 1000.0,
-            status,
-        )
 
 
 class ServerWebsocket(DirectConnection, ServerConnection):
@@ -184,7 +139,7 @@ class Connection:
         )
         self._over: asyncio.Future[int] = self._loop.create_future()  # gets the close code
         self._tasks: set[asyncio.Task[None]] = set()
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, OpenStream] = {}
         self._last_stream = 0
         self._is_draining = False
         self._drop_reason = ""
@@ -289,7 +244,7 @@ class Connection:
         message = received.message
         if isinstance(message, (Infer, Generate, Resume)):
             self._last_stream = message.stream
-            stream = _Stream(
+            stream = OpenStream(
                 connection=self.number,
                 stream=message.stream,
                 kind=type(message).__name__.lower(),
@@ -352,7 +307,7 @@ class Connection:
             self._send(Models(stream=request.stream, models=offers))
 
     async def _answer(
-        self, stream: _Stream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
+        self, stream: OpenStream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
     ) -> None:
         """Run one request; whatever goes wrong becomes its `Error`."""
         status = "ok"
@@ -388,15 +343,17 @@ class Connection:
             del self._streams[stream.stream]
             stream.log(status)
 
-    def _fail(self, stream: _Stream, error: NearfarError) -> None:
+    def _fail(self, stream: OpenStream, error: NearfarError) -> None:
         if self._session.is_open(stream.stream):
             message = Error(
                 stream=stream.stream, code=error.code, problem=error.problem, fix=error.fix
             )
             stream.out_bytes += self._send(message)
 
-    async def _infer(self, request: Infer, tensors: Sequence[np.ndarray], stream: _Stream) -> None:
-        deadline = _deadline_of(request)
+    async def _infer(
+        self, request: Infer, tensors: Sequence[np.ndarray], stream: OpenStream
+    ) -> None:
+        deadline = deadline_of(request)
         served = self._services.models.get(request.model, request.version, request.variant)
         stream.model = served.manifest.name
         work = work_of(request, tensors)
@@ -439,7 +396,7 @@ class Connection:
             ) from error
 
     async def _until_settled(
-        self, future: asyncio.Future[Any], stream: _Stream, timeout_s: float | None
+        self, future: asyncio.Future[Any], stream: OpenStream, timeout_s: float | None
     ) -> None:
         """Wait for a shared future, the end of this stream, or the time, whichever is first."""
         settled: asyncio.Future[None] = self._loop.create_future()
@@ -458,8 +415,8 @@ class Connection:
             if timer is not None:
                 timer.cancel()
 
-    async def _generate(self, request: Generate, stream: _Stream) -> None:
-        deadline = _deadline_of(request)
+    async def _generate(self, request: Generate, stream: OpenStream) -> None:
+        deadline = deadline_of(request)
         served = self._services.models.get(request.model, request.version, request.variant)
         stream.model = served.manifest.name
         if stream.aborted is not None:
@@ -483,7 +440,7 @@ class Connection:
         )
         await self._tell(reader, stream)
 
-    async def _resume(self, request: Resume, stream: _Stream) -> None:
+    async def _resume(self, request: Resume, stream: OpenStream) -> None:
         reader = self._services.answers.resume(
             (self._scope, request.request_id),
             request.ticket,
@@ -495,7 +452,7 @@ class Connection:
         await self._tell(reader, stream, resumed_at=request.next_index)
 
     async def _tell(
-        self, reader: Reader, stream: _Stream, *, resumed_at: int | None = None
+        self, reader: Reader, stream: OpenStream, *, resumed_at: int | None = None
     ) -> None:
         """Send an answer from the session's next index on, as the client gives credit."""
         number, session = stream.stream, self._session
@@ -577,38 +534,6 @@ class Connection:
             task.cancel()  # ends the work too: see the `finally` of each kind
         if self._tasks:
             await asyncio.wait(set(self._tasks))
-
-
-def work_of(request: Infer, tensors: Sequence[np.ndarray]) -> InferWork:
-    """Name the tensors of a request, or take the items out of its one BYTES tensor."""
-    if request.form == "tensors":
-        names = [header.name for header in request.tensors]
-        if len(set(names)) != len(names):
-            raise InvalidInput("An input is given twice", field="inputs", fix="Give each once")
-        try:
-            return InferWork(form="tensors", feeds=named(request.tensors, tensors))
-        except InvalidInput as error:
-            raise InvalidInput(
-                f"The cloud cannot take this input: {error.problem}",
-                field="inputs",
-                fix="Ask its operator to install ml_dtypes, or use a model with other inputs",
-            ) from error
-    items: list[str | bytes] = list(tensors[0])  # one BYTES tensor: the session has checked
-    if request.form == "text":
-        try:
-            items = [bytes(item).decode("utf-8") for item in tensors[0]]
-        except UnicodeDecodeError as exc:
-            raise InvalidInput(
-                "A text is not valid UTF-8", field="input", fix="Send texts encoded as UTF-8"
-            ) from exc
-    return InferWork(form=request.form, feeds={}, items=items)
-
-
-def _deadline_of(request: Infer | Generate) -> Deadline:
-    """The client's remaining time, counted from the arrival of its request."""
-    if request.deadline_ms is not None and request.deadline_ms <= 0:
-        raise too_late()
-    return Deadline.after_ms(request.deadline_ms)
 
 
 def _log_unexpected(error: BaseException, where: str) -> None:

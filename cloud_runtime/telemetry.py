@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import SpanKind
 
-from cloud_runtime.connection import Connection, ServerWebsocket, Services, _Stream
+from cloud_runtime.connection import Connection, ServerWebsocket, Services
+from cloud_runtime.requests import OpenStream
 from nearfar.errors import NearfarError
 from nearfar.telemetry import context_of, mark_failed, meter, tracer
 from nearfar.wire.messages import Generate, Infer, Resume
@@ -45,7 +46,7 @@ class TracedConnection(Connection):
         self._failures: dict[int, str] = {}  # codes of the requests that are failing, by stream
 
     async def _answer(
-        self, stream: _Stream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
+        self, stream: OpenStream, request: Infer | Generate | Resume, tensors: Sequence[np.ndarray]
     ) -> None:
         kind = type(request).__name__.lower()
         span = _tracer.start_span(
@@ -79,6 +80,6 @@ class TracedConnection(Connection):
                 _queue.record(stream.queue_ms / 1000.0, {"model": stream.model})
                 _compute.record(stream.compute_ms / 1000.0, {"model": stream.model})
 
-    def _fail(self, stream: _Stream, error: NearfarError) -> None:
+    def _fail(self, stream: OpenStream, error: NearfarError) -> None:
         self._failures[stream.stream] = error.code
         super()._fail(stream, error)
