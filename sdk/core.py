@@ -277,6 +277,9 @@ class Core:
         Raises:
             InvalidInput, ModelNotFound, PolicyDenied, SecurityError, …: There is none.
         """
+        edge = self.known.edge
+        if edge is not None and not edge.is_ready and request.deadline.is_set:
+            edge.make_ready(request.deadline)
         known = self.known.edge_model(request)
         if known is not None:
             check(request, known.manifest)
