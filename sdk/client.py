@@ -358,8 +358,7 @@ class Client(Calls):
         if self._link is None:
             return
         try:
-            with self._known.reaching():
-                self._call(self._link.connect(Deadline()))
+            self._call(self._link.connect(Deadline()))
         except CloudUnavailable:
             if not has_edge:
                 raise
@@ -446,7 +445,10 @@ class Client(Calls):
             return answer
         if isinstance(step, Connect):
             assert self._link is not None
-            self._call(connect(self._link, step), step.deadline)
+            if step.is_waited:
+                self._call(connect(self._link, step), step.deadline)
+            else:
+                self._background().submit(connect(self._link, step))
             return None
         if isinstance(step, Wait):
             time.sleep(step.delay_s)

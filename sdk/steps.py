@@ -166,11 +166,8 @@ async def connect(link: Link, step: Connect) -> None:
     """
     if step.is_waited:
         await link.connect(step.deadline, step.endpoints)
-        return
-    from sdk.cloud.pool import Pool
-
-    assert isinstance(link, Pool)
-    link.reach(step.endpoints)
+    else:
+        link.reach(step.endpoints)
 
 
 async def run_there(link: Link, step: RunThere) -> Answer:
