@@ -22,6 +22,7 @@ from nearfar.engines.selection import candidates
 from nearfar.engines.slots import Slot, SlotGate, SlotState
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.generation import GenerationOptions, Prompt
+from nearfar.patience import within
 from nearfar.units import Deadline
 
 if TYPE_CHECKING:
@@ -370,10 +371,16 @@ class EdgeRuntime:
         return _Hosted(bundle, best.variant, gate)
 
     def _load(self, hosted: _Hosted, deadline: Deadline) -> LoadedModel:
-        timeout_s = deadline.timeout_s()
-        if not hosted.load_lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            deadline.check("edge")
-        try:
+        return within(
+            deadline,
+            lambda: self._load_now(hosted),
+            name="nearfar-load",
+            tried="edge",
+            while_=f"while {hosted.bundle.manifest.name!r} was loaded on this device",
+        )
+
+    def _load_now(self, hosted: _Hosted) -> LoadedModel:
+        with hosted.load_lock:
             if self._is_closed:
                 raise _closed()
             if hosted.loaded is None:
@@ -381,8 +388,6 @@ class EdgeRuntime:
                     hosted.bundle, hosted.described.variant.id, self._options
                 )
             return hosted.loaded
-        finally:
-            hosted.load_lock.release()
 
 
 def _compute(

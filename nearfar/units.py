@@ -55,11 +55,21 @@ class Deadline:
     def check(self, *tried: str) -> None:
         """Raise `DeadlineExceeded` if the deadline has passed."""
         if self.is_set and time.monotonic() >= self.at_s:
-            raise DeadlineExceeded(
-                "The deadline passed before an answer was complete",
-                tried=tried,
-                fix="Allow more time with deadline_ms, or ask for a shorter answer",
-            )
+            raise exceeded(*tried)
+
+
+def exceeded(*tried: str, while_: str = "before an answer was complete") -> DeadlineExceeded:
+    """The error of whoever has no time left.
+
+    Args:
+        tried: Routes that were tried.
+        while_: When the deadline passed, in words.
+    """
+    return DeadlineExceeded(
+        f"The deadline passed {while_}",
+        tried=tried,
+        fix="Allow more time with deadline_ms, or ask for a shorter answer",
+    )
 
 
 def format_bytes(count: float) -> str:

@@ -228,8 +228,7 @@ class AsyncClient(Calls):
         if self._link is None:
             return
         try:
-            with self._known.reaching():
-                await self._link.connect(Deadline())
+            await self._link.connect(Deadline())
         except CloudUnavailable:
             if not has_edge:
                 raise

@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 
 from nearfar.errors import Cancelled, InvalidInput
 from nearfar.eventloop import new_event_loop
+from nearfar.units import Deadline, exceeded
 
 T = TypeVar("T")
+
+_NONE = Deadline()
 
 #: How long closing waits for the loop's last tasks; each of them has a shorter limit of its own.
 _JOIN_TIMEOUT_S = 10.0
@@ -28,21 +31,19 @@ class BackgroundLoop:
         self._is_closed = False
         self._thread.start()
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def call(self, coroutine: Coroutine[Any, Any, T], deadline: Deadline = _NONE) -> T:
         """Run a coroutine and wait for it; interrupting the wait cancels it.
 
+        Args:
+            coroutine: What to run.
+            deadline: Until when to wait.
+
         Raises:
+            DeadlineExceeded: The deadline passed.
             Cancelled: The loop was closed meanwhile.
             InvalidInput: The loop was closed before.
         """
-        future = self.submit(coroutine)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise Cancelled("The client was closed before the answer was complete") from None
-        except BaseException:
-            future.cancel()
-            raise
+        return result_of(self.submit(coroutine), deadline)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run a coroutine and do not wait; cancelling the future cancels it.
@@ -83,3 +84,27 @@ class BackgroundLoop:
             # Host names are looked up in the loop's executor; its threads must not outlive us.
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
+
+
+def result_of(future: concurrent.futures.Future[T], deadline: Deadline) -> T:
+    """Wait for what a loop gives, in another thread than the loop's, and cancel it unless it came.
+
+    The caller keeps the time itself. The loop has a timer, too, but must get a processor and the
+    interpreter's lock before it can say anything, and after that the caller must: twice the delay.
+
+    Raises:
+        DeadlineExceeded: The deadline passed.
+        Cancelled: The loop was closed meanwhile.
+    """
+    try:
+        return future.result(deadline.timeout_s())
+    except concurrent.futures.CancelledError:
+        raise Cancelled("The client was closed before the answer was complete") from None
+    except concurrent.futures.TimeoutError:
+        if future.done():  # it came just now, or the error is its own
+            return future.result()
+        future.cancel()
+        raise exceeded("cloud", while_="while the cloud was working") from None
+    except BaseException:
+        future.cancel()
+        raise

@@ -358,8 +358,7 @@ class Client(Calls):
         if self._link is None:
             return
         try:
-            with self._known.reaching():
-                self._call(self._link.connect(Deadline()))
+            self._call(self._link.connect(Deadline()))
         except CloudUnavailable:
             if not has_edge:
                 raise
@@ -442,11 +441,14 @@ class Client(Calls):
             return run_here(self._edge, step)
         if isinstance(step, RunThere):
             assert self._link is not None
-            answer: Answer = self._call(run_there(self._link, step))
+            answer: Answer = self._call(run_there(self._link, step), step.request.deadline)
             return answer
         if isinstance(step, Connect):
             assert self._link is not None
-            self._call(connect(self._link, step))
+            if step.is_waited:
+                self._call(connect(self._link, step), step.deadline)
+            else:
+                self._background().submit(connect(self._link, step))
             return None
         if isinstance(step, Wait):
             time.sleep(step.delay_s)
@@ -524,18 +526,18 @@ class Client(Calls):
             return self._open_edge(state, attempt.decision, CancelToken())
         permit, _ = self._drive(self._core.board(request, attempt))
         state.opening(permit)
-        stream = self._call(self._ask_cloud(state, permit, attempt.decision))
+        stream = self._call(self._ask_cloud(state, permit, attempt.decision), request.deadline)
         return CloudSource(
             stream, request.deadline, self._call, self._post, self._background().submit
         )
 
-    def _call(self, coroutine: Any) -> Any:
+    def _call(self, coroutine: Any, deadline: Deadline = Deadline()) -> Any:  # noqa: B008 (frozen)
         try:
             loop = self._background()
         except InvalidInput:
             coroutine.close()
             raise
-        return loop.call(coroutine)
+        return loop.call(coroutine, deadline)
 
     def _post(self, function: Callable[[], Any]) -> None:
         loop = self._loop

@@ -15,17 +15,13 @@ import msgspec
 
 from nearfar.bundle.manifest import Manifest
 from nearfar.errors import (
-    CloudUnavailable,
-    ConfigError,
-    DeadlineExceeded,
     EngineError,
     ModelNotFound,
     NearfarError,
     Overloaded,
-    SecurityError,
 )
 from nearfar.generation import GenerationOptions, Prompt
-from nearfar.units import Deadline
+from sdk import reaching
 from sdk.knowledge import Knowledge
 from sdk.policy import Policy, RequestFacts, Verdict, evaluate
 from sdk.repair import repair
@@ -56,8 +52,6 @@ if TYPE_CHECKING:
     from sdk.results import Agreement
     from sdk.valuation import Valuation
 
-#: Part of the time left that connecting may take while the device could answer instead.
-_CONNECT_SHARE = 0.5
 #: Purposes and tenants come from the app and may be many.
 _MAX_VERDICTS = 1024
 
@@ -277,6 +271,9 @@ class Core:
         Raises:
             InvalidInput, ModelNotFound, PolicyDenied, SecurityError, …: There is none.
         """
+        edge = self.known.edge
+        if edge is not None and not edge.is_ready and request.deadline.is_set:
+            edge.make_ready(request.deadline)
         known = self.known.edge_model(request)
         if known is not None:
             check(request, known.manifest)
@@ -386,8 +383,7 @@ class Core:
         endpoint = self.known.endpoint_of(attempt.decision)
         permit = Permit(attempt.decision.verdict, request.model, region=endpoint.region())
         if not endpoint.link.state.is_connected:
-            with self.known.reaching():
-                yield Connect(request.deadline, (endpoint.name,))
+            yield from reaching.board(self, request, attempt, endpoint.name)
             # The cloud may have said where it stands only now.
             verdict = self.verdict(request, endpoint)
             permit = Permit(verdict, request.model, region=endpoint.region())
@@ -539,37 +535,8 @@ class Core:
             from sdk.several import reach
 
             yield from reach(self, request, has_edge=has_edge)
-        elif self._should_connect(request, has_edge=has_edge):
-            yield from self.connect(request, has_edge=has_edge)
-
-    def _should_connect(self, request: Request, *, has_edge: bool) -> bool:
-        link = self.known.link
-        if link is None or link.state.is_connected or request.mode == "edge_only":
-            return False
-        verdict = self.verdict(request, self.known.endpoints[0])
-        if not verdict.cloud:
-            return False
-        device_can = has_edge and verdict.edge
-        if request.mode == "prefer_edge" and device_can:
-            return False
-        return not device_can or self.known.breaker.can_try(time.monotonic())
-
-    def connect(
-        self, request: Request, *, has_edge: bool, names: tuple[str, ...] = ()
-    ) -> Generator[Connect, Any, None]:
-        deadline = request.deadline
-        may_give_up = has_edge and request.mode != "cloud_only"
-        if may_give_up and deadline.is_set:
-            deadline = Deadline(time.monotonic() + deadline.remaining_s() * _CONNECT_SHARE)
-        try:
-            with self.known.reaching():
-                yield Connect(deadline, names)
-        except (SecurityError, ConfigError):
-            raise  # somebody must look at this; it is not bad weather
-        except (CloudUnavailable, DeadlineExceeded):
-            request.deadline.check("cloud")
-            if not may_give_up:
-                raise
+        elif reaching.is_needed(self, request, has_edge=has_edge):
+            yield from reaching.connect(self, request, has_edge=has_edge)
 
     def _explained(self, error: NearfarError, request: Request) -> NearfarError:
         """The router's error, or a more exact one where more is known here."""

@@ -105,6 +105,22 @@ class EdgeRoute:
                 self._runtime = self._make()
             return self._runtime
 
+    def make_ready(self, deadline: Deadline) -> None:
+        """Make the runtime, but wait for it no longer than until a deadline.
+
+        Importing an engine's library takes a good part of a second.
+
+        Raises:
+            DeadlineExceeded: It was not made in time; it will be, for the next request.
+            EngineError, ConfigError: As `runtime`.
+        """
+        from nearfar.patience import within
+
+        within(
+            deadline, lambda: self.runtime, name="nearfar-load", tried="edge",
+            while_="while the engines of this device were made ready",
+        )  # fmt: skip
+
     def _make(self) -> EdgeRuntime:
         try:
             from edge_runtime import EdgeRuntime

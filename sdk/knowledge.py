@@ -5,7 +5,6 @@ Reads the state of the edge runtime and of the cloud link; waits for nothing and
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -437,12 +436,6 @@ class Knowledge:
         """Tell the circuit breakers how a request to the cloud of the decision went."""
         return _Guard(self.endpoint_of(decision), request.model)
 
-    def reaching(self) -> _Guard | contextlib.nullcontext[None]:
-        """Tell the circuit breaker how connecting went; several clouds do so themselves."""
-        if len(self.endpoints) > 1:
-            return contextlib.nullcontext()
-        return _Guard(self.endpoints[0], None)
-
     def wrong_variant(self, request: Request) -> InvalidInput | None:
         pin = self.variant_wanted(request)
         if pin is None:
@@ -535,7 +528,9 @@ def _endpoints_of(link: Link, predictor: Predictor) -> tuple[Endpoint, ...]:
 
     links: Sequence[CloudLink] | None = getattr(link, "links", None)
     if links is None:
-        return (_listening(Endpoint(cast("CloudLink", link), predictor)),)
+        only = _listening(Endpoint(cast("CloudLink", link), predictor))
+        only.link.on_reached = only.connected
+        return (only,)
     endpoints = []
     for one in links:
         own = Predictor()

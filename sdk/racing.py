@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Union
 import msgspec
 
 from nearfar.engines.base import CancelToken
-from nearfar.errors import Cancelled, CloudUnavailable, NearfarError, Overloaded
-from nearfar.units import format_ms
+from nearfar.errors import CloudUnavailable, NearfarError, Overloaded
+from nearfar.units import Deadline, format_ms
+from sdk.background import BackgroundLoop, result_of
 from sdk.results import RouteName
 from sdk.routing import RouteDecision, Ticket
 from sdk.routing.hedging import HedgePlan, stalls_after_ms
 from sdk.steps import Answer, RunHere, RunThere, run_here
 
 if TYPE_CHECKING:
-    from sdk.background import BackgroundLoop
     from sdk.cloud.egress import Permit
     from sdk.cloud.endpoints import Endpoint
     from sdk.core import Core
@@ -179,6 +179,11 @@ class Race:
                 endpoint.released(self._request.model, now_s)
 
     @property
+    def deadline(self) -> Deadline:
+        """Of the request."""
+        return self._request.deadline
+
+    @property
     def silent_endpoint(self) -> str:
         """Name of the cloud that did not answer."""
         return self._decision.inputs.endpoint
@@ -217,15 +222,17 @@ def _from_cloud(race: Race, edge: EdgeRoute, first: concurrent.futures.Future[An
     try:
         while not first.done():
             timeout_s = race.timeout_s()
+            if timeout_s is None or timeout_s >= race.deadline.remaining_s():
+                break
             concurrent.futures.wait((first,), timeout_s)
-            if first.done() or timeout_s is None:
+            if first.done():
                 break
             step = race.wake()
             if isinstance(step, RunHere):
                 answer = _beside(race, edge, step, first)
                 if answer is not None:
                     return answer
-        return race.won("cloud", _result(first))
+        return race.won("cloud", result_of(first, race.deadline))
     except BaseException:
         first.cancel()
         raise
@@ -296,20 +303,13 @@ def _from_edge(
         if not second:
             raise failure
         try:
-            return race.won("cloud", _result(second[0]))
+            return race.won("cloud", result_of(second[0], race.deadline))
         except NearfarError as other:
             race.failed("cloud", other)
             raise failure from None
     finally:
         for future in second:
             future.cancel()
-
-
-def _result(future: concurrent.futures.Future[Answer]) -> Answer:
-    try:
-        return future.result()
-    except concurrent.futures.CancelledError:
-        raise Cancelled("The client was closed before the answer was complete") from None
 
 
 async def race_in_tasks(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearfar.units import Deadline
 from sdk.cloud.endpoints import choose
+from sdk.reaching import connect
 from sdk.steps import Connect
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def reach(core: Core, request: Request, *, has_edge: bool) -> Generator[Connect,
         has_edge: Whether the device has the model.
 
     Raises:
-        NearfarError: As `Core.connect`.
+        NearfarError: As `sdk.reaching.connect`.
     """
     if request.mode == "edge_only":
         return
@@ -89,4 +90,4 @@ def reach(core: Core, request: Request, *, has_edge: bool) -> Generator[Connect,
     if device_can and (request.mode == "prefer_edge" or not worth):
         return
     names = worth or tuple(one.name for one in away)
-    yield from core.connect(request, has_edge=has_edge, names=names)
+    yield from connect(core, request, has_edge=has_edge, names=names)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nearfar.errors import Cancelled
 from nearfar.generation import GenerationChunk
+from nearfar.units import Deadline, exceeded
 from sdk.answer import Summary
 
 if TYPE_CHECKING:
     from edge_runtime import EdgeGeneration
     from nearfar.engines.base import CancelToken
-    from nearfar.units import Deadline
     from nearfar.wire.messages import Fin, Token
     from sdk.cloud.resumption import ResumableStream
     from sdk.due import Watched
@@ -74,6 +72,8 @@ class EdgeSource:
             return piece, None
         self._unwatch()
         if piece.finish_reason == "cancelled":
+            if self._watched is not None and self._watched.is_stopped:
+                raise exceeded("edge")
             self._deadline.check("edge")
         seen = self._generation
         summary = Summary(
@@ -150,7 +150,7 @@ class CloudSource:
     Args:
         stream: The open stream.
         deadline: When the answer is due.
-        call: Runs a coroutine on the loop and waits for its result.
+        call: Runs a coroutine on the loop and waits for its result, until a deadline.
         post: Runs a function on the loop and does not wait.
         submit: Runs a coroutine on the loop and gives its future.
         first: Tokens that were read from it already.
@@ -160,7 +160,7 @@ class CloudSource:
         self,
         stream: ResumableStream,
         deadline: Deadline,
-        call: Callable[[Coroutine[Any, Any, list[Token]]], list[Token]],
+        call: Callable[[Coroutine[Any, Any, list[Token]], Deadline], list[Token]],
         post: Callable[[Callable[[], None]], None],
         submit: Callable[[Coroutine[Any, Any, list[Token]]], Future[list[Token]]],
         first: Sequence[Token] = (),
@@ -185,12 +185,13 @@ class CloudSource:
         if piece is None:
             begun, self._begun = self._begun, None
             if begun is None:
-                self._buffer.add(self._call(self._stream.tokens(self._deadline)))
+                tokens = self._call(self._stream.tokens(self._deadline), self._deadline)
+                self._buffer.add(tokens)
             else:
-                try:
-                    self._buffer.add(begun.result())
-                except concurrent.futures.CancelledError:
-                    raise Cancelled("The client was closed before the answer came") from None
+                from sdk.background import result_of
+
+                tokens = result_of(begun, self._deadline)
+                self._buffer.add(tokens)
             piece = self._buffer.next_token()
         if piece is not None:
             return piece, None

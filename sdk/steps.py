@@ -9,7 +9,7 @@ import msgspec
 
 from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
 from nearfar.errors import Cancelled
-from nearfar.units import Deadline
+from nearfar.units import Deadline, exceeded
 from sdk.requests import Request
 
 if TYPE_CHECKING:
@@ -114,10 +114,13 @@ def run_here(edge: EdgeRoute, step: RunHere, cancel: CancelToken | None = None) 
     from nearfar.engines.base import CancelToken
 
     cancel = cancel or CancelToken()
+    watched = edge.watch(deadline, cancel)
     try:
-        with edge.watch(deadline, cancel):
+        with watched:
             return _run_here(edge, step, cancel)
     except Cancelled:
+        if watched.is_stopped:
+            raise exceeded("edge") from None
         deadline.check("edge")
         raise
 
@@ -163,11 +166,8 @@ async def connect(link: Link, step: Connect) -> None:
     """
     if step.is_waited:
         await link.connect(step.deadline, step.endpoints)
-        return
-    from sdk.cloud.pool import Pool
-
-    assert isinstance(link, Pool)
-    link.reach(step.endpoints)
+    else:
+        link.reach(step.endpoints)
 
 
 async def run_there(link: Link, step: RunThere) -> Answer:

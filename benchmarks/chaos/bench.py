@@ -146,6 +146,8 @@ def real_part(found: real.Outcome) -> Part:
             for asked, values in sorted(late_of.items())
         ),
         Figure.of_calls("real: delays of the machine above 1 ms", "ms", found.tick_ms or [0.0]),
+        Figure.of_calls("real: a thread that only waits for the deadline, after it", "ms",
+                        found.alarm_ms or [0.0]),
         *_counts("real: told", Counter(one.error for one in told if one.error)),
         *_counts("real: answered by", Counter(one.path for one in told if not one.error)),
         *_counts("real: faults", Counter({str(k): v for k, v in found.faults.items()})),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.chaos.alarms import Alarms
 from benchmarks.chaos.server import LOG, computations
 from benchmarks.emulator import LinkSpec
 from benchmarks.processes import OPEN_POLICY, RealCloud, Ticks, wait_until_s
@@ -94,6 +95,8 @@ class Outcome:
         computed: Computations in the cloud.
         tick_ms: Delays of the machine above 1 ms.
         allowed_ms: By how much each caller may be late, in the order of `told`.
+        alarm_ms: How late a thread of the client's process woke that only waited for the deadline
+            of each; of requests that had not ended by then.
     """
 
     told: Sequence[Told]
@@ -103,6 +106,7 @@ class Outcome:
     computed: int
     tick_ms: Sequence[float]
     allowed_ms: Sequence[float]
+    alarm_ms: Sequence[float]
 
 
 def asks_of(count: int, rate_s: float, kinds: Sequence[Kind], rng: random.Random) -> list[Ask]:
@@ -175,8 +179,9 @@ class _Saboteur:
 class _Caller:
     """Asks one client, each request in a thread of its own."""
 
-    def __init__(self, client: Client, models: Models, seed: int) -> None:
+    def __init__(self, client: Client, models: Models, seed: int, alarms: Alarms) -> None:
         self._client = client
+        self._alarms = alarms
         self._models = models
         rng = np.random.default_rng(seed)
         self._ids = rng.integers(1000, 20_000, (8, ROW_TOKENS))
@@ -184,6 +189,7 @@ class _Caller:
 
     def call(self, ask: Ask) -> Told:
         told = Told(ask=ask, due_s=time.monotonic() + ask.deadline_ms / 1000.0)
+        self._alarms.at(told.due_s)
         try:
             self._ask(ask, told)
         except NearfarError as error:
@@ -267,8 +273,9 @@ def run(
                 models=models, cloud=cloud.config(), policy=OPEN_POLICY, sensitivity="public",
                 edge_options=SessionOptions(threads=1),
             ) as client,
+            Alarms() as alarms,
         ):  # fmt: skip
-            caller = _Caller(client, names, seed)
+            caller = _Caller(client, names, seed, alarms)
             _warm_up(caller, sorted(set(kinds)))
             with Ticks() as ticks:
                 told, faults = _ask_all(caller, asks, cloud, rng, step)
@@ -285,7 +292,12 @@ def run(
             GRACE_MS + ticks.longest_ms(one.due_s, one.ended_s or one.due_s + HUNG_S)
             for one in told
         ],
-    )
+        alarm_ms=[
+            late_ms for one in told
+            if one.ended_s is None or one.ended_s > one.due_s
+            if (late_ms := alarms.late_ms(one.due_s)) is not None
+        ],
+    )  # fmt: skip
 
 
 def _warm_up(caller: _Caller, kinds: Sequence[Kind]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
@@ -144,8 +145,19 @@ class Endpoint:
         else:
             self.answered(model, now_s)  # if only to refuse
 
+    def connected(self, error: NearfarError | None) -> None:
+        """Connecting to the only cloud there is has ended, well (`None`) or with that error.
+
+        A wrong identity does not open the breaker: whoever asks next is to be told of it, too.
+        """
+        now_s = time.monotonic()
+        if error is None:
+            self.breaker.record_success(now_s)
+        else:
+            self.failed("", type(error), now_s)
+
     def reached(self, error: NearfarError | None, now_s: float) -> None:
-        """Connecting to it has ended, well (`None`) or with that error."""
+        """Connecting to one of several has ended, well (`None`) or with that error."""
         if error is None:
             self.breaker.record_success(now_s)
         elif isinstance(error, (DeadlineExceeded, Cancelled)):

@@ -81,12 +81,19 @@ class CloudLink:
 
     Attributes:
         on_round_trip: Told every measured round trip, in milliseconds.
+        on_reached: Told how each attempt to connect ended; `None` for well.
+        reaching_since_s: Since when a connection is being made, `time.monotonic()`; `None` when
+            none is.
+        is_away: Whether the last attempt to connect failed.
     """
 
     def __init__(self, config: CloudConfig) -> None:
         self.config = config
         self.state = LinkState()
         self.on_round_trip: Callable[[float], None] | None = None
+        self.on_reached: Callable[[NearfarError | None], None] | None = None
+        self.reaching_since_s: float | None = None
+        self.is_away = False
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[Connection] | None = None
         self._draining: list[Connection] = []
@@ -121,6 +128,11 @@ class CloudLink:
         """
         await self._usable(deadline)
         return self.state
+
+    def reach(self, _: Sequence[str] = ()) -> None:
+        """Begin to connect; nobody waits for it."""
+        if not self.state.is_connected and not self._is_closed:
+            self._begin()
 
     async def refresh(self, deadline: Deadline) -> LinkState:
         """Ask the cloud again what it serves.
@@ -259,17 +271,33 @@ class CloudLink:
         connection = self._connection
         if connection is not None and connection.is_usable and not connection.is_leaving:
             return connection
-        if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.ensure_future(self._reconnect())
-            self._connecting.add_done_callback(_mark_seen)
+        connecting = self._begin()
         try:
-            return await asyncio.wait_for(asyncio.shield(self._connecting), deadline.timeout_s())
+            return await asyncio.wait_for(asyncio.shield(connecting), deadline.timeout_s())
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(
                 f"The deadline passed while connecting to {self.config.url}",
                 tried=("cloud",),
                 fix="Call warm_up() before the first request, or allow more time",
             ) from None
+
+    def _begin(self) -> asyncio.Task[Connection]:
+        """The attempt to connect that is under way; all who want a connection share it."""
+        if self._connecting is None or self._connecting.done():
+            self.reaching_since_s = time.monotonic()
+            self._connecting = asyncio.ensure_future(self._reconnect())
+            self._connecting.add_done_callback(self._reached)
+        return self._connecting
+
+    def _reached(self, task: asyncio.Task[Connection]) -> None:
+        self.reaching_since_s = None
+        # Reading the error also keeps asyncio from reporting it when every caller has given up.
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            return
+        self.is_away = error is not None
+        if self.on_reached is not None and (error is None or isinstance(error, NearfarError)):
+            self.on_reached(error)
 
     async def _reconnect(self) -> Connection:
         old, self._connection = self._connection, None
@@ -395,9 +423,3 @@ class CloudLink:
 
     def _publish(self, **changes: object) -> None:
         self.state = msgspec.structs.replace(self.state, **changes)
-
-
-def _mark_seen(task: asyncio.Task[Connection]) -> None:
-    """Read a task's error, so that asyncio does not report it when every caller has given up."""
-    if not task.cancelled():
-        task.exception()

@@ -58,7 +58,7 @@ def list_jobs(
         console.print("no jobs")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("job", "status", "what", "class", "submitted", "tries", "size"):
+    for title in ("job", "status", "what", "class", "submitted", "failed tries", "size"):
         table.add_column(title, header_style="dim", no_wrap=title != "what")
     now_s = time.time()
     for info in infos:

@@ -65,6 +65,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         bandwidth_mbit_per_s: The link's bandwidth.
         breaker: State of the circuit breaker.
         failures: Failures of the cloud in a row.
+        hedges_left: Extra requests that the budget of hedging had left at the last decision; `None`
+            before the first one.
         rows: One for each model and route that had a part in a decision.
         last: The last decisions, newest first: Unix time, model, reason.
     """
@@ -78,6 +80,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth_mbit_per_s: float | None
     breaker: str
     failures: int
+    hedges_left: float | None
     rows: tuple[RouteRow, ...]
     last: tuple[tuple[float, str, str], ...]
 
@@ -125,6 +128,7 @@ class Board:
             else 1.0 / (moment.ms_per_byte * 125.0),
             breaker="" if moment is None else moment.breaker,
             failures=0 if moment is None else moment.failures,
+            hedges_left=None if newest is None else newest.decision.inputs.hedge_tokens,
             rows=tuple(_rows(decided, finished)),
             last=tuple(
                 (entry.at_s, entry.decision.inputs.model, entry.decision.reason)

@@ -6,7 +6,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -18,9 +18,16 @@ from sdk.records.ring import RingReader
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
     from nearfar.engines.condition import ConditionReader, DeviceCondition
 
+_QUANTILES = " p50  p95  p99"
+_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("\nmodel", "left"), ("\nroute", "left"), ("\ntaken", "right"),
+    (f"expected, ms\n{_QUANTILES}", "right"), ("\nanswers", "right"),
+    (f"measured, ms\n{_QUANTILES}", "right"), ("queue,\nms", "right"), ("\nahead", "right"),
+)  # fmt: skip
 _STYLE = {"closed": "green", "half_open": "yellow", "open": "bold red"}
 
 
@@ -98,38 +105,60 @@ def render(view: View, device: DeviceCondition) -> RenderableType:
         (breaker, _STYLE.get(view.breaker, "")),
         f"{failures}   round trip {rtt}   ",
         "bandwidth —" if bandwidth is None else f"bandwidth {bandwidth:.3g} Mbit/s",
-        f"\ndevice: {describe(device)}\n",
+        f"\nhedges left {_number(view.hedges_left)}   device: {describe(device)}\n",
     )
-    last = Text("\n")
+    last = Text()
     for at_s, model, reason in view.last:
         last.append(f"{datetime.fromtimestamp(at_s):%H:%M:%S}  ", style="dim")
         last.append(f"{model}  {reason}\n")
-    return Group(head, _table(view), last)
+    return Group(head, _table(view), _notes(view), last)
 
 
 def _table(view: View) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    titles = ("model", "route", "taken", "expected p50", "p95", "p99", "answered", "measured p50",
-              "p95", "p99", "queue", "ahead", "note")  # fmt: skip
-    for title in titles:
-        table.add_column(title, header_style="dim", justify="left" if title in
-                         ("model", "route", "note") else "right")  # fmt: skip
+    # Narrow enough for a terminal of 80 columns; what keeps a route out has a line of its own.
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title, justify in _COLUMNS:
+        table.add_column(
+            Text(title), header_style="dim", justify=justify, no_wrap=True, overflow="ellipsis",
+            min_width=len(title.split("\n")[-1]),
+        )  # fmt: skip
     for row in view.rows:
-        share = f"{row.chosen}/{row.considered}"
         cells = (
-            row.model, row.route, share, format_ms(row.expected_p50_ms),
-            format_ms(row.expected_p95_ms), format_ms(row.expected_p99_ms), str(row.answered),
-            format_ms(row.p50_ms), format_ms(row.p95_ms), format_ms(row.p99_ms),
-            format_ms(row.queue_p50_ms), str(row.ahead),
-            row.note or ("" if row.basis == "measured" else row.basis),
+            row.model, row.route, f"{row.chosen}/{row.considered}",
+            _numbers(row.expected_p50_ms, row.expected_p95_ms, row.expected_p99_ms),
+            str(row.answered), _numbers(row.p50_ms, row.p95_ms, row.p99_ms),
+            _number(row.queue_p50_ms), str(row.ahead),
         )  # fmt: skip
         table.add_row(*(Text(cell, style="" if row.chosen else "dim") for cell in cells))
     if not view.rows:
         table.add_row(Text("no decisions within the window", style="dim"))
     return table
+
+
+def _notes(view: View) -> Text:
+    """What keeps routes out, or what their predictions rest on when nothing was measured."""
+    from rich.text import Text
+
+    notes = Text(style="dim")
+    for row in view.rows:
+        note = row.note or ("" if row.basis == "measured" else f"expected is {row.basis}")
+        if note:
+            notes.append(f"{row.model}, {row.route}: {note}\n")
+    return notes
+
+
+def _numbers(*milliseconds: float | None) -> str:
+    return " ".join(f"{_number(value):>4}" for value in milliseconds)
+
+
+def _number(value: float | None) -> str:
+    """Four characters, as long as it is below ten seconds."""
+    if value is None:
+        return "—"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def _print_once(view: View, *, json: bool) -> None:

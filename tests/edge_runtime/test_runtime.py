@@ -150,6 +150,22 @@ def test_waiting_for_a_load_ends_with_the_deadline(runtime, monkeypatch):
     assert first.error is None
 
 
+def test_who_loads_first_is_told_at_its_deadline_and_the_next_finds_it_loaded(runtime, monkeypatch):
+    go_on = threading.Event()
+
+    class Slow(LoadedModel):
+        def __init__(self, *arguments):
+            go_on.wait(PATIENCE_S)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(runtime_module, "LoadedModel", Slow)
+    with pytest.raises(DeadlineExceeded, match="was loaded on this device"):
+        runtime.infer("tiny", X, deadline=Deadline.after_ms(50))
+    go_on.set()
+    wait_until(lambda: runtime.is_loaded("tiny"))
+    assert runtime.infer("tiny", X, deadline=Deadline.after_ms(60_000)).variant == "int8"
+
+
 def test_calls_of_one_model_take_turns_and_say_how_long_they_waited(runtime):
     runtime.warm_up("tiny")
     calls = [Call(lambda: runtime.infer("tiny", SLOW)) for _ in range(3)]

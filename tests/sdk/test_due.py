@@ -9,7 +9,7 @@ import pytest
 
 from nearfar.engines.base import CancelToken
 from nearfar.errors import DeadlineExceeded
-from sdk.due import _MAX_ENDED, DeadlineWatch
+from sdk.due import _FIRST_LEAD_S, _MAX_ENDED, _MAX_LEAD_S, DeadlineWatch
 from tests.sdk.test_hedged_calls import X, both, cloud  # noqa: F401 (fixtures)
 
 
@@ -25,10 +25,44 @@ def test_what_runs_at_its_deadline_is_cancelled_and_not_before():
     at_s = time.monotonic() + 0.15
     cancelled_s = []
     early.on_cancel(lambda: cancelled_s.append(time.monotonic()))
-    with watch.watch(time.monotonic() + 60.0, late), watch.watch(at_s, early):
+    with watch.watch(time.monotonic() + 60.0, late) as other, watch.watch(at_s, early) as call:
         wait_until(lambda: early.is_cancelled)
         assert not late.is_cancelled
-    assert cancelled_s[0] >= at_s
+    assert cancelled_s[0] >= at_s - _FIRST_LEAD_S
+    assert (call.is_stopped, other.is_stopped) == (True, False)
+
+
+def test_a_call_is_told_so_much_earlier_as_stopping_took_the_last_ones():
+    watch = DeadlineWatch()
+    for _ in range(2):
+        token, at_s = CancelToken(), time.monotonic() + 1.0
+        stopped_s: list[float] = []
+        token.on_cancel(lambda seen=stopped_s: seen.append(time.monotonic()))
+        with watch.watch(at_s, token) as call:
+            wait_until(lambda call=call: call.is_stopped)
+            time.sleep(0.03)  # an operator that takes its time
+    assert stopped_s[0] < at_s  # without what it has learned it would be at 1 s, or after it
+    assert call._stop_at_s == pytest.approx(at_s - _MAX_LEAD_S)
+
+
+def test_a_call_with_little_time_loses_little_of_it():
+    watch = DeadlineWatch()
+    watch.took(60.0)
+    now_s = time.monotonic()
+    with watch.watch(now_s + 0.1, CancelToken()) as call:
+        assert call._stop_at_s > now_s + 0.09
+    with watch.watch(now_s - 1.0, CancelToken()) as call:
+        assert call._stop_at_s == now_s - 1.0
+
+
+def test_a_lead_that_is_not_needed_any_more_goes_away():
+    watch = DeadlineWatch()
+    watch.took(0.02)
+    for _ in range(40):
+        watch.took(0.001)
+    with watch.watch(time.monotonic() + 60.0, CancelToken()) as call:
+        assert watch._due[-1][2] is call
+        assert 0.0 < watch._lead_s < 0.002
 
 
 def test_what_ended_is_left_alone_and_forgotten():

@@ -42,6 +42,7 @@ def outcome(*heard: real.Told, computed_twice: int = 0) -> real.Outcome:
     return real.Outcome(
         told=heard, faults=Counter({"kill": 1}), computed_twice=computed_twice, computed_again=0,
         computed=1, tick_ms=[2.0], allowed_ms=[real.GRACE_MS + 2.0] * len(heard),
+        alarm_ms=[],
     )  # fmt: skip
 
 

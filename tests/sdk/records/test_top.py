@@ -87,10 +87,10 @@ def test_a_route_that_is_not_configured_has_no_row():
 SILENT = DeviceCondition()
 
 
-def drawn(view, device=SILENT) -> str:
+def drawn(view, device=SILENT, width=160) -> str:
     from rich.console import Console
 
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=width, file=io.StringIO())
     console.print(render(view, device))
     return console.file.getvalue()
 
@@ -100,12 +100,25 @@ def test_the_view_shows_routes_quantiles_breaker_repairs_link_and_temperature():
     board.add([decided(100.0, breaker="half_open", failures=2), answered(100.0, 187.0)])
     text = drawn(board.view(100.0), DeviceCondition(0.45, 61.4, "15W"))
     for word in ("half_open", "2 failures", "40 ms", "8 Mbit/s", "61 °C", "speed 45 %",
-                 "15W", "190 ms", "200 ms",
-                 "187 ms", "1/1", "repairs 0 (0.0 %)", "cloud: "):  # fmt: skip
+                 "15W", " 190  200 ", "hedges left 0",
+                 " 187  187  187 ", "1/1", "repairs 0 (0.0 %)", "cloud: "):  # fmt: skip
         assert word in text, word
     empty = drawn(Board().view(100.0))
     assert "no decisions" in empty
     assert "speed —" in empty
+
+
+def test_in_80_columns_no_heading_and_no_number_is_cut():
+    cut_off = typical(cloud=RouteState(obstacle="unreachable", detail="failed 3 times"))
+    board = Board()
+    for at_s in range(100, 160):
+        board.add([decided(float(at_s)), answered(float(at_s), 1234.5)])
+    board.add([decided(160.0, cut_off)])
+    text = drawn(board.view(160.0), width=80)
+    for word in ("model", "route", "taken", "p50  p95  p99", "answers", "queue", "ahead", "60/61",
+                 "1234 1234 1234", "2.00", "cloud: unreachable: failed 3 times"):  # fmt: skip
+        assert word in text, (word, text)
+    assert "…" not in text
 
 
 @pytest.fixture
