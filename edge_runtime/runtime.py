@@ -22,8 +22,8 @@ from nearfar.engines.selection import candidates
 from nearfar.engines.slots import Slot, SlotGate, SlotState
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.generation import GenerationOptions, Prompt
-from nearfar.patience import within
 from nearfar.units import Deadline
+from nearfar.waiting import within
 
 if TYPE_CHECKING:
     from nearfar.bundle import Bundle

@@ -114,7 +114,7 @@ class EdgeRoute:
             DeadlineExceeded: It was not made in time; it will be, for the next request.
             EngineError, ConfigError: As `runtime`.
         """
-        from nearfar.patience import within
+        from nearfar.waiting import within
 
         within(
             deadline, lambda: self.runtime, name="nearfar-load", tried="edge",

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from nearfar.errors import DeadlineExceeded, EngineError
-from nearfar.patience import within
 from nearfar.units import Deadline
+from nearfar.waiting import within
 
 WORDS = {"name": "work", "tried": "edge", "while_": "while it was loaded"}
 
