@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,7 +28,7 @@ from sdk.repair import repair
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
 from sdk.routing import Attempt, Observation, Outcome, RouteDecision
-from sdk.routing.hedging import HedgePlan, plan, stalls_after_ms
+from sdk.routing.hedging import HedgePlan, loses_quality, plan, stalls_after_ms
 
 if TYPE_CHECKING:
     from nearfar.engines.base import TokenWatch
@@ -42,6 +43,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    pause_ms: float | None = None
 
 
 class AnswerState:
@@ -176,16 +178,22 @@ class AnswerState:
 
         Raises:
             DeadlineExceeded: The deadline has passed, and nothing came.
+            CloudUnavailable: It is a stall, and nothing else was started.
         """
         if self._request.deadline.remaining_s() == 0.0:
             self.expire()
             return None
         if self.silence_s() != 0.0:
             return None
-        _, planned = self._moments.pop(0)
+        at_s, planned = self._moments.pop(0)
         if planned is None:
             endpoint = self._core.known.endpoint_of(self.attempt.decision)
             endpoint.silent(self._request.model, time.monotonic())
+            if self._beside is None and not loses_quality(self.attempt.decision):
+                raise CloudUnavailable(
+                    f"The cloud has been silent for {at_s * 1000.0:.0f} ms, longer than any answer "
+                    "is expected to take to begin"
+                )
             return None
         again = self._core.decide(self._request)
         why = self._core.hedging.start(planned, self.attempt.decision, again)
@@ -197,6 +205,21 @@ class AnswerState:
             return None
         self._why_beside = f"the {planned.other} was started as well: {why}"
         return again
+
+    def pauses(self, decision: RouteDecision) -> tuple[float | None, Callable[[], None]]:
+        """How long a cloud may be silent between its tokens, and who is to be told when it was.
+
+        Args:
+            decision: The one under which it was asked.
+        """
+        from sdk.stalls import pause_limit_s
+
+        known, model = self._core.known, self._request.model
+
+        def tell() -> None:
+            known.endpoint_of(decision).silent(model, time.monotonic())
+
+        return pause_limit_s(known, self._request, decision), tell
 
     def begins_beside(self, route: RouteName, permit: Permit | None = None) -> None:
         """The other route was started as well."""
@@ -445,6 +468,7 @@ class AnswerState:
                 decode_ms=summary.decode_ms,
                 completion_tokens=usage.completion_tokens,
                 finished=reason in ("stop", "length", "stop_string"),
+                pause_ms=summary.pause_ms,
             ),
             self.attempt.decision,
         )

@@ -420,6 +420,7 @@ class Calls:
                 trace=state.trace,
             )
         state.opened()
+        stream.limit_pauses(*state.pauses(decision))
         return stream
 
     def _edge_source(
@@ -431,7 +432,11 @@ class Calls:
         deadline, edge = state.request.deadline, self._edge
         assert edge is not None
         watched = edge.watch(deadline, cancel) if deadline.is_set else None
-        return EdgeSource(generation, cancel, deadline, watched)
+        model = state.request.model
+        return EdgeSource(
+            generation, cancel, deadline, watched,
+            lambda is_answered: edge.ended(model, is_answered=is_answered),
+        )  # fmt: skip
 
     def _cloud_beside(self, state: AnswerState, again: RouteDecision) -> OpenCloud | None:
         """What begins an answer on the cloud that the device is late with, if that can be."""

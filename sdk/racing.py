@@ -23,7 +23,7 @@ from nearfar.errors import Cancelled, CloudUnavailable, NearfarError, Overloaded
 from nearfar.units import format_ms
 from sdk.results import RouteName
 from sdk.routing import RouteDecision, Ticket
-from sdk.routing.hedging import HedgePlan, stalls_after_ms
+from sdk.routing.hedging import HedgePlan, loses_quality, stalls_after_ms
 from sdk.steps import Answer, RunHere, RunThere, run_here
 
 if TYPE_CHECKING:
@@ -111,13 +111,22 @@ class Race:
         return max(0.0, self._began_s + self._moments[0][0] - time.monotonic())
 
     def wake(self) -> Run | None:
-        """The first route is late: the step to start beside it, if one is to be started."""
+        """The first route is late: the step to start beside it, if one is to be started.
+
+        Raises:
+            CloudUnavailable: It has stalled, and nothing else was started.
+        """
         at_s, is_stall = self._moments.pop(0)
         known = self._core.known
         if is_stall:
             self.is_silent = True
             known.endpoint_of(self._decision).silent(self._request.model, time.monotonic())
             logger.info("the cloud is silent after %.0f ms", at_s * 1000.0)
+            if self.other_ticket is None and not loses_quality(self._decision):
+                raise CloudUnavailable(
+                    f"The cloud has been silent for {at_s * 1000.0:.0f} ms, longer than any answer "
+                    "is expected to take"
+                )
             return None
         assert self._planned is not None
         again = self._core.decide(self._request)

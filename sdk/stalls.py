@@ -1,0 +1,57 @@
+"""When silence of a route is a stall: what follows from what is known of its answers.
+
+The numbers come from the predictor, the rule from `sdk.routing.hedging`; who keeps the time is the
+edge runtime for the device, and the client's link for a cloud.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from nearfar.patience import Patience
+from sdk.routing.hedging import COLD_STALL_MS, STALL_MOST_MS, suspicious_after_ms
+
+if TYPE_CHECKING:
+    from sdk.knowledge import Knowledge
+    from sdk.requests import Request
+    from sdk.routing import RouteDecision
+    from sdk.routing.estimates import Quantiles
+
+
+def patience(known: Knowledge, request: Request) -> Patience:
+    """How long the device's engine may be silent over a request."""
+    first, token = known.predictor.silences(
+        "edge", request.model, known.size(request), now_s=time.monotonic()
+    )
+    return Patience(
+        first_s=_after_ms(first) / 1000.0,
+        token_s=_after_ms(token) / 1000.0,
+        is_cold=first is None or not first[1],
+    )
+
+
+def pause_limit_s(known: Knowledge, request: Request, decision: RouteDecision) -> float | None:
+    """How long a cloud may be silent in the middle of an answer before it counts as stalled.
+
+    Its pauses are those of a server that has others to serve and of a link, so the margin beyond
+    them is always the largest: another route costs the work so far.
+
+    Returns:
+        `None` when no other route could go on.
+    """
+    if decision.fallback is None:
+        return None
+    predictor = known.predictor_of(decision, "cloud")
+    _, pause = predictor.silences(
+        "cloud", request.model, known.size(request), now_s=time.monotonic()
+    )
+    if pause is None or not pause[1]:
+        return _after_ms(pause) / 1000.0
+    return (pause[0][4] + STALL_MOST_MS) / 1000.0
+
+
+def _after_ms(silence: tuple[Quantiles, bool] | None) -> float:
+    if silence is None:
+        return COLD_STALL_MS
+    return suspicious_after_ms(silence[0], is_measured=silence[1])
