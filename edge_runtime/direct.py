@@ -32,7 +32,7 @@ class DirectCall:
         loaded: Runs the batches.
         gate: Of its slots.
         watch: Looks for calls that take too long.
-        on_stall: Told of a stall.
+        on_stall: Told of a stall, and what ends the calls.
     """
 
     __slots__ = ("_cancel", "_engine", "_gate", "_loaded", "_polled", "_stall", "_tell", "_watch")
@@ -43,7 +43,7 @@ class DirectCall:
         loaded: LoadedModel,
         gate: SlotGate,
         watch: StallWatch,
-        on_stall: Callable[[Stall], None],
+        on_stall: Callable[[Stall, CancelToken], None],
     ) -> None:
         self._loaded = loaded
         self._engine = loaded.tensor_engine
@@ -51,14 +51,14 @@ class DirectCall:
         self._watch = watch
         self._tell = on_stall
         self._stall: Stall | None = None
-        # One for all calls: they are ended together, and made anew after that.
+        # One for all calls: they are ended together, and this makes no more of them.
         self._cancel = CancelToken()
         self._polled = Polled(model, gate, self._stalled)
         watch.poll(self._polled)
 
     def is_of(self, loaded: LoadedModel) -> bool:
-        """Whether it calls that session."""
-        return self._loaded is loaded
+        """Whether it calls that session, which has not stalled."""
+        return self._loaded is loaded and self._stall is None
 
     def infer(
         self,
@@ -77,7 +77,7 @@ class DirectCall:
             EngineError: The engine failed, or stalled.
             InvalidInput: A tensor does not fit.
         """
-        slot = self._gate.try_acquire(expected_s)
+        slot = None if self._stall is not None else self._gate.try_acquire(expected_s)
         if slot is None:
             return None
         try:
@@ -109,7 +109,7 @@ class DirectCall:
             EngineError: The engine failed, or stalled.
             InvalidInput: An item does not fit.
         """
-        slot = self._gate.try_acquire(expected_s)
+        slot = None if self._stall is not None else self._gate.try_acquire(expected_s)
         if slot is None:
             return None
         try:
@@ -132,9 +132,7 @@ class DirectCall:
 
     def _stalled(self, slot: Slot, stall: Stall) -> None:
         self._stall = stall
-        cancel, self._cancel = self._cancel, CancelToken()
-        cancel.cancel()
-        self._tell(stall)
+        self._tell(stall, self._cancel)
 
     def _why(self) -> Exception:
         """Only a stall cancels."""

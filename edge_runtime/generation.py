@@ -26,7 +26,7 @@ class Watching:
         patience: How long it may be silent.
         hands: Make the calls.
         watch: Keeps their time.
-        on_stall: Told of a stall, after the caller was.
+        on_stall: Told of a stall, before the caller is; ends the work.
     """
 
     def __init__(
@@ -53,9 +53,7 @@ class Watching:
         work = self._hands.do(advance)
 
         def stalled(stall: Stall) -> None:
-            if work.give_up(stall.error()):
-                cancel.cancel()
-                self._on_stall(stall)
+            work.give_up(stall.error(), lambda: self._on_stall(stall))
 
         followed = Followed(
             self._model, "prompt" if is_first else "token",

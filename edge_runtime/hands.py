@@ -55,9 +55,19 @@ class Work:
             raise self._error
         return self._result
 
-    def give_up(self, error: NearfarError) -> bool:
-        """Have whoever waits go on with an error; `False` when the call was quicker."""
-        return self._tell(None, error)
+    def give_up(self, error: NearfarError, before: Callable[[], None]) -> None:
+        """Have whoever waits go on with an error, unless the call was quicker.
+
+        Args:
+            error: What is wrong.
+            before: Done before that: who goes on finds the call told to end, and others warned.
+        """
+        if self._told.acquire(blocking=False):
+            try:
+                before()
+            finally:
+                self._error = error
+                self._done.release()
 
     def perform(self) -> None:
         """Make the call, in this thread."""
@@ -70,14 +80,9 @@ class Work:
             error = exc
         self.has_returned = True
         del self._run  # and with it the inputs
-        self._tell(result, error)
-
-    def _tell(self, result: Any, error: BaseException | None) -> bool:
-        if not self._told.acquire(blocking=False):
-            return False  # somebody was first
-        self._result, self._error = result, error
-        self._done.release()
-        return True
+        if self._told.acquire(blocking=False):  # else it was given up
+            self._result, self._error = result, error
+            self._done.release()
 
 
 class Hands:

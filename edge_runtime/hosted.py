@@ -44,9 +44,7 @@ class Hosted:
         direct: Calls of a session without what leads to it; made when it is wanted.
     """
 
-    def __init__(
-        self, bundle: Bundle, variant: Variant, make_gate: Callable[[], SlotGate]
-    ) -> None:
+    def __init__(self, bundle: Bundle, variant: Variant, make_gate: Callable[[], SlotGate]) -> None:
         self.bundle = bundle
         self.described = EdgeModel(bundle.manifest, variant)
         self.load_lock = threading.Lock()

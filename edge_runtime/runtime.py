@@ -19,7 +19,7 @@ from edge_runtime.hands import Hands
 from edge_runtime.hosted import EdgeModel, Hosted
 from edge_runtime.stalls import Followed, Stall, StallWatch
 from nearfar.bundle import BundleStore
-from nearfar.bundle.manifest import Manifest, Variant
+from nearfar.bundle.manifest import Manifest
 from nearfar.engines.base import CancelToken, SessionOptions, TokenWatch
 from nearfar.engines.devices import Device, probe
 from nearfar.engines.model import LoadedModel
@@ -142,7 +142,8 @@ class EdgeRuntime:
             patience: How long the engine may be silent; `None` does not watch it.
 
         Raises:
-            ModelNotFound, BundleError, EngineError: See `describe`; or the engine failed or stalled.
+            ModelNotFound, BundleError, EngineError: See `describe`; or the engine failed, or
+                stalled.
             InvalidInput: A tensor or item does not fit.
             Overloaded: Too many wait already.
             DeadlineExceeded: The deadline passed before it began; with `patience`, at any time.
@@ -158,9 +159,7 @@ class EdgeRuntime:
         work = self._hands.do(lambda: _compute(slot, loaded, feeds, form, items, token))
 
         def stalled(stall: Stall) -> None:
-            if work.give_up(stall.error()):
-                token.cancel()
-                self._stalled(hosted, stall)
+            work.give_up(stall.error(), lambda: self._stalled(hosted, stall, token))
 
         followed = Followed(
             model, "batch", patience.first_s, is_cold=patience.is_cold,
@@ -189,7 +188,11 @@ class EdgeRuntime:
         known = hosted.direct
         if known is None or not known.is_of(loaded):  # one for each session: it has one brake
             known = hosted.direct = DirectCall(
-                model, loaded, hosted.gate, self._watch, lambda stall: self._stalled(hosted, stall)
+                model,
+                loaded,
+                hosted.gate,
+                self._watch,
+                lambda stall, cancel: self._stalled(hosted, stall, cancel),
             )
         return known
 
@@ -239,7 +242,7 @@ class EdgeRuntime:
         if patience is not None:
             watched = Watching(
                 model, patience, self._hands, self._watch,
-                lambda stall: self._stalled(hosted, stall),
+                lambda stall: self._stalled(hosted, stall, cancel),
             )  # fmt: skip
         generation = EdgeGeneration(
             chunks,
@@ -349,12 +352,13 @@ class EdgeRuntime:
             lambda: SlotGate(self._slots, self._max_waiting, name=manifest.name),
         )
 
-    def _stalled(self, hosted: Hosted, stall: Stall) -> None:
-        """A call was told to end, and its caller that it stalled; here the others are told."""
+    def _stalled(self, hosted: Hosted, stall: Stall, cancel: CancelToken) -> None:
+        """A call has stalled: it is told to end, and everybody but its caller of it."""
         logger.warning("%s (threads: %s)", stall.error().problem, stall.life)
         hosted.hang(stall)
         if self._on_stall is not None:
             self._on_stall(stall)
+        cancel.cancel()
 
     def _load(self, hosted: Hosted, deadline: Deadline) -> LoadedModel:
         timeout_s = deadline.timeout_s()

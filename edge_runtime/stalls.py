@@ -237,9 +237,7 @@ class Polled:
         on_stall: Told which of them has stalled.
     """
 
-    def __init__(
-        self, model: str, gate: SlotGate, on_stall: Callable[[Slot, Stall], None]
-    ) -> None:
+    def __init__(self, model: str, gate: SlotGate, on_stall: Callable[[Slot, Stall], None]) -> None:
         self._model = model
         self._gate = gate
         self._on_stall = on_stall

@@ -58,7 +58,7 @@ class Silence:
         counted_s: Silence at the last look, without the time in which nobody got to run.
     """
 
-    __slots__ = ("_bound_s", "_began_s", "_is_cold", "_limit_s", "counted_s", "due_s")
+    __slots__ = ("_began_s", "_bound_s", "_is_cold", "_limit_s", "counted_s", "due_s")
 
     def __init__(self, limit_s: float, *, is_cold: bool, began_s: float) -> None:
         self._limit_s = limit_s

@@ -23,12 +23,14 @@ from nearfar.errors import (
     StreamInterrupted,
 )
 from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
+from nearfar.units import format_ms
 from sdk.core import Core, route_of
 from sdk.repair import repair
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
 from sdk.routing import Attempt, Observation, Outcome, RouteDecision
 from sdk.routing.hedging import HedgePlan, loses_quality, plan, stalls_after_ms
+from sdk.routing.types import exclusion
 
 if TYPE_CHECKING:
     from nearfar.engines.base import TokenWatch
@@ -178,7 +180,6 @@ class AnswerState:
 
         Raises:
             DeadlineExceeded: The deadline has passed, and nothing came.
-            CloudUnavailable: It is a stall, and nothing else was started.
         """
         if self._request.deadline.remaining_s() == 0.0:
             self.expire()
@@ -189,12 +190,19 @@ class AnswerState:
         if planned is None:
             endpoint = self._core.known.endpoint_of(self.attempt.decision)
             endpoint.silent(self._request.model, time.monotonic())
-            if self._beside is None and not loses_quality(self.attempt.decision):
-                raise CloudUnavailable(
-                    f"The cloud has been silent for {at_s * 1000.0:.0f} ms, longer than any answer "
-                    "is expected to take to begin"
-                )
-            return None
+            decision = self.attempt.decision
+            if self._beside is not None or loses_quality(decision):
+                return None
+            again = self._core.decide(self._request)
+            if exclusion("edge", again.inputs) or not decision.verdict.allows("edge"):
+                return None
+            silent = format_ms(at_s * 1000.0)
+            self._why_beside = (
+                f"the edge was started as well: the cloud was silent for {silent}: it stalled"
+            )
+            return again
+        if self._beside is not None:
+            return None  # since it stalled
         again = self._core.decide(self._request)
         why = self._core.hedging.start(planned, self.attempt.decision, again)
         if isinstance(why, HedgePlan):  # not yet

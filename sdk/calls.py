@@ -197,7 +197,7 @@ class Calls:
         caches = config.caches if cache is None else cache
         self._sharing = assembly.sharing_of(caches, self._core) if caches else None
         is_traced = config.telemetry if telemetry is None else telemetry
-        self._telemetry = assembly.telemetry_of() if is_traced else None
+        self._telemetry = assembly.telemetry_of(self._edge) if is_traced else None
         if config.routing.record is not None:
             self._recorder = assembly.recorder_of(config.routing.record, known, self._core)
 

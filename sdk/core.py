@@ -259,8 +259,7 @@ class Core:
         from sdk.racing import Race
 
         def make_other(again: RouteDecision) -> RunHere | RunThere | None:
-            assert planned is not None
-            if planned.other == "edge":
+            if decision.fallback == "edge":
                 return self._here(request, again)
             boarded = self.board_beside(request, again)
             if boarded is None:

@@ -55,8 +55,8 @@ class EdgeRoute:
         self._sensor: SpeedSensor | None = None
         #: Of the models whose engine stalled at some time.
         self.breakers: dict[str, CircuitBreaker] = {}
-        #: Told of each stall; `None` when nobody asked for it.
-        self.record: Callable[[Stall], None] | None = None
+        #: Told of each stall, in a thread of the runtime.
+        self.on_stall: list[Callable[[Stall], None]] = []
         #: Root of the file system that says how fast the device may run.
         self.root = Path("/")
 
@@ -122,9 +122,7 @@ class EdgeRoute:
                 fix="pip install 'nearfar[edge]', or use the cloud only (edge=False)",
             ) from exc
         store = BundleStore(self.store, trusted_keys=self._trusted_keys)
-        return EdgeRuntime(
-            store, options=self._options or SessionOptions(), on_stall=self.stalled
-        )
+        return EdgeRuntime(store, options=self._options or SessionOptions(), on_stall=self.stalled)
 
     # -- engines that stalled --------------------------------------------------------------------
 
@@ -136,8 +134,8 @@ class EdgeRoute:
 
             breaker = self.breakers[stall.model] = CircuitBreaker(failure_threshold=1)
         breaker.record_failure(time.monotonic())
-        if self.record is not None:
-            self.record(stall)
+        for tell in self.on_stall:
+            tell(stall)
 
     def obstacle(self, model: str, now_s: float) -> str:
         """Why a model is not asked just now, in words; ``""`` when it may be."""

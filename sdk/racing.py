@@ -24,6 +24,7 @@ from nearfar.units import format_ms
 from sdk.results import RouteName
 from sdk.routing import RouteDecision, Ticket
 from sdk.routing.hedging import HedgePlan, loses_quality, stalls_after_ms
+from sdk.routing.types import exclusion
 from sdk.steps import Answer, RunHere, RunThere, run_here
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class Race:
     def wake(self) -> Run | None:
         """The first route is late: the step to start beside it, if one is to be started.
 
-        Raises:
-            CloudUnavailable: It has stalled, and nothing else was started.
+        Beside a route that has stalled the other one is started whatever the budget of hedges says:
+        that is no second request for speed, but most likely the one that is answered.
         """
         at_s, is_stall = self._moments.pop(0)
         known = self._core.known
@@ -122,25 +123,32 @@ class Race:
             self.is_silent = True
             known.endpoint_of(self._decision).silent(self._request.model, time.monotonic())
             logger.info("the cloud is silent after %.0f ms", at_s * 1000.0)
-            if self.other_ticket is None and not loses_quality(self._decision):
-                raise CloudUnavailable(
-                    f"The cloud has been silent for {at_s * 1000.0:.0f} ms, longer than any answer "
-                    "is expected to take"
-                )
-            return None
+            if self.other_ticket is not None or loses_quality(self._decision):
+                return None
+            stalled = f"the cloud was silent for {format_ms(at_s * 1000.0)}: it stalled"
+            again = self._core.decide(self._request)
+            if exclusion("edge", again.inputs) or not self._decision.verdict.allows("edge"):
+                return None
+            return self._start("edge", again, stalled)
         assert self._planned is not None
+        if self.other_ticket is not None:
+            return None  # since it stalled
         again = self._core.decide(self._request)
         why = self._core.hedging.start(self._planned, self._decision, again)
         if isinstance(why, HedgePlan):  # not yet
             self._planned = why
             insort(self._moments, (why.after_ms / 1000.0, False))
             return None
-        step = None if why is None else self._make_other(again)
+        return None if why is None else self._start(self._planned.other, again, why)
+
+    def _start(self, route: RouteName, again: RouteDecision, why: str) -> Run | None:
+        """The other route's step, if it can be taken now."""
+        known = self._core.known
+        step = self._make_other(again)
         if step is None:
             return None
         if isinstance(step, RunThere):
             step = msgspec.structs.replace(step, trace=self._trace)
-        route = self._planned.other
         self.hedge = f"the {route} was started as well: {why}"
         now_s = time.monotonic()
         self.again = again

@@ -98,7 +98,9 @@ def render(view: View, device: DeviceCondition) -> RenderableType:
         (breaker, _STYLE.get(view.breaker, "")),
         f"{failures}   round trip {rtt}   ",
         "bandwidth —" if bandwidth is None else f"bandwidth {bandwidth:.3g} Mbit/s",
-        f"\ndevice: {describe(device)}\n",
+        f"\ndevice: {describe(device)}",
+        (f"   stalls {view.stalls}" if view.stalls else "", "bold red"),
+        "\n",
     )
     last = Text("\n")
     for at_s, model, reason in view.last:

@@ -230,12 +230,12 @@ def test_a_stalled_cloud_opens_the_breaker_and_the_device_is_asked(cloud, tmp_pa
             while stalled.state(time.monotonic()) is BreakerState.CLOSED:
                 assert time.monotonic() < ends_s, "the stall was not noticed"
                 time.sleep(0.005)
-            assert not any(future.done() for future in waiting)
             result = client.infer("tensor", X, mode="prefer_cloud", deadline_ms=2500)
             assert result.route.name == "edge"
             assert "cannot be reached" in result.reason
-            for future in waiting:
-                assert isinstance(future.exception(), DeadlineExceeded)
+            for future in waiting:  # not for speed, so no budget of hedges stands in the way
+                assert future.result().route.name == "edge"
+                assert "it stalled" in future.result().route.hedge
 
 
 def test_an_answer_without_outputs_is_no_success(both, cloud):
