@@ -180,6 +180,7 @@ class AnswerState:
 
         Raises:
             DeadlineExceeded: The deadline has passed, and nothing came.
+            CloudUnavailable: It has stalled, and the configuration wants no two at once.
         """
         if self._request.deadline.remaining_s() == 0.0:
             self.expire()
@@ -197,6 +198,8 @@ class AnswerState:
             if exclusion("edge", again.inputs) or not decision.verdict.allows("edge"):
                 return None
             silent = format_ms(at_s * 1000.0)
+            if self._core.hedging.share <= 0.0:  # never two at once: one after the other
+                raise CloudUnavailable(f"The cloud was silent for {silent}: it stalled")
             self._why_beside = (
                 f"the edge was started as well: the cloud was silent for {silent}: it stalled"
             )

@@ -116,6 +116,9 @@ class Race:
 
         Beside a route that has stalled the other one is started whatever the budget of hedges says:
         that is no second request for speed, but most likely the one that is answered.
+
+        Raises:
+            CloudUnavailable: It has stalled, and the configuration wants no two requests at once.
         """
         at_s, is_stall = self._moments.pop(0)
         known = self._core.known
@@ -129,6 +132,8 @@ class Race:
             again = self._core.decide(self._request)
             if exclusion("edge", again.inputs) or not self._decision.verdict.allows("edge"):
                 return None
+            if self._core.hedging.share <= 0.0:  # never two at once: one after the other
+                raise CloudUnavailable(stalled[:1].upper() + stalled[1:])
             return self._start("edge", again, stalled)
         assert self._planned is not None
         if self.other_ticket is not None:

@@ -10,10 +10,15 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
-from edge_runtime import EdgeRuntime, hosted
+from edge_runtime import EdgeGeneration, EdgeRuntime, hosted
+from edge_runtime.generation import Watching
+from edge_runtime.hands import Hands
+from edge_runtime.stalls import StallWatch
 from nearfar.bundle import BundleStore
 from nearfar.engines.base import CancelToken
-from nearfar.errors import DeadlineExceeded, EngineError
+from nearfar.engines.slots import SlotGate
+from nearfar.errors import Cancelled, DeadlineExceeded, EngineError
+from nearfar.generation import GenerationChunk
 from nearfar.patience import Patience
 from nearfar.units import Deadline
 from tests.support.tiny import write_tiny_tensor_bundle
@@ -58,8 +63,8 @@ def runtime(tmp_path, told):
         yield runtime
 
 
-def wedge(runtime, **options) -> Wedge:
-    loaded = runtime._hosted["tiny", None].loaded
+def wedge(runtime, model="tiny", **options) -> Wedge:
+    loaded = runtime._hosted[model, None].loaded
     loaded._tensors = loaded.engine = Wedge(loaded.engine, **options)
     return loaded.engine
 
@@ -183,14 +188,20 @@ def test_closing_ends_its_wait_when_what_runs_turns_out_to_hang(tmp_path, monkey
     runtime.warm_up("tiny")
     monkeypatch.setattr("edge_runtime.runtime._CLOSE_TIMEOUT_S", 1e6)
     engine = wedge(runtime)
-    caller = threading.Thread(
-        target=lambda: pytest.raises(EngineError, runtime.infer, "tiny", X, patience=SHORT)
-    )
+    errors = []
+
+    def call():
+        try:
+            runtime.infer("tiny", X, patience=SHORT)
+        except EngineError as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
     caller.start()
     assert engine.inside.wait(PATIENCE_S)
     runtime.close()
     caller.join(PATIENCE_S)
-    assert not caller.is_alive()
+    assert len(errors) == 1
     engine.go_on.set()
 
 
@@ -214,11 +225,61 @@ def test_direct_calls_that_answer_are_never_disturbed(runtime, told):
     assert told == []
 
 
-def test_a_real_run_is_ended_in_its_middle(runtime, told):
-    rows = {"x": np.zeros((6_000_000, 4), np.float32)}
+class Stuck:
+    """Chunks that stop coming; ends when it is told to, unless it is deaf."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.go_on = threading.Event()
+        self.ended = threading.Event()
+
+    def chunks(self):
+        try:
+            for index in range(8):
+                if index == self.after:
+                    self.go_on.wait(PATIENCE_S)
+                yield GenerationChunk(index=index, text=f"t{index} ")
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize(("after", "phase"), [(0, "prompt"), (3, "token")])
+def test_an_answer_that_hangs_is_given_up_where_it_is_and_ends_later(after, phase):
+    stuck, told, gate = Stuck(after), [], SlotGate(1, 4)
+    hands, watch, cancel = Hands(), StallWatch(), CancelToken()
+    generation = EdgeGeneration(
+        stuck.chunks(), slot=gate.acquire(), deadline=Deadline(), cancel=cancel, variant="v",
+        execution_provider="CPUExecutionProvider",
+        watching=Watching("tiny", SHORT, hands, watch, told.append),
+    )  # fmt: skip
+    texts = []
+    with pytest.raises(EngineError, match="has been silent"):
+        texts.extend(chunk.text for chunk in generation)
+    assert texts == [f"t{index} " for index in range(after)]
+    assert [stall.phase for stall in told] == [phase]
+    assert cancel.is_cancelled
+    with pytest.raises(Cancelled):
+        next(generation)
+    generation.close()
+    assert gate.running()  # it is still inside
+    stuck.go_on.set()
+    assert stuck.ended.wait(PATIENCE_S)
+    ends_s = time.monotonic() + PATIENCE_S
+    while gate.running():
+        assert time.monotonic() < ends_s, "the slot was not given back"
+        time.sleep(0.005)
+    watch.close()
+    hands.close()
+
+
+def test_a_real_run_that_is_watched_answers_and_can_be_ended_by_the_library(runtime, told):
     cancel = CancelToken()
-    started_s = time.monotonic()
-    runtime.infer("tiny", rows, patience=Patience(first_s=30.0, token_s=1.0), cancel=cancel)
-    assert cancel.handle is not None  # the library was told by what
-    assert time.monotonic() > started_s
+    patience = Patience(first_s=30.0, token_s=1.0)
+    result = runtime.infer("tiny", X, patience=patience, cancel=cancel)
+    assert result.outputs["y"].shape == (1, 3)
+    assert cancel.handle is not None
+    assert not cancel.handle.terminate
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        runtime.infer("tiny", X, patience=patience, cancel=cancel)
     assert told == []
