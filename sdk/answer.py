@@ -200,6 +200,7 @@ class AnswerState:
             silent = format_ms(at_s * 1000.0)
             if self._core.hedging.share <= 0.0:  # never two at once: one after the other
                 raise CloudUnavailable(f"The cloud was silent for {silent}: it stalled")
+            self._core.hedging.stalled()
             self._why_beside = (
                 f"the edge was started as well: the cloud was silent for {silent}: it stalled"
             )

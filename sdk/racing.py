@@ -134,6 +134,7 @@ class Race:
                 return None
             if self._core.hedging.share <= 0.0:  # never two at once: one after the other
                 raise CloudUnavailable(stalled[:1].upper() + stalled[1:])
+            self._core.hedging.stalled()
             return self._start("edge", again, stalled)
         assert self._planned is not None
         if self.other_ticket is not None:

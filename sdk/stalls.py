@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nearfar.patience import Patience
-from sdk.routing.hedging import STALL_MOST_MS, suspicious_after_ms
+from sdk.routing.hedging import suspicious_after_ms
 
 if TYPE_CHECKING:
     from sdk.knowledge import Knowledge
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: Least silence that is suspicious before anything like it was measured here; with the time that
 #: looking takes on a busy machine it stays below 1.5 s.
 COLD_MS = 1300.0
+#: How far beyond its usual pauses a cloud's silence is suspicious.
+PAUSE_MARGIN_MS = 400.0
 
 
 def patience(known: Knowledge, request: Request) -> Patience:
@@ -39,7 +41,7 @@ def pause_limit_s(known: Knowledge, request: Request, decision: RouteDecision) -
     """How long a cloud may be silent in the middle of an answer before it counts as stalled.
 
     Its pauses are those of a server that has others to serve and of a link, so the margin beyond
-    them is always the largest: another route costs the work so far.
+    them is always a large one: another route costs the work so far.
 
     Returns:
         `None` when no other route could go on.
@@ -52,7 +54,7 @@ def pause_limit_s(known: Knowledge, request: Request, decision: RouteDecision) -
     )
     if pause is None or not pause[1]:
         return _after_ms(pause) / 1000.0
-    return (pause[0][4] + STALL_MOST_MS) / 1000.0
+    return (pause[0][4] + PAUSE_MARGIN_MS) / 1000.0
 
 
 def _after_ms(silence: tuple[Quantiles, bool] | None) -> float:

@@ -29,7 +29,7 @@ from nearfar.engines.model import LoadedModel
 from nearfar.errors import NearfarError
 from nearfar.generation import GenerationChunk
 from sdk import Client
-from sdk.stalls import pause_limit_s
+from sdk.stalls import PAUSE_MARGIN_MS, pause_limit_s
 
 #: Where it hangs.
 PHASES = ("batch", "prompt", "answer")
@@ -235,16 +235,14 @@ def _silence_once(
         if warmth == "cold" or known is None or limit_s is None:
             usual_ms.append(0.0)
         else:  # the largest margin is part of the limit between tokens
-            usual_ms.append(known[4] if phase == "prompt" else limit_s * 1000.0 - 500.0)
+            usual_ms.append(known[4] if phase == "prompt" else limit_s * 1000.0 - PAUSE_MARGIN_MS)
 
     core.record = note
     started = core.hedging.started
     if phase == "prompt":
         cloud.process.freeze()
-    stream = client.generate(model, _PROMPT, max_new_tokens=_TOKENS, mode="prefer_cloud")
-    chunks = []
+    stream, chunks = _begin(client, model, phase)
     if phase == "answer":
-        chunks = [next(stream) for _ in range(_CUT_AFTER)]
         cloud.process.freeze()
     began_s = time.monotonic()
     noticed_s: list[float] = []
@@ -274,9 +272,21 @@ def _silence_once(
         watcher.join(_PATIENCE_S)
         core.record = None
     found.answered[f"cloud, {phase}: {path}"] += 1
-    found.wrong += not _is_whole(chunks, has_handover=phase == "answer")
+    found.wrong += not _is_whole(chunks, has_handover=len({one.route for one in chunks}) > 1)
     noticed_ms = (noticed_s[0] - came_s) * 1000.0 if noticed_s else float("inf")
     found.add("cloud", phase, warmth, noticed_ms - usual_ms[0])
+
+
+def _begin(client: Client, model: str, phase: str) -> tuple[Any, list[Any]]:
+    """An answer that the cloud gives, and its first chunks; a late one may be outrun, and is left."""
+    while True:
+        stream = client.generate(model, _PROMPT, max_new_tokens=_TOKENS, mode="prefer_cloud")
+        if phase == "prompt":
+            return stream, []
+        chunks = [next(stream) for _ in range(_CUT_AFTER)]
+        if all(chunk.route == "cloud" for chunk in chunks):
+            return stream, chunks
+        stream.close()
 
 
 def be_busy(models: Path, model: str, found: Wedges, step: Callable[[], None]) -> None:

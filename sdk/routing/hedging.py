@@ -284,6 +284,11 @@ class Hedging:
         """A route refused a request because it has too many."""
         self._overloaded_at_s = now_s
 
+    def stalled(self) -> None:
+        """The other route is started because the first has stalled, whatever is left for that."""
+        self._tokens = max(0.0, self._tokens - 1.0)
+        self.started += 1
+
     def start(
         self, planned: HedgePlan, began: RouteDecision, again: RouteDecision
     ) -> str | HedgePlan | None:

@@ -72,7 +72,8 @@ def test_a_silent_cloud_is_outrun_by_the_device_and_told_to_stop(both, cloud):
     assert result.timings.total_ms < 10_000
     assert result.route.name == "edge"
     assert result.route.before == ()
-    assert "the edge was started as well: the cloud had not answered after" in result.route.hedge
+    # Late, or so late already that it counts as stalled: that hangs on how fast this machine is.
+    assert "the edge was started as well: the cloud" in result.route.hedge
     assert "the edge answered first" in result.route.hedge
     assert result.variant == TENSOR.variants[0].id
     assert result.bytes_sent > 0  # what the cloud was sent has left the device
@@ -338,7 +339,7 @@ def test_an_answer_that_has_begun_is_not_hedged(both, cloud, monkeypatch):
     learn_story(both)
     planned = HedgePlan(first="cloud", other="edge", after_ms=900.0, why="a test says so")
     monkeypatch.setattr("sdk.answer.plan", lambda decision: planned)
-    monkeypatch.setattr("sdk.stalls.STALL_MOST_MS", 60_000.0)  # nor taken for stalled
+    monkeypatch.setattr("sdk.stalls.PAUSE_MARGIN_MS", 60_000.0)  # nor taken for stalled
     before = len(both.device.calls)
 
     def slow(session, message, tensors):
