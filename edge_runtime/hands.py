@@ -7,6 +7,7 @@ process. Threads are used again; a call costs a wake-up of one and of the caller
 
 from __future__ import annotations
 
+import os
 import threading
 from _thread import TIMEOUT_MAX, allocate_lock
 from collections.abc import Callable
@@ -91,10 +92,13 @@ class Hands:
     def __init__(self) -> None:
         self.idle: list[_Hand] = []
         self.is_closed = False
+        self._process = os.getpid()
 
     def do(self, run: Callable[[], Any]) -> Work:
         """Have a call made in a thread of its own."""
         work = Work(run)
+        if self._process != os.getpid():  # a fork has no threads
+            self.idle, self._process = [], os.getpid()
         try:
             hand = self.idle.pop()
         except IndexError:

@@ -477,7 +477,7 @@ class Core:
             cancel=cancel,
             expected_s=_expected_s(decision),
             watch=watch,
-            patience=patience(self.known, request),
+            patience=patience(self.known, request, so_far=prompt.answer_so_far),
         )
 
     def warm_up_edge(self, model: str) -> bool:

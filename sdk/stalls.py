@@ -9,7 +9,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from nearfar.generation import Prompt
 from nearfar.patience import Patience
+from sdk.requests import prompt_size
 from sdk.routing.hedging import suspicious_after_ms
 
 if TYPE_CHECKING:
@@ -25,11 +29,20 @@ COLD_MS = 1300.0
 PAUSE_MARGIN_MS = 400.0
 
 
-def patience(known: Knowledge, request: Request) -> Patience:
-    """How long the device's engine may be silent over a request."""
-    first, token = known.predictor.silences(
-        "edge", request.model, known.size(request), now_s=time.monotonic()
-    )
+def patience(known: Knowledge, request: Request, *, so_far: str = "") -> Patience:
+    """How long the device's engine may be silent over a request.
+
+    Args:
+        known: What its answers took.
+        request: What is asked for.
+        so_far: Text of an answer that it goes on with, and reads like the prompt.
+    """
+    size = known.size(request)
+    if so_far:
+        more = prompt_size(Prompt(text=so_far), request.options)
+        tokens = size.input_tokens + more.input_tokens
+        size = msgspec.structs.replace(size, input_tokens=tokens)
+    first, token = known.predictor.silences("edge", request.model, size, now_s=time.monotonic())
     return Patience(
         first_s=_after_ms(first) / 1000.0,
         token_s=_after_ms(token) / 1000.0,

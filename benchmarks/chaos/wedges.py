@@ -278,7 +278,7 @@ def _silence_once(
 
 
 def _begin(client: Client, model: str, phase: str) -> tuple[Any, list[Any]]:
-    """An answer that the cloud gives, and its first chunks; a late one may be outrun, and is left."""
+    """An answer that the cloud gives, and its first chunks; one that was outrun is left."""
     while True:
         stream = client.generate(model, _PROMPT, max_new_tokens=_TOKENS, mode="prefer_cloud")
         if phase == "prompt":

@@ -53,7 +53,7 @@ def cloud(tmp_path):
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """What a stall is shall not hang on how fast this machine is."""
-    monkeypatch.setattr("sdk.stalls.patience", lambda known, request: SHORT)
+    monkeypatch.setattr("sdk.stalls.patience", lambda known, request, so_far="": SHORT)
 
 
 @pytest.fixture
