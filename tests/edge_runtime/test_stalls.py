@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -283,3 +285,42 @@ def test_a_real_run_that_is_watched_answers_and_can_be_ended_by_the_library(runt
     with pytest.raises(Cancelled):
         runtime.infer("tiny", X, patience=patience, cancel=cancel)
     assert told == []
+
+
+_HANGS = """
+import os, sys
+import numpy as np
+from edge_runtime import EdgeRuntime
+from nearfar.bundle import BundleStore
+from nearfar.errors import EngineError
+from nearfar.patience import Patience
+
+runtime = EdgeRuntime(BundleStore(sys.argv[1]))
+runtime.warm_up("tiny")
+loaded = runtime._hosted["tiny", None].loaded
+reading, _ = os.pipe()
+
+
+class Deaf:
+    def __getattr__(self, name):
+        return getattr(loaded.engine, name)
+
+    def infer(self, feeds, cancel=None):
+        os.read(reading, 1)  # for ever, and without Python's lock
+
+
+loaded._tensors = Deaf()
+try:
+    feeds, patience = {"x": np.ones((1, 4), np.float32)}, Patience(first_s=0.1, token_s=1)
+    runtime.infer("tiny", feeds, patience=patience)
+except EngineError as error:
+    sys.stdout.write(error.code)
+"""
+
+
+def test_a_process_ends_although_an_engine_hangs_and_nobody_closed_anything(tmp_path):
+    write_tiny_tensor_bundle(tmp_path / "tiny")
+    done = subprocess.run(
+        [sys.executable, "-c", _HANGS, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "engine"), done.stderr
