@@ -424,12 +424,6 @@ class Predictor:
     ) -> tuple[tuple[Quantiles, bool] | None, tuple[Quantiles, bool] | None]:
         """How long a route is silent while it computes: without queue, loading and network.
 
-        Args:
-            route: Where it runs.
-            model: Name of the model.
-            size: Size of the request; text generation is recognised by `max_new_tokens` > 0.
-            now_s: Monotonic time.
-
         Returns:
             Quantiles (ms) of a batch or of a prompt, and of the longest wait for a further token;
             each with whether it rests on answers like this one. `None` where nothing is known.
