@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 #: Least silence that is suspicious before anything like it was measured here; with the time that
 #: looking takes on a busy machine it stays below 1.5 s.
 COLD_MS = 1300.0
-#: How far beyond its usual pauses a cloud's silence is suspicious.
+#: How far beyond its usual pauses a cloud's silence is suspicious, and beyond p99 a device's at
+#: most: with the time that looking takes, less than half a second.
 PAUSE_MARGIN_MS = 400.0
 
 
@@ -75,4 +76,5 @@ def _after_ms(silence: tuple[Quantiles, bool] | None) -> float:
         return COLD_MS
     quantiles, is_measured = silence
     after_ms = suspicious_after_ms(quantiles, is_measured=True)
+    after_ms = min(after_ms, quantiles[4] + PAUSE_MARGIN_MS)
     return after_ms if is_measured else max(after_ms, COLD_MS)

@@ -242,7 +242,9 @@ def _silence_once(
     if phase == "prompt":
         cloud.process.freeze()
     stream, chunks = _begin(client, model, phase)
-    if phase == "answer":
+    failures = 0
+    if phase == "answer":  # what came before, a hedge of the first token say, is not meant
+        started, failures = core.hedging.started, breaker.failures
         cloud.process.freeze()
     began_s = time.monotonic()
     noticed_s: list[float] = []
@@ -250,7 +252,7 @@ def _silence_once(
 
     def look() -> None:
         while not done.is_set():
-            if breaker.failures or core.hedging.started > started:
+            if breaker.failures > failures or core.hedging.started > started:
                 noticed_s.append(time.monotonic())
                 return
             time.sleep(0.001)
