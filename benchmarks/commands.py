@@ -239,8 +239,8 @@ def chaos(
         typer.Option(help="Folder of bundles, such as `nearfar quickstart` makes."),
     ] = Path(".nearfar/models"),
     parts: Annotated[
-        str, typer.Option(help="Of simulated, real and slots; separated by commas.")
-    ] = "simulated,real,slots",
+        str, typer.Option(help="Of simulated, real, slots and wedges; with commas.")
+    ] = "simulated,real,slots,wedges",
     simulated: Annotated[
         int, typer.Option(min=1, max=10_000_000, help="Requests in the simulation, at least.")
     ] = 10_000,
@@ -249,7 +249,7 @@ def chaos(
         float, typer.Option(min=0.1, max=1000.0, help="Real requests in a second.")
     ] = 5.0,
     rounds: Annotated[
-        int, typer.Option(min=1, max=1000, help="Cancellations of each kind, frozen servers.")
+        int, typer.Option(min=1, max=1000, help="Of each cancellation, frozen server and hang.")
     ] = 8,
     seed: Annotated[int, typer.Option(help="Of requests and faults.")] = 0,
     json_file: JsonFile = None,
@@ -259,7 +259,8 @@ def chaos(
 
     Simulated requests with the client's own router and a virtual clock; real ones against a cloud
     runtime that is killed and started again, frozen and cut off; how soon a cancelled answer gives
-    its slot back, and how soon a frozen server is noticed. Takes some five minutes.
+    its slot back, and how soon a frozen server and an engine that hangs are noticed. Takes some
+    eight minutes.
     """
     from benchmarks import harness
     from benchmarks.chaos.bench import PARTS, Settings, measure

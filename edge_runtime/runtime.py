@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from edge_runtime.generation import EdgeGeneration
+from edge_runtime.direct import DirectCall
+from edge_runtime.generation import EdgeGeneration, Watching
+from edge_runtime.hands import Hands
+from edge_runtime.hosted import EdgeModel, Hosted
+from edge_runtime.stalls import Followed, Stall, StallWatch
 from nearfar.bundle import BundleStore
-from nearfar.bundle.manifest import Manifest, Variant
+from nearfar.bundle.manifest import Manifest
 from nearfar.engines.base import CancelToken, SessionOptions, TokenWatch
 from nearfar.engines.devices import Device, probe
-from nearfar.engines.model import LoadedModel, RawForm
+from nearfar.engines.model import LoadedModel
 from nearfar.engines.selection import candidates
 from nearfar.engines.slots import Slot, SlotGate, SlotState
 from nearfar.errors import EngineError, InvalidInput
 from nearfar.generation import GenerationOptions, Prompt
+from nearfar.patience import Patience
 from nearfar.units import Deadline
 from nearfar.waiting import within
 
@@ -29,22 +35,12 @@ if TYPE_CHECKING:
     from nearfar.bundle import Bundle
     from nearfar.wire.messages import InputForm
 
+logger = logging.getLogger(__name__)
+
 #: How long `close` waits for the calls that run. A token takes well below a second.
 _CLOSE_TIMEOUT_S = 10.0
 
 _NO_DEADLINE = Deadline()
-
-
-class EdgeModel(msgspec.Struct, frozen=True):
-    """What would answer on this device.
-
-    Attributes:
-        manifest: The model's manifest.
-        variant: The variant this device would run.
-    """
-
-    manifest: Manifest
-    variant: Variant
 
 
 class EdgeResult(msgspec.Struct, frozen=True, eq=False):
@@ -65,81 +61,6 @@ class EdgeResult(msgspec.Struct, frozen=True, eq=False):
     compute_s: float
 
 
-class DirectCall:
-    """Runs batches of one loaded model that can begin at once, and no others. Thread-safe.
-
-    Made by `EdgeRuntime.direct`; good until the runtime is closed. Its methods return the outputs
-    and the seconds they took (preprocessing and engine), or `None` when the batch would have to
-    wait for a slot, or the runtime was closed.
-    """
-
-    __slots__ = ("_engine", "_gate", "_loaded")
-
-    def __init__(self, loaded: LoadedModel, gate: SlotGate) -> None:
-        self._loaded = loaded
-        self._engine = loaded.tensor_engine
-        self._gate = gate
-
-    def infer(
-        self, feeds: Mapping[str, np.ndarray], expected_s: float | None = None
-    ) -> tuple[dict[str, np.ndarray], float] | None:
-        """Run one batch of tensors now.
-
-        Args:
-            feeds: The model's inputs.
-            expected_s: As for `EdgeRuntime.infer`.
-
-        Raises:
-            EngineError: The engine failed.
-            InvalidInput: A tensor does not fit.
-        """
-        slot = self._gate.try_acquire(expected_s)
-        if slot is None:
-            return None
-        try:
-            outputs = self._engine.infer(feeds)
-        finally:
-            slot.release()
-        return outputs, slot.held_s
-
-    def infer_raw(
-        self,
-        form: RawForm,
-        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes],
-        expected_s: float | None = None,
-    ) -> tuple[dict[str, np.ndarray], float] | None:
-        """Preprocess one batch and run it now.
-
-        Args:
-            form: What the items are: ``text`` or ``bytes``.
-            items: One per row of the batch.
-            expected_s: As for `EdgeRuntime.infer`.
-
-        Raises:
-            EngineError: The engine failed.
-            InvalidInput: An item does not fit.
-        """
-        slot = self._gate.try_acquire(expected_s)
-        if slot is None:
-            return None
-        try:
-            outputs = self._loaded.infer_raw(form, items)
-        finally:
-            slot.release()
-        return outputs, slot.held_s
-
-
-class _Hosted:
-    """One model of the runtime: chosen when first asked about, loaded when first used."""
-
-    def __init__(self, bundle: Bundle, variant: Variant, gate: SlotGate) -> None:
-        self.bundle = bundle
-        self.described = EdgeModel(bundle.manifest, variant)
-        self.gate = gate
-        self.load_lock = threading.Lock()
-        self.loaded: LoadedModel | None = None
-
-
 class EdgeRuntime:
     """Models of one store, run here. Synchronous and thread-safe.
 
@@ -152,6 +73,7 @@ class EdgeRuntime:
         slots_per_model: Calls of one model that compute at once; further ones wait.
         max_waiting_per_model: Calls that may wait; more are refused with `Overloaded`.
         device: What the machine has; `None` looks.
+        on_stall: Told of every engine that stalled, in a thread of the runtime; must not wait.
     """
 
     def __init__(
@@ -162,15 +84,19 @@ class EdgeRuntime:
         slots_per_model: int = 1,
         max_waiting_per_model: int = 64,
         device: Device | None = None,
+        on_stall: Callable[[Stall], None] | None = None,
     ) -> None:
         self._store = store
         self._options = options or SessionOptions()
         self._slots = slots_per_model
         self._max_waiting = max_waiting_per_model
         self._device = device
-        self._hosted: dict[tuple[str, str | None], _Hosted] = {}
+        self._hosted: dict[tuple[str, str | None], Hosted] = {}
         self._lock = threading.Lock()
         self._generations: weakref.WeakSet[EdgeGeneration] = weakref.WeakSet()
+        self._on_stall = on_stall
+        self._watch = StallWatch()
+        self._hands = Hands()
         self._is_closed = False
 
     def models(self) -> list[Manifest]:
@@ -198,8 +124,12 @@ class EdgeRuntime:
         deadline: Deadline = _NO_DEADLINE,
         expected_s: float | None = None,
         cancel: CancelToken | None = None,
+        patience: Patience | None = None,
     ) -> EdgeResult:
         """Run one batch.
+
+        With `patience` the engine is called in a thread of its own, so that an engine that stalls,
+        or does not look up at the deadline, does not keep the caller.
 
         Args:
             model: Name of the model.
@@ -210,18 +140,42 @@ class EdgeRuntime:
             deadline: When waiting for a slot makes no sense any more.
             expected_s: How long it will take, for the estimates of others.
             cancel: Ends waiting at once, and computing as soon as the engine can.
+            patience: How long the engine may be silent; `None` does not watch it.
 
         Raises:
-            ModelNotFound, BundleError, EngineError: See `describe`; or the engine failed.
+            ModelNotFound, BundleError, EngineError: See `describe`; or the engine failed, or
+                stalled.
             InvalidInput: A tensor or item does not fit.
             Overloaded: Too many wait already.
-            DeadlineExceeded: The deadline passed before it began.
+            DeadlineExceeded: The deadline passed before it began; with `patience`, at any time.
             Cancelled: `cancel` was set.
         """
         hosted = self._hosted.get((model, version)) or self._host(model, version)
-        loaded = hosted.loaded or self._load(hosted, deadline)
-        slot = hosted.gate.acquire(deadline, expected_s, cancel=cancel)
-        return _compute(slot, loaded, feeds, form, items, cancel)
+        hosted.refuse_if_hung()
+        gate, loaded = hosted.gate, hosted.loaded or self._load(hosted, deadline)
+        slot = gate.acquire(deadline, expected_s, cancel=cancel)
+        if patience is None:
+            return _compute(slot, loaded, feeds, form, items, cancel)
+        token = cancel or CancelToken()
+        work = self._hands.do(lambda: _compute(slot, loaded, feeds, form, items, token))
+
+        def stalled(stall: Stall) -> None:
+            work.give_up(stall.error(), lambda: self._stalled(hosted, stall, token))
+
+        followed = Followed(
+            model, "batch", patience.first_s, is_cold=patience.is_cold,
+            began_s=time.monotonic(), thread=lambda: work.native_id, on_stall=stalled,
+        )  # fmt: skip
+        self._watch.follow(followed)
+        try:
+            result: EdgeResult = work.wait(deadline)
+        except BaseException:
+            token.cancel()  # it is not waited for any more, but watched until it ends
+            raise
+        finally:
+            if work.has_returned:
+                followed.end()
+        return result
 
     def direct(self, model: str, version: str | None = None) -> DirectCall | None:
         """A model that is loaded, without what leads to it; `None` when it is not.
@@ -229,9 +183,19 @@ class EdgeRuntime:
         For callers who ask one model again and again, and count microseconds.
         """
         hosted = self._hosted.get((model, version))
-        if hosted is None or hosted.loaded is None:
+        loaded = None if hosted is None else hosted.loaded
+        if hosted is None or loaded is None:
             return None
-        return DirectCall(hosted.loaded, hosted.gate)
+        known = hosted.direct
+        if known is None or not known.is_of(loaded):  # one for each session: it has one brake
+            known = hosted.direct = DirectCall(
+                model,
+                loaded,
+                hosted.gate,
+                self._watch,
+                lambda stall, cancel: self._stalled(hosted, stall, cancel),
+            )
+        return known
 
     def generate(
         self,
@@ -244,6 +208,7 @@ class EdgeRuntime:
         cancel: CancelToken | None = None,
         expected_s: float | None = None,
         watch: TokenWatch | None = None,
+        patience: Patience | None = None,
     ) -> EdgeGeneration:
         """Begin an answer: load, check, wait for a slot. The caller's iteration computes it.
 
@@ -258,6 +223,7 @@ class EdgeRuntime:
             cancel: Ends waiting with `Cancelled`, and an answer with that finish reason.
             expected_s: How long it will take, for the estimates of others.
             watch: Told each token and the logits it was chosen by.
+            patience: As for `infer`; holds for the prompt and for each token.
 
         Raises:
             ModelNotFound, BundleError, EngineError: See `describe`.
@@ -267,11 +233,18 @@ class EdgeRuntime:
             Cancelled: `cancel` was set while waiting.
         """
         hosted = self._host(model, version)
-        loaded = hosted.loaded or self._load(hosted, deadline)
+        hosted.refuse_if_hung()
+        gate, loaded = hosted.gate, hosted.loaded or self._load(hosted, deadline)
         cancel = cancel or CancelToken()
         # Checked before the queue: a prompt that is too long should not wait to hear it.
         chunks = loaded.generate(prompt, options or GenerationOptions(), cancel, watch)
-        slot = hosted.gate.acquire(deadline, expected_s, cancel=cancel)
+        slot = gate.acquire(deadline, expected_s, cancel=cancel)
+        watched = None
+        if patience is not None:
+            watched = Watching(
+                model, patience, self._hands, self._watch,
+                lambda stall: self._stalled(hosted, stall, cancel),
+            )  # fmt: skip
         generation = EdgeGeneration(
             chunks,
             slot=slot,
@@ -279,6 +252,7 @@ class EdgeRuntime:
             cancel=cancel,
             variant=hosted.described.variant.id,
             execution_provider=loaded.engine.execution_provider,
+            watching=watched,
         )
         with self._lock:
             self._generations.add(generation)
@@ -312,7 +286,10 @@ class EdgeRuntime:
             self._load(hosted, _NO_DEADLINE)
 
     def close(self) -> None:
-        """Send waiting calls away, end running answers, free the models; idempotent."""
+        """Send waiting calls away, end running answers, free the models; idempotent.
+
+        What has stalled is not waited for.
+        """
         with self._lock:
             self._is_closed = True
             hosted = list(dict.fromkeys(self._hosted.values()))
@@ -323,11 +300,14 @@ class EdgeRuntime:
             generation.close()
         give_up_s = time.monotonic() + _CLOSE_TIMEOUT_S
         for one in hosted:
-            one.gate.join(max(0.0, give_up_s - time.monotonic()))
-            with one.load_lock:
-                loaded, one.loaded = one.loaded, None
-            if loaded is not None:
-                loaded.close()
+            one.close(give_up_s)
+        self._watch.close()
+        self._hands.close()
+
+    def lost_sessions(self, model: str, version: str | None = None) -> int:
+        """Sessions of a model that were given up because they hang, and still do."""
+        hosted = self._hosted.get((model, version))
+        return 0 if hosted is None else hosted.lost
 
     def __enter__(self) -> EdgeRuntime:
         return self
@@ -340,7 +320,7 @@ class EdgeRuntime:
     ) -> None:
         self.close()
 
-    def _host(self, model: str, version: str | None) -> _Hosted:
+    def _host(self, model: str, version: str | None) -> Hosted:
         hosted = self._hosted.get((model, version))
         if hosted is not None:
             return hosted
@@ -356,7 +336,7 @@ class EdgeRuntime:
                 self._hosted[exact] = self._hosted[model, version] = hosted
             return hosted
 
-    def _choose(self, bundle: Bundle) -> _Hosted:
+    def _choose(self, bundle: Bundle) -> Hosted:
         manifest = bundle.manifest
         found = candidates(manifest, self._device or probe(), "edge")
         best = found[0]
@@ -367,10 +347,21 @@ class EdgeRuntime:
                 f"({reasons})",
                 fix="Install what is missing, or convert the model for this device",
             )
-        gate = SlotGate(self._slots, self._max_waiting, name=manifest.name)
-        return _Hosted(bundle, best.variant, gate)
+        return Hosted(
+            bundle,
+            best.variant,
+            lambda: SlotGate(self._slots, self._max_waiting, name=manifest.name),
+        )
 
-    def _load(self, hosted: _Hosted, deadline: Deadline) -> LoadedModel:
+    def _stalled(self, hosted: Hosted, stall: Stall, cancel: CancelToken) -> None:
+        """A call has stalled: it is told to end, and everybody but its caller of it."""
+        logger.warning("%s (threads: %s)", stall.error().problem, stall.life)
+        hosted.hang(stall)
+        if self._on_stall is not None:
+            self._on_stall(stall)
+        cancel.cancel()
+
+    def _load(self, hosted: Hosted, deadline: Deadline) -> LoadedModel:
         return within(
             deadline,
             lambda: self._load_now(hosted),
@@ -379,7 +370,7 @@ class EdgeRuntime:
             while_=f"while {hosted.bundle.manifest.name!r} was loaded on this device",
         )
 
-    def _load_now(self, hosted: _Hosted) -> LoadedModel:
+    def _load_now(self, hosted: Hosted) -> LoadedModel:
         with hosted.load_lock:
             if self._is_closed:
                 raise _closed()

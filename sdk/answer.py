@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,12 +23,14 @@ from nearfar.errors import (
     StreamInterrupted,
 )
 from nearfar.generation import FinishReason, GenerationChunk, GenerationOptions, Prompt, Usage
+from nearfar.units import format_ms
 from sdk.core import Core, route_of
 from sdk.repair import repair
 from sdk.requests import Request, request_id_of
 from sdk.results import Chunk, Route, RouteName, Timings
 from sdk.routing import Attempt, Observation, Outcome, RouteDecision
-from sdk.routing.hedging import HedgePlan, plan, stalls_after_ms
+from sdk.routing.hedging import HedgePlan, loses_quality, plan, stalls_after_ms
+from sdk.routing.types import exclusion
 
 if TYPE_CHECKING:
     from nearfar.engines.base import TokenWatch
@@ -42,6 +45,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    pause_ms: float | None = None
 
 
 class AnswerState:
@@ -176,17 +180,33 @@ class AnswerState:
 
         Raises:
             DeadlineExceeded: The deadline has passed, and nothing came.
+            CloudUnavailable: It has stalled, and the configuration wants no two at once.
         """
         if self._request.deadline.remaining_s() == 0.0:
             self.expire()
             return None
         if self.silence_s() != 0.0:
             return None
-        _, planned = self._moments.pop(0)
+        at_s, planned = self._moments.pop(0)
         if planned is None:
             endpoint = self._core.known.endpoint_of(self.attempt.decision)
             endpoint.silent(self._request.model, time.monotonic())
-            return None
+            decision = self.attempt.decision
+            if self._beside is not None or loses_quality(decision):
+                return None
+            again = self._core.decide(self._request)
+            if exclusion("edge", again.inputs) or not decision.verdict.allows("edge"):
+                return None
+            silent = format_ms(at_s * 1000.0)
+            if self._core.hedging.share <= 0.0:  # never two at once: one after the other
+                raise CloudUnavailable(f"The cloud was silent for {silent}: it stalled")
+            self._core.hedging.stalled()
+            self._why_beside = (
+                f"the edge was started as well: the cloud was silent for {silent}: it stalled"
+            )
+            return again
+        if self._beside is not None:
+            return None  # since it stalled
         again = self._core.decide(self._request)
         why = self._core.hedging.start(planned, self.attempt.decision, again)
         if isinstance(why, HedgePlan):  # not yet
@@ -197,6 +217,21 @@ class AnswerState:
             return None
         self._why_beside = f"the {planned.other} was started as well: {why}"
         return again
+
+    def pauses(self, decision: RouteDecision) -> tuple[float | None, Callable[[], None]]:
+        """How long a cloud may be silent between its tokens, and who is to be told when it was.
+
+        Args:
+            decision: The one under which it was asked.
+        """
+        from sdk.stalls import pause_limit_s
+
+        known, model = self._core.known, self._request.model
+
+        def tell() -> None:
+            known.endpoint_of(decision).silent(model, time.monotonic())
+
+        return pause_limit_s(known, self._request, decision), tell
 
     def begins_beside(self, route: RouteName, permit: Permit | None = None) -> None:
         """The other route was started as well."""
@@ -445,6 +480,7 @@ class AnswerState:
                 decode_ms=summary.decode_ms,
                 completion_tokens=usage.completion_tokens,
                 finished=reason in ("stop", "length", "stop_string"),
+                pause_ms=summary.pause_ms,
             ),
             self.attempt.decision,
         )

@@ -47,6 +47,8 @@ def recorder_of(path: Path, known: Knowledge, core: Core) -> Recorder:
 
     recorder = Recorder(path, known)
     core.record, known.record = recorder.decided, recorder.finished
+    if known.edge is not None:
+        known.edge.on_stall.append(recorder.stalled)
     return recorder
 
 
@@ -57,8 +59,11 @@ def sharing_of(caches: Mapping[str, CacheConfig], core: Core) -> Sharing:
     return Sharing(caches, core)
 
 
-def telemetry_of() -> Telemetry:
+def telemetry_of(edge: EdgeRoute | None) -> Telemetry:
     """Traces and metrics.
+
+    Args:
+        edge: The device, whose stalls are counted.
 
     Raises:
         ConfigError: opentelemetry is not installed.
@@ -68,7 +73,10 @@ def telemetry_of() -> Telemetry:
     require()
     from sdk.telemetry import Telemetry
 
-    return Telemetry()
+    telemetry = Telemetry()
+    if edge is not None:
+        edge.on_stall.append(telemetry.stalled)
+    return telemetry
 
 
 def clouds_of(

@@ -197,7 +197,7 @@ class Calls:
         caches = config.caches if cache is None else cache
         self._sharing = assembly.sharing_of(caches, self._core) if caches else None
         is_traced = config.telemetry if telemetry is None else telemetry
-        self._telemetry = assembly.telemetry_of() if is_traced else None
+        self._telemetry = assembly.telemetry_of(self._edge) if is_traced else None
         if config.routing.record is not None:
             self._recorder = assembly.recorder_of(config.routing.record, known, self._core)
 
@@ -420,6 +420,7 @@ class Calls:
                 trace=state.trace,
             )
         state.opened()
+        stream.limit_pauses(*state.pauses(decision))
         return stream
 
     def _edge_source(
@@ -431,7 +432,11 @@ class Calls:
         deadline, edge = state.request.deadline, self._edge
         assert edge is not None
         watched = edge.watch(deadline, cancel) if deadline.is_set else None
-        return EdgeSource(generation, cancel, deadline, watched)
+        model = state.request.model
+        return EdgeSource(
+            generation, cancel, deadline, watched,
+            lambda is_answered: edge.ended(model, is_answered=is_answered),
+        )  # fmt: skip
 
     def _cloud_beside(self, state: AnswerState, again: RouteDecision) -> OpenCloud | None:
         """What begins an answer on the cloud that the device is late with, if that can be."""

@@ -178,7 +178,7 @@ class Core:
         if attempt.delay_s:
             yield Wait(attempt.delay_s)
         if attempt.route == "edge":
-            here = RunHere(request, _expected_s(attempt.decision))
+            here = self._here(request, attempt.decision)
             race = self._race(request, attempt, here, ids)
             with self.known.under_way(request, attempt) as ticket:
                 answer: Answer = yield here if race is None else race
@@ -196,6 +196,11 @@ class Core:
             _check_output(answer, request, "cloud" if guard.is_answered else "edge")
             self._settle(request, attempt, race, answer, ticket, permits)
         return answer, race
+
+    def _here(self, request: Request, decision: RouteDecision) -> RunHere:
+        from sdk.stalls import patience  # most requests of an app with plans do not come here
+
+        return RunHere(request, _expected_s(decision), patience(self.known, request))
 
     def _there(
         self,
@@ -248,9 +253,8 @@ class Core:
         from sdk.racing import Race
 
         def make_other(again: RouteDecision) -> RunHere | RunThere | None:
-            assert planned is not None
-            if planned.other == "edge":
-                return RunHere(request, _expected_s(again))
+            if decision.fallback == "edge":
+                return self._here(request, again)
             boarded = self.board_beside(request, again)
             if boarded is None:
                 return None
@@ -455,8 +459,11 @@ class Core:
         Raises:
             NearfarError: What the edge runtime says.
         """
+        from sdk.stalls import patience
+
         edge = self.known.edge
         assert edge is not None
+        edge.asked(request.model)
         return edge.runtime.generate(
             request.model,
             prompt,
@@ -466,6 +473,7 @@ class Core:
             cancel=cancel,
             expected_s=_expected_s(decision),
             watch=watch,
+            patience=patience(self.known, request, so_far=prompt.answer_so_far),
         )
 
     def warm_up_edge(self, model: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 from nearfar.errors import BundleError, EngineError, NearfarError
 
 if TYPE_CHECKING:
-    from edge_runtime import EdgeModel, EdgeRuntime
+    from edge_runtime import EdgeModel, EdgeRuntime, Stall
     from edge_runtime.sensing import SpeedSensor
     from nearfar.bundle.manifest import Manifest
     from nearfar.engines.base import CancelToken, SessionOptions
     from nearfar.units import Deadline
     from sdk.due import DeadlineWatch, Watched
+    from sdk.routing import CircuitBreaker
 
 
 class EdgeRoute:
@@ -51,6 +53,10 @@ class EdgeRoute:
         self._found: dict[tuple[str, str | None], EdgeModel] = {}
         self._watch: DeadlineWatch | None = None
         self._sensor: SpeedSensor | None = None
+        #: Of the models whose engine stalled at some time.
+        self.breakers: dict[str, CircuitBreaker] = {}
+        #: Told of each stall, in a thread of the runtime.
+        self.on_stall: list[Callable[[Stall], None]] = []
         #: Root of the file system that says how fast the device may run.
         self.root = Path("/")
 
@@ -132,7 +138,42 @@ class EdgeRoute:
                 fix="pip install 'nearfar[edge]', or use the cloud only (edge=False)",
             ) from exc
         store = BundleStore(self.store, trusted_keys=self._trusted_keys)
-        return EdgeRuntime(store, options=self._options or SessionOptions())
+        return EdgeRuntime(store, options=self._options or SessionOptions(), on_stall=self.stalled)
+
+    # -- engines that stalled --------------------------------------------------------------------
+
+    def stalled(self, stall: Stall) -> None:
+        """An engine stalled: its model is not asked for a while, and then once, to see."""
+        breaker = self.breakers.get(stall.model)
+        if breaker is None:
+            from sdk.routing import CircuitBreaker
+
+            breaker = self.breakers[stall.model] = CircuitBreaker(failure_threshold=1)
+        breaker.record_failure(time.monotonic())
+        for tell in self.on_stall:
+            tell(stall)
+
+    def obstacle(self, model: str, now_s: float) -> str:
+        """Why a model is not asked just now, in words; ``""`` when it may be."""
+        breaker = self.breakers.get(model)
+        wait_s = 0.0 if breaker is None else breaker.retry_in_s(now_s)
+        return f"it stalled, next try in {wait_s:.1f} s" if wait_s else ""
+
+    def asked(self, model: str) -> None:
+        """A request is about to be computed."""
+        breaker = self.breakers.get(model)
+        if breaker is not None:
+            breaker.acquire(time.monotonic())
+
+    def ended(self, model: str, *, is_answered: bool) -> None:
+        """It was answered, or ended in a way that says nothing about the engine's health."""
+        breaker = self.breakers.get(model)
+        if breaker is None:
+            return
+        if is_answered:
+            breaker.record_success(time.monotonic())
+        else:
+            breaker.release(time.monotonic())
 
     def find(self, model: str, version: str | None) -> EdgeModel:
         """What would run here; reads the manifest once, loads nothing.

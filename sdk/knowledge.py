@@ -224,6 +224,9 @@ class Knowledge:
             loaded = runtime.is_loaded(model, request.version)
         except NearfarError as error:
             return RouteState(obstacle="no_model", detail=error.problem)
+        stalled = edge.breakers and edge.obstacle(model, now_s)
+        if stalled:
+            return RouteState(obstacle="unreachable", detail=stalled)
         variant = found.variant
         pin = self.variant_wanted(request)
         if pin is not None and pin != variant.id:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from edge_runtime import DirectCall
     from nearfar.bundle.manifest import Manifest
+    from nearfar.patience import Patience
     from sdk.knowledge import Knowledge
     from sdk.results import Route
     from sdk.routing import RouteDecision
@@ -65,6 +66,7 @@ class Plan(msgspec.Struct, kw_only=True, eq=False):
         options: For `Plans.infer`: the keyword options of the call.
         region: Where the cloud said it stands; rules may depend on it.
         expected_s: How long it is expected to hold a slot.
+        patience: How long the engine may be silent.
         expires_at_s: `time.monotonic` from which it does not count any more.
         learn_at_s: When the next answer is worth learning from.
     """
@@ -80,6 +82,7 @@ class Plan(msgspec.Struct, kw_only=True, eq=False):
     options: Mapping[str, Any]
     region: str | None
     expected_s: float | None
+    patience: Patience
     expires_at_s: float
     learn_at_s: float
 
@@ -130,7 +133,7 @@ class Plans:
         else:
             return None
         try:
-            ran = plan.call.infer(feeds, plan.expected_s)
+            ran = plan.call.infer(feeds, plan.expected_s, plan.patience)
         except InvalidInput:
             return None  # `Core.run` finds the words
         if ran is None:
@@ -170,7 +173,7 @@ class Plans:
             return None
         assert request.form != "tensors"
         try:
-            ran = plan.call.infer_raw(request.form, request.items, plan.expected_s)
+            ran = plan.call.infer_raw(request.form, request.items, plan.expected_s, plan.patience)
         except InvalidInput:
             return None  # `Core.run` finds the words
         if ran is None:
@@ -240,6 +243,8 @@ class Plans:
         call = known.edge.runtime.direct(request.model, request.version)
         if call is None:
             return None
+        from sdk.stalls import patience
+
         now_s = monotonic()
         service_ms = prediction.service_ms
         return Plan(
@@ -257,6 +262,7 @@ class Plans:
             options=dict(options),
             region=known.claimed_region(),
             expected_s=None if service_ms is None else service_ms / 1000.0,
+            patience=patience(known, request),
             expires_at_s=now_s + _LIFETIME_S,
             learn_at_s=now_s + _LEARN_EVERY_S,
         )

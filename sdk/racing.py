@@ -24,7 +24,8 @@ from nearfar.units import Deadline, format_ms
 from sdk.background import BackgroundLoop, result_of
 from sdk.results import RouteName
 from sdk.routing import RouteDecision, Ticket
-from sdk.routing.hedging import HedgePlan, stalls_after_ms
+from sdk.routing.hedging import HedgePlan, loses_quality, stalls_after_ms
+from sdk.routing.types import exclusion
 from sdk.steps import Answer, RunHere, RunThere, run_here
 
 if TYPE_CHECKING:
@@ -111,27 +112,49 @@ class Race:
         return max(0.0, self._began_s + self._moments[0][0] - time.monotonic())
 
     def wake(self) -> Run | None:
-        """The first route is late: the step to start beside it, if one is to be started."""
+        """The first route is late: the step to start beside it, if one is to be started.
+
+        Beside a route that has stalled the other one is started whatever the budget of hedges says:
+        that is no second request for speed, but most likely the one that is answered.
+
+        Raises:
+            CloudUnavailable: It has stalled, and the configuration wants no two requests at once.
+        """
         at_s, is_stall = self._moments.pop(0)
         known = self._core.known
         if is_stall:
             self.is_silent = True
             known.endpoint_of(self._decision).silent(self._request.model, time.monotonic())
             logger.info("the cloud is silent after %.0f ms", at_s * 1000.0)
-            return None
+            if self.other_ticket is not None or loses_quality(self._decision):
+                return None
+            stalled = f"the cloud was silent for {format_ms(at_s * 1000.0)}: it stalled"
+            again = self._core.decide(self._request)
+            if exclusion("edge", again.inputs) or not self._decision.verdict.allows("edge"):
+                return None
+            if self._core.hedging.share <= 0.0:  # never two at once: one after the other
+                raise CloudUnavailable(stalled[:1].upper() + stalled[1:])
+            self._core.hedging.stalled()
+            return self._start("edge", again, stalled)
         assert self._planned is not None
+        if self.other_ticket is not None:
+            return None  # since it stalled
         again = self._core.decide(self._request)
         why = self._core.hedging.start(self._planned, self._decision, again)
         if isinstance(why, HedgePlan):  # not yet
             self._planned = why
             insort(self._moments, (why.after_ms / 1000.0, False))
             return None
-        step = None if why is None else self._make_other(again)
+        return None if why is None else self._start(self._planned.other, again, why)
+
+    def _start(self, route: RouteName, again: RouteDecision, why: str) -> Run | None:
+        """The other route's step, if it can be taken now."""
+        known = self._core.known
+        step = self._make_other(again)
         if step is None:
             return None
         if isinstance(step, RunThere):
             step = msgspec.structs.replace(step, trace=self._trace)
-        route = self._planned.other
         self.hedge = f"the {route} was started as well: {why}"
         now_s = time.monotonic()
         self.again = again

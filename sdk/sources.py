@@ -52,6 +52,7 @@ class EdgeSource:
         cancel: Ends it, in the middle of a token too.
         deadline: When that is done …
         watched: … by this.
+        ended: Told once whether the answer came to its end.
     """
 
     def __init__(
@@ -60,17 +61,20 @@ class EdgeSource:
         cancel: CancelToken,
         deadline: Deadline,
         watched: Watched | None,
+        ended: Callable[[bool], None] | None = None,
     ) -> None:
         self._generation = generation
         self._cancel = cancel
         self._deadline = deadline
         self._watched = watched
+        self._ended = ended
 
     def pull(self) -> tuple[GenerationChunk | None, Summary | None]:
         piece = next(self._generation, None)
         if piece is None or piece.finish_reason is None:
             return piece, None
         self._unwatch()
+        self._tell(piece.finish_reason != "cancelled")
         if piece.finish_reason == "cancelled":
             if self._watched is not None and self._watched.is_stopped:
                 raise exceeded("edge")
@@ -82,13 +86,20 @@ class EdgeSource:
             queue_ms=seen.queue_s * 1000.0,
             prefill_ms=(seen.prefill_s or 0.0) * 1000.0,
             decode_ms=(seen.decode_s or 0.0) * 1000.0,
+            pause_ms=seen.pause_s * 1000.0,
         )
         return piece, summary
 
     def close(self) -> None:
         self._unwatch()
+        self._tell(False)
         self._cancel.cancel()
         self._generation.close()
+
+    def _tell(self, is_answered: bool) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(is_answered)
 
     def _unwatch(self) -> None:
         if self._watched is not None:
@@ -126,8 +137,13 @@ class TokenBuffer:
         return GenerationChunk(index=token.index, text=token.text)
 
 
-def last_piece(fin: Fin) -> tuple[GenerationChunk, Summary]:
-    """The server's last word as a piece."""
+def last_piece(fin: Fin, pause_s: float = 0.0) -> tuple[GenerationChunk, Summary]:
+    """The server's last word as a piece.
+
+    Args:
+        fin: The word.
+        pause_s: The longest wait for a token of the answer.
+    """
     piece = GenerationChunk(
         index=fin.usage.completion_tokens,
         text="",
@@ -140,6 +156,7 @@ def last_piece(fin: Fin) -> tuple[GenerationChunk, Summary]:
         queue_ms=fin.queue_ms,
         prefill_ms=fin.prefill_ms,
         decode_ms=fin.decode_ms,
+        pause_ms=pause_s * 1000.0,
     )
     return piece, summary
 
@@ -196,7 +213,7 @@ class CloudSource:
         if piece is not None:
             return piece, None
         fin = self._stream.fin
-        return last_piece(fin) if fin is not None else (None, None)
+        return (None, None) if fin is None else last_piece(fin, self._stream.pause_s)
 
     def close(self) -> None:
         self._post(self._stream.cancel)
@@ -235,7 +252,7 @@ class AsyncCloudSource:
         if piece is not None:
             return piece, None
         fin = self._stream.fin
-        return last_piece(fin) if fin is not None else (None, None)
+        return (None, None) if fin is None else last_piece(fin, self._stream.pause_s)
 
     async def close(self) -> None:
         begun, self._begun = self._begun, None

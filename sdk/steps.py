@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from edge_runtime import EdgeResult
     from nearfar.engines.base import CancelToken
+    from nearfar.patience import Patience
     from nearfar.wire.messages import ModelOffer
     from sdk.cloud.connection import TensorReply
     from sdk.cloud.egress import Permit
@@ -47,10 +48,12 @@ class RunHere(msgspec.Struct, frozen=True):
 
     Attributes:
         expected_s: How long it is expected to hold a slot; `None` when unknown.
+        patience: How long the engine may be silent; `None` does not watch it.
     """
 
     request: Request
     expected_s: float | None
+    patience: Patience | None = None
 
 
 class RunThere(msgspec.Struct, frozen=True):
@@ -130,16 +133,23 @@ def _run_here(edge: EdgeRoute, step: RunHere, cancel: CancelToken | None) -> Ans
     started_s = time.perf_counter()
     runtime = edge.runtime
     was_loaded = runtime.is_loaded(request.model, request.version)
-    done = runtime.infer(
-        request.model,
-        request.feeds,
-        form=request.form,
-        items=request.items or None,
-        version=request.version,
-        deadline=request.deadline,
-        expected_s=step.expected_s,
-        cancel=cancel,
-    )
+    edge.asked(request.model)
+    is_answered = False
+    try:
+        done = runtime.infer(
+            request.model,
+            request.feeds,
+            form=request.form,
+            items=request.items or None,
+            version=request.version,
+            deadline=request.deadline,
+            expected_s=step.expected_s,
+            cancel=cancel,
+            patience=step.patience,
+        )
+        is_answered = True
+    finally:
+        edge.ended(request.model, is_answered=is_answered)
     total_ms = (time.perf_counter() - started_s) * 1000.0
     return answer_here(done, total_ms, was_loaded=was_loaded)
 

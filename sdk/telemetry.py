@@ -29,6 +29,7 @@ from sdk.steps import Answer, RunHere, RunThere, Step
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+    from edge_runtime import Stall
     from sdk.cloud.egress import Permit
 
 T = TypeVar("T")
@@ -52,6 +53,13 @@ class Telemetry:
         self._sent = figures.create_counter(
             "nearfar.client.sent", unit="By", description="Sealed bytes that left the device"
         )
+        self._stalls = figures.create_counter(
+            "nearfar.client.stalls", description="Engines of the device that stalled"
+        )
+
+    def stalled(self, stall: Stall) -> None:
+        """Count an engine that stalled."""
+        self._stalls.add(1, {"model": stall.model, "phase": stall.phase})
 
     def run(
         self, request: Request, life: Generator[Step, Any, Completed]

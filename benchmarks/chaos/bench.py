@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.chaos import real, simulated, slots
+from benchmarks.chaos import real, simulated, slots, wedges
 from benchmarks.harness import Bar, Figure, Report, Run
 from benchmarks.processes import check_store
 from benchmarks.subjects import Begin, Part
 
-PARTS = ("simulated", "real", "slots")
+PARTS = ("simulated", "real", "slots", "wedges")
 
 MIN_TOLD = 99.9  # percent of requests
 GRACE_MS = real.GRACE_MS
@@ -60,9 +60,10 @@ def measure(settings: Settings, begin: Begin) -> Report:
         CloudUnavailable: The cloud does not start.
     """
     run = Run("chaos", seed=settings.seed)
-    if set(settings.parts) & {"real", "slots"}:
+    if set(settings.parts) & {"real", "slots", "wedges"}:
         check_store(settings.models)
-    measures = {"simulated": _simulated, "real": _real, "slots": _slots}
+    measures = {"simulated": _simulated, "real": _real, "slots": _slots,
+                "wedges": _wedges}  # fmt: skip
     parts = [measures[name](settings, begin) for name in PARTS if name in settings.parts]
     return run.report(
         bars=[bar for part in parts for bar in part.bars],
@@ -184,6 +185,40 @@ def _slots(settings: Settings, begin: Begin) -> Part:
         *(_worst(figure, limit) for figure, limit in noticed),
     ]
     return Part(tuple(bars), (*figures, *(figure for figure, _ in noticed)))
+
+
+def _wedges(settings: Settings, begin: Begin) -> Part:
+    rounds, names, found = settings.rounds, settings.names, wedges.Wedges()
+    with slots.world(settings.models, (names.text, names.tensors)) as cloud:
+        step = begin("engines that hang", 2 * len(wedges.PHASES) * rounds)
+        wedges.hang_device(cloud, settings.models, names, rounds, found, step)
+        step = begin("servers that fall silent", 4 * rounds)
+        wedges.silence_cloud(cloud, settings.models, names, rounds, found, step)
+    wedges.be_busy(
+        settings.models, names.tensors, found, begin("honest work on a busy machine", 20)
+    )
+    return wedges_part(found)
+
+
+def wedges_part(found: wedges.Wedges) -> Part:
+    """Bars and figures of engines that hang and servers that fall silent."""
+    noticed = [
+        (Figure.of_rounds(f"wedges: {route}: silence noticed, {phase}, {warmth}", "ms", values),
+         MAX_NOTICED_WARM_MS if warmth == "warm" else MAX_NOTICED_COLD_MS)
+        for (route, phase, warmth), values in sorted(found.noticed.items())
+    ]  # fmt: skip
+    bars = (
+        *(_worst(figure, limit) for figure, limit in noticed),
+        _none("wedges: answers with a token lost, twice or not marked", found.wrong),
+        _none("wedges: honest calls on a busy machine taken for a stall", found.false_alarms),
+    )
+    figures = (
+        *(figure for figure, _ in noticed),
+        Figure.of_rounds("wedges: closing a client whose engine hangs", "ms", found.closed_ms),
+        _count("wedges: honest calls on a busy machine", found.honest),
+        *_counts("wedges", found.answered),
+    )
+    return Part(bars, figures)
 
 
 _DURING = {"prompt": "in the prompt", "answer": "in the answer"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,10 +23,14 @@ class CancelToken:
     """Lets one thread stop work that another thread does.
 
     Engines that generate text look at it between tokens, those that run tensors are told of it.
+
+    Attributes:
+        handle: What an engine's library is told by, once one was; serves calls one after another.
     """
 
     _event: threading.Event = field(default_factory=threading.Event)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
+    handle: Any = None
 
     def cancel(self) -> None:
         self._event.set()

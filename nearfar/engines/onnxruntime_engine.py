@@ -303,12 +303,15 @@ def _stopped_by(cancel: CancelToken | None) -> Any:
     """Options of a run that ends with the token: ONNX Runtime looks at them between two nodes."""
     if cancel is None:
         return None
+    if cancel.handle is not None:
+        return cancel.handle
     options = ort.RunOptions()
 
     def stop() -> None:
         options.terminate = True
 
     cancel.on_cancel(stop)
+    cancel.handle = options
     return options
 
 

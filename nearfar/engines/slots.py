@@ -19,7 +19,8 @@ from types import TracebackType
 import msgspec
 
 from nearfar.engines.base import CancelToken
-from nearfar.errors import Cancelled, EngineError, Overloaded
+from nearfar.errors import Cancelled, EngineError, NearfarError, Overloaded
+from nearfar.patience import Patience
 from nearfar.units import Deadline
 
 #: Weight of the newest duration in the gate's own average, used where a caller expects nothing.
@@ -67,6 +68,15 @@ class Slot(msgspec.Struct, eq=False):
     _started_s: float
     queue_s: float
     held_s: float = 0.0
+    #: Set by holders that are watched from another thread: how long they may be silent, and the
+    #: identity of their thread.
+    patience: Patience | None = None
+    thread: int = 0
+
+    @property
+    def started_s(self) -> float:
+        """Monotonic time at which it was taken."""
+        return self._started_s
 
     def release(self) -> None:
         """Give the slot to the next in the queue; idempotent, from any thread."""
@@ -97,7 +107,7 @@ class Slot(msgspec.Struct, eq=False):
 
 
 class _Waiter:
-    __slots__ = ("deadline", "expected_s", "granted", "rank_s", "since_s", "wake")
+    __slots__ = ("deadline", "expected_s", "granted", "rank_s", "refusal", "since_s", "wake")
 
     def __init__(self, deadline: Deadline, expected_s: float | None, priority: int) -> None:
         self.deadline = deadline
@@ -108,6 +118,7 @@ class _Waiter:
         self.rank_s = self.since_s - priority * _AGEING_S
         self.wake = threading.Event()
         self.granted: Slot | None = None
+        self.refusal: NearfarError | None = None
 
 
 class SlotGate:
@@ -133,6 +144,7 @@ class SlotGate:
         self._waiting: list[_Waiter] = []  # in the order of being served
         self._average_s: float | None = None
         self._is_closed = False
+        self._is_hung = False
 
     def acquire(
         self,
@@ -186,10 +198,30 @@ class SlotGate:
                 waiter.wake.set()
             self._waiting.clear()
 
+    def hang(self, error: NearfarError) -> None:
+        """What runs has stalled: those who wait get the error, and `join` waits no more."""
+        with self._lock:
+            self._is_hung = True
+            for waiter in self._waiting:
+                waiter.refusal = error
+                waiter.wake.set()
+            self._waiting.clear()
+            self._idle.notify_all()
+
+    def recover(self) -> None:
+        """What had stalled has ended after all."""
+        with self._lock:
+            self._is_hung = False
+
+    def running(self) -> list[Slot]:
+        """Slots in use just now."""
+        return self._running.copy()
+
     def join(self, timeout_s: float | None = None) -> bool:
-        """After `close`: wait until nothing runs; says whether that came in time."""
+        """After `close`: wait until nothing runs that ever ends; says whether nothing runs."""
         with self._idle:
-            return self._idle.wait_for(lambda: not self._running, timeout_s)
+            self._idle.wait_for(lambda: not self._running or self._is_hung, timeout_s)
+            return not self._running
 
     def _take(self, expected_s: float | None, queue_s: float = 0.0) -> Slot | None:
         """Take a free place, if there is one."""
@@ -239,6 +271,8 @@ class SlotGate:
             self._leave(waiter)
             raise
         if waiter.granted is None:
+            if waiter.refusal is not None:
+                raise waiter.refusal
             raise Cancelled(
                 f"{self._subject} was closed while the request waited for its turn",
                 fix="Open the runtime or client again",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from nearfar.errors import (
     Cancelled,
     CloudUnavailable,
+    DeadlineExceeded,
     NearfarError,
     ResumeMissed,
     StreamInterrupted,
@@ -51,6 +53,7 @@ class ResumableStream:
     Attributes:
         resumed: How often it went on on another connection.
         away_ms: How long it was without one, in sum.
+        pause_s: The longest wait for tokens after the first ones.
     """
 
     def __init__(
@@ -77,6 +80,10 @@ class ResumableStream:
         self._reconnecting: asyncio.Future[None] | None = None
         self.resumed = 0
         self.away_ms = 0.0
+        self.pause_s = 0.0
+        self._had_first = False
+        self._limit_s: float | None = None
+        self._on_silence: Callable[[], None] = lambda: None
 
     @property
     def fin(self) -> wire.Fin | None:
@@ -95,17 +102,47 @@ class ResumableStream:
             DeadlineExceeded, StreamInterrupted, NearfarError: As `Stream.tokens`; a lost connection
                 only when the answer could not be taken up on another.
         """
+        # The first tokens are waited for by who may have another route begin as well.
+        limit_s = self._limit_s if self._had_first else None
         while True:
+            asked_s = time.monotonic()
+            due_s = math.inf if limit_s is None else asked_s + limit_s
             try:
-                batch = await self._stream.tokens(deadline)
+                batch = await self._stream.tokens(
+                    deadline if due_s >= deadline.at_s else Deadline(due_s)
+                )
             except StreamInterrupted as cut:
                 await self._go_on(cut, deadline)
                 continue
+            except DeadlineExceeded:
+                if due_s >= deadline.at_s:
+                    raise
+                raise self._silent(time.monotonic() - asked_s) from None
             if self._unconfirmed:
                 self._keys = self._keys[-1:]
                 self._unconfirmed = False
                 self._cut = None
+            if self._had_first:
+                self.pause_s = max(self.pause_s, time.monotonic() - asked_s)
+            self._had_first = True
             return batch
+
+    def limit_pauses(self, limit_s: float | None, tell: Callable[[], None]) -> None:
+        """Take a long silence in the middle of the answer for a stall.
+
+        Args:
+            limit_s: Longest wait for tokens after the first; `None` waits as long as it takes.
+            tell: Called when one was longer.
+        """
+        self._limit_s = limit_s
+        self._on_silence = tell
+
+    def _silent(self, silent_s: float) -> StreamInterrupted:
+        self._on_silence()
+        return StreamInterrupted(
+            f"The cloud has been silent for {silent_s * 1000.0:.0f} ms in the middle of the answer",
+            received_tokens=self.received_tokens,
+        )
 
     def cancel(self) -> None:
         """As `Stream.cancel`; also ends the search for a new connection."""

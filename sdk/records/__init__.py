@@ -5,7 +5,7 @@ Reference: docs/reference/records.md.
 
 from __future__ import annotations
 
-from sdk.records.entries import Decided, Entry, Finished, Moment
+from sdk.records.entries import Decided, Entry, Finished, Moment, Stalled
 from sdk.records.ring import Recorder, RingReader
 from sdk.records.whatif import Comparison, WhatIf, compare
 
@@ -17,6 +17,7 @@ __all__ = [
     "Moment",
     "Recorder",
     "RingReader",
+    "Stalled",
     "WhatIf",
     "compare",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from sdk.records.entries import Decided, Entry, Finished
+from sdk.records.entries import Decided, Entry, Finished, Stalled
 from sdk.routing.types import ROUTES, Route, exclusion
 
 #: As many as a ring holds.
@@ -61,6 +61,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         repairs: Decisions after a failure, which cost an extra attempt each.
         denied: Decisions that found no route.
         late: Decisions for a route that was not expected in time.
+        stalls: Engines of the device that stalled.
         rtt_ms: The link's round trip; `None` before the first decision.
         bandwidth_mbit_per_s: The link's bandwidth.
         breaker: State of the circuit breaker.
@@ -76,6 +77,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     repairs: int
     denied: int
     late: int
+    stalls: int
     rtt_ms: float | None
     bandwidth_mbit_per_s: float | None
     breaker: str
@@ -122,6 +124,7 @@ class Board:
                 entry.decision.route is not None and not entry.decision.meets_deadline
                 for entry in decided
             ),
+            stalls=sum(isinstance(entry, Stalled) for entry in self._entries),
             rtt_ms=None if moment is None else moment.delay_ms,
             bandwidth_mbit_per_s=None
             if moment is None or moment.ms_per_byte <= 0

@@ -64,7 +64,25 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=2
     tokens: int = 0
 
 
-Entry = Union[Decided, Finished]
+class Stalled(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=3):
+    """An engine of the device that was silent for too long.
+
+    Attributes:
+        at_s: Unix time.
+        model: Name of the model.
+        phase: ``batch``, ``prompt`` or ``token``.
+        silent_ms: For how long.
+        limit_ms: From when on that was suspicious.
+    """
+
+    at_s: float
+    model: str
+    phase: str
+    silent_ms: float
+    limit_ms: float
+
+
+Entry = Union[Decided, Finished, Stalled]
 
 _DECODER: msgspec.msgpack.Decoder[Entry] = msgspec.msgpack.Decoder(Entry)
 

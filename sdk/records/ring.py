@@ -23,10 +23,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from nearfar.errors import InvalidInput, NearfarError
-from sdk.records.entries import Decided, Entry, Finished, Moment, decode_entry, encode_entry
+from sdk.records.entries import (
+    Decided,
+    Entry,
+    Finished,
+    Moment,
+    Stalled,
+    decode_entry,
+    encode_entry,
+)
 from sdk.routing.breaker import BreakerState
 
 if TYPE_CHECKING:
+    from edge_runtime import Stall
     from sdk.knowledge import Knowledge
     from sdk.routing import Observation, RouteDecision
     from sdk.routing.types import Route
@@ -91,6 +100,18 @@ class Recorder:
                 total_ms=observation.total_ms,
                 queue_ms=observation.queue_ms,
                 tokens=observation.completion_tokens,
+            )
+        )
+
+    def stalled(self, stall: Stall) -> None:
+        """Note an engine of the device that stalled."""
+        self.write(
+            Stalled(
+                at_s=time.time(),
+                model=stall.model[:64],
+                phase=stall.phase,
+                silent_ms=stall.silent_ms,
+                limit_ms=stall.limit_ms,
             )
         )
 

@@ -105,7 +105,9 @@ def render(view: View, device: DeviceCondition) -> RenderableType:
         (breaker, _STYLE.get(view.breaker, "")),
         f"{failures}   round trip {rtt}   ",
         "bandwidth —" if bandwidth is None else f"bandwidth {bandwidth:.3g} Mbit/s",
-        f"\nhedges left {_number(view.hedges_left)}   device: {describe(device)}\n",
+        f"\nhedges left {_number(view.hedges_left)}   device: {describe(device)}",
+        (f"   stalls {view.stalls}" if view.stalls else "", "bold red"),
+        "\n",
     )
     last = Text()
     for at_s, model, reason in view.last:

@@ -312,6 +312,11 @@ class Shape:
         line = values[left] + self._slopes[left] * (size - sizes[left])
         return line if line > least else least
 
+    def covers(self, size: float) -> bool:
+        """Whether sizes like it, or smaller and larger ones, were measured."""
+        index, points = int(size).bit_length(), self.points
+        return bool(points) and min(points) <= index <= max(points)
+
     def seed(self, size: float) -> float | None:
         """What the prior says of a size."""
         if self._prior_ms is None:

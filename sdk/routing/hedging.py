@@ -199,6 +199,14 @@ def _would_lose_quality(inputs: DecisionInputs, first: Route, other: Route) -> b
     return here is not None and there is not None and there > here
 
 
+def loses_quality(decision: RouteDecision) -> bool:
+    """Whether its fallback would give an app that can wait less than it asked for."""
+    first, other = decision.route, decision.fallback
+    if first is None or other is None:
+        return False
+    return _would_lose_quality(decision.inputs, first, other)
+
+
 def gain(first: Prediction, other: Prediction, *, silent_ms: float, left_ms: float | None) -> float:
     """Probability that starting the other route now saves the deadline.
 
@@ -232,11 +240,15 @@ def stalls_after_ms(prediction: Prediction) -> float:
     known = prediction.first_answer()
     if known is None:
         return COLD_STALL_MS
+    return suspicious_after_ms(known, is_measured=prediction.basis == "measured")
+
+
+def suspicious_after_ms(known: Quantiles, *, is_measured: bool) -> float:
+    """Silence that is none of the usual ones: well beyond what 99 of 100 stay within."""
     _, q50, _, _, q99 = known
     spread_ms = min(max(STALL_SPREADS * (q99 - q50), STALL_LEAST_MS), STALL_MOST_MS)
-    if prediction.basis != "measured":
-        return max(q99 + spread_ms, COLD_STALL_MS)
-    return q99 + spread_ms
+    after_ms = q99 + spread_ms
+    return after_ms if is_measured else max(after_ms, COLD_STALL_MS)
 
 
 class Hedging:
@@ -271,6 +283,11 @@ class Hedging:
     def overloaded(self, now_s: float) -> None:
         """A route refused a request because it has too many."""
         self._overloaded_at_s = now_s
+
+    def stalled(self) -> None:
+        """The other route is started because the first has stalled, whatever is left for that."""
+        self._tokens = max(0.0, self._tokens - 1.0)
+        self.started += 1
 
     def start(
         self, planned: HedgePlan, began: RouteDecision, again: RouteDecision

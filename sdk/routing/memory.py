@@ -1,7 +1,9 @@
 """What the predictor knows, as a small JSON text: kept across restarts, free of content.
 
-Shapes, recent errors, lengths of answers and the link are kept; how slow things were just then is
-not, since it is over by the time that anybody reads it.
+Shapes, recent errors, by how much clocks matter, lengths of answers and the link are kept; how slow
+things were just then is not, since it is over by the time that anybody reads it.
+
+Files of version 1, which know nothing of clocks and pauses, are read as well.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from nearfar.errors import InvalidInput
-from sdk.routing.estimates import WINDOW, Recent, SizedLatency
+from sdk.routing.estimates import MOST_BEND, WINDOW, Recent, SizedLatency
 from sdk.routing.predictor import ModelLatency, Predictor
 from sdk.routing.types import Route
 
@@ -30,6 +32,8 @@ class _Estimate(msgspec.Struct, forbid_unknown_fields=True):
     # (power of two, mean size, mean value)
     points: Annotated[list[tuple[_Power, _Amount, _Positive]], msgspec.Meta(max_length=65)]
     errors: _Recents
+    # Since version 2; a file of version 1 says nothing of it.
+    bend: Annotated[float, msgspec.Meta(ge=0, le=MOST_BEND)] = 1.0
 
 
 class _Model(msgspec.Struct, forbid_unknown_fields=True):
@@ -39,6 +43,7 @@ class _Model(msgspec.Struct, forbid_unknown_fields=True):
     compute: _Estimate
     prefill: _Estimate
     per_token: _Estimate
+    pause: _Estimate | None = None  # since version 2
 
 
 class _Link(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,7 +53,7 @@ class _Link(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Memory(msgspec.Struct, forbid_unknown_fields=True):
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     models: Annotated[list[_Model], msgspec.Meta(max_length=MAX_MODELS)]
     answers: Annotated[dict[str, _Recents], msgspec.Meta(max_length=MAX_MODELS)]
     link: _Link | None
@@ -64,13 +69,14 @@ def remember(predictor: Predictor) -> bytes:
             compute=_estimate(latency.compute),
             prefill=_estimate(latency.prefill),
             per_token=_estimate(latency.per_token),
+            pause=_estimate(latency.pause),
         )
         for (route, model), latency in tuple(predictor.models.items())
         if len(model) <= 256 and (latency.compute.is_measured or latency.prefill.is_measured)
     ]
     link = predictor.link
     memory = _Memory(
-        format_version=1,
+        format_version=2,
         models=models[:MAX_MODELS],
         answers={
             model: list(lengths.values)
@@ -106,8 +112,10 @@ def recall(predictor: Predictor, text: bytes) -> None:
             (latency.compute, kept.compute),
             (latency.prefill, kept.prefill),
             (latency.per_token, kept.per_token),
+            (latency.pause, kept.pause),
         ):
-            _restore(estimate, values)
+            if values is not None:
+                _restore(estimate, values)
         predictor.models[kept.route, kept.model] = latency
     for model, lengths in memory.answers.items():
         if lengths:
@@ -124,6 +132,7 @@ def _estimate(estimate: SizedLatency) -> _Estimate:
     return _Estimate(
         points=[(index, size, max(value, 1e-6)) for index, (size, value, _) in points],
         errors=list(estimate.level.errors.values),
+        bend=estimate.bend,
     )
 
 
@@ -133,3 +142,4 @@ def _restore(estimate: SizedLatency, kept: _Estimate) -> None:
     estimate.shape.refresh()
     if kept.errors:
         estimate.level.errors = Recent(values=kept.errors)
+    estimate.bend = kept.bend

@@ -66,6 +66,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
         decode_ms: Text generation: from the first token to the last.
         completion_tokens: Text generation: tokens of the answer.
         finished: Text generation: `False` when the caller or a deadline cut the answer short.
+        pause_ms: Text generation: the longest wait for a token after the first one.
     """
 
     total_ms: float
@@ -76,6 +77,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     decode_ms: float | None = None
     completion_tokens: int = 0
     finished: bool = True
+    pause_ms: float | None = None
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,6 +249,8 @@ class Predictor:
             if seen.decode_ms is not None and seen.completion_tokens > 1:
                 per_token = seen.decode_ms / (seen.completion_tokens - 1)
                 latency.per_token.observe(0, per_token, now_s=now_s, slower=slower)
+            if seen.pause_ms is not None and seen.completion_tokens > 1:
+                latency.pause.observe(0, seen.pause_ms, now_s=now_s, slower=slower)
             if seen.finished and seen.completion_tokens > 0:
                 self._learn_length(model, seen.completion_tokens)
         elif seen.compute_ms is not None:
@@ -415,6 +419,35 @@ class Predictor:
             tail=self._tails[route].exponent,
         )
 
+    def silences(
+        self, route: Route, model: str, size: RequestSize, *, now_s: float
+    ) -> tuple[tuple[Quantiles, bool] | None, tuple[Quantiles, bool] | None]:
+        """How long a route is silent while it computes: without queue, loading and network.
+
+        Returns:
+            Quantiles (ms) of a batch or of a prompt, and of the longest wait for a further token;
+            each with whether it rests on answers like this one. `None` where nothing is known.
+        """
+        latency = self.models.get((route, model))
+        if latency is None:
+            return None, None
+        slower = self.slower if route == "edge" else 1.0
+        if size.max_new_tokens <= 0:
+            work = latency.compute.quantiles(size.work, now_s=now_s, slower=slower)
+            is_known = latency.compute.is_measured and latency.compute.shape.covers(size.work)
+            return (None if work is None else (work, is_known)), None
+        tokens = size.input_tokens
+        prompt = latency.prefill.quantiles(tokens, now_s=now_s, slower=slower)
+        is_known = latency.prefill.is_measured and latency.prefill.shape.covers(tokens)
+        pause = latency.pause.quantiles(0, now_s=now_s, slower=slower)
+        is_paced = latency.pause.is_measured and latency.pause.level.errors.count >= MIN_ANSWERS
+        if pause is None:
+            pause = latency.per_token.quantiles(0, now_s=now_s, slower=slower)
+        return (
+            None if prompt is None else (prompt, is_known),
+            None if pause is None else (pause, is_paced),
+        )
+
     def _silence(self, now_s: float) -> float:
         """Probability that the cloud does not answer at all."""
         worst = SILENCE[min(self._unanswered, len(SILENCE) - 1)]
@@ -521,6 +554,7 @@ class ModelLatency:
     __slots__ = (
         "compute",
         "load",
+        "pause",
         "per_token",
         "prefill",
         "queue_errors",
@@ -533,6 +567,8 @@ class ModelLatency:
         self.compute = SizedLatency()
         self.prefill = SizedLatency()
         self.per_token = SizedLatency()
+        #: The longest wait for a token of an answer, after its first.
+        self.pause = SizedLatency()
         self.reported_queue_ms = 0.0
         self.reported_at_s = 0.0
         #: By how many milliseconds forecasts of the cloud's queue missed.

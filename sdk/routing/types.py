@@ -14,6 +14,7 @@ import msgspec
 from nearfar.errors import (
     CloudUnavailable,
     ConfigError,
+    EngineError,
     ModelNotFound,
     NearfarError,
     PolicyDenied,
@@ -153,7 +154,7 @@ class RouteState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     Attributes:
         obstacle: Why the route cannot be taken at all, ``""`` when it can: ``no_model`` (it does
             not have the model), ``not_configured`` (no cloud, or no edge runtime), ``unreachable``
-            (the circuit breaker is open).
+            (the circuit breaker is open: a cloud failed, or the device's engine stalled).
         detail: More about the obstacle, in words, for example `CircuitBreaker.describe`; clipped
             to 48 bytes in the decision.
         prediction: How long it would take.
@@ -304,6 +305,7 @@ class RouteDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True, 
             PolicyDenied: Policy (alone, or together with the mode) leaves no route.
             ModelNotFound: A route is allowed, but the model is not there.
             CloudUnavailable: Only the cloud could answer, and it cannot be reached.
+            EngineError: Only the device could answer, and its engine stalled a moment ago.
             ConfigError: Only a route that is not configured could answer.
         """
         error = self.error()
@@ -357,6 +359,10 @@ def refusal(inputs: DecisionInputs) -> NearfarError:
         )
     # Say what stands in the way of each route that policy or mode has not closed already.
     problem = sentence("; ".join(obstacle_text(r, inputs) for r in ROUTES))
+    if notes["edge"] == "unreachable" and notes["cloud"] != "unreachable":
+        return EngineError(
+            problem, fix="Try again in a moment: it is then loaded anew; or let the cloud answer"
+        )
     if "unreachable" in notes.values():
         return CloudUnavailable(problem, fix="Check the network and the cloud's url, or try later")
     if "no_model" in notes.values():
@@ -385,7 +391,9 @@ def obstacle_text(route: Route, inputs: DecisionInputs) -> str:
         return f"{place} cannot run model {inputs.model!r}{detail}"
     if note == "not_configured":
         return "no local models are configured" if route == "edge" else "no cloud is configured"
-    return f"the {route} cannot be reached{detail}"
+    if route == "edge":
+        return f"the engine on this device does not answer{detail}"
+    return f"the cloud cannot be reached{detail}"
 
 
 def sentence(clause: str) -> str:

@@ -72,7 +72,8 @@ def test_a_silent_cloud_is_outrun_by_the_device_and_told_to_stop(both, cloud):
     assert result.timings.total_ms < 10_000
     assert result.route.name == "edge"
     assert result.route.before == ()
-    assert "the edge was started as well: the cloud had not answered after" in result.route.hedge
+    # Late, or so late already that it counts as stalled: that hangs on how fast this machine is.
+    assert "the edge was started as well: the cloud" in result.route.hedge
     assert "the edge answered first" in result.route.hedge
     assert result.variant == TENSOR.variants[0].id
     assert result.bytes_sent > 0  # what the cloud was sent has left the device
@@ -205,9 +206,11 @@ def test_a_budget_of_nothing_never_starts_two(cloud, tmp_path):
         put_into(client, ScriptedEdge((TENSOR,)))
         learn(client)
         cloud.behaviour = hang
-        with pytest.raises(DeadlineExceeded):
-            client.infer("tensor", X, mode="prefer_cloud", deadline_ms=600)
+        result = client.infer("tensor", X, mode="prefer_cloud", deadline_ms=20_000)
         assert client._core.hedging.started == 0
+        assert result.route.hedge == ""
+        assert result.route.path == "cloud → edge"  # it stalled, and was given up first
+        cloud.wait_for(wire.Cancel)
 
 
 def test_a_stalled_cloud_opens_the_breaker_and_the_device_is_asked(cloud, tmp_path):
@@ -230,12 +233,12 @@ def test_a_stalled_cloud_opens_the_breaker_and_the_device_is_asked(cloud, tmp_pa
             while stalled.state(time.monotonic()) is BreakerState.CLOSED:
                 assert time.monotonic() < ends_s, "the stall was not noticed"
                 time.sleep(0.005)
-            assert not any(future.done() for future in waiting)
             result = client.infer("tensor", X, mode="prefer_cloud", deadline_ms=2500)
             assert result.route.name == "edge"
             assert "cannot be reached" in result.reason
-            for future in waiting:
-                assert isinstance(future.exception(), DeadlineExceeded)
+            for future in waiting:  # not for speed, so no budget of hedges stands in the way
+                assert future.result().route.name == "edge"
+                assert future.result().route.path == "cloud → edge"
 
 
 def test_an_answer_without_outputs_is_no_success(both, cloud):
@@ -336,6 +339,7 @@ def test_an_answer_that_has_begun_is_not_hedged(both, cloud, monkeypatch):
     learn_story(both)
     planned = HedgePlan(first="cloud", other="edge", after_ms=900.0, why="a test says so")
     monkeypatch.setattr("sdk.answer.plan", lambda decision: planned)
+    monkeypatch.setattr("sdk.stalls.PAUSE_MARGIN_MS", 60_000.0)  # nor taken for stalled
     before = len(both.device.calls)
 
     def slow(session, message, tensors):
@@ -348,6 +352,45 @@ def test_an_answer_that_has_begun_is_not_hedged(both, cloud, monkeypatch):
     assert stream.finish_reason == "deadline"
     assert len(both.device.calls) == before
     assert stream.route.hedge == ""
+
+
+@pytest.mark.parametrize("deadline_ms", [None, 60_000.0])
+def test_a_cloud_that_falls_silent_in_an_answer_is_left_and_the_device_goes_on(
+    both, cloud, deadline_ms
+):
+    learn_story(both)
+
+    def stuck(session, message, tensors):
+        for index in range(2):
+            session.send(wire.Token(stream=message.stream, index=index, text=f"c{index} "))
+        yield 30
+
+    cloud.behaviour = stuck
+    stream = both.generate(
+        "story", "once", max_new_tokens=4, mode="prefer_cloud", deadline_ms=deadline_ms
+    )
+    chunks = list(stream)
+    assert [chunk.text for chunk in chunks] == ["c0 ", "c1 ", "e0 ", "e1 "]
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    assert [chunk.handover for chunk in chunks] == [False, False, True, False]
+    assert both.device.calls[-1][2].answer_so_far == "c0 c1 "
+    assert both._known.endpoints[0].breaker_of("story").failures == 1
+    cloud.wait_for(wire.Cancel)
+
+
+def test_a_silent_cloud_is_waited_for_where_nobody_else_may_go_on(both, cloud):
+    learn_story(both)
+
+    def late(session, message, tensors):
+        session.send(wire.Token(stream=message.stream, index=0, text="c0 "))
+        yield 1.0  # longer than any pause so far, by more than is taken for a stall
+        session.send(wire.Token(stream=message.stream, index=1, text="c1 "))
+        yield 30
+
+    cloud.behaviour = late
+    stream = both.generate("story", "once", max_new_tokens=4, mode="cloud_only")
+    assert [next(stream).text, next(stream).text] == ["c0 ", "c1 "]
+    stream.close()
 
 
 def test_a_device_that_breaks_after_it_outran_the_cloud_is_repaired_or_told(both, cloud):

@@ -247,7 +247,7 @@ def test_several_shapes_have_plans_side_by_side(client, counter):
 def test_a_failing_engine_is_not_asked_twice(client, counter, monkeypatch):
     engine, calls = client._edge.runtime._hosted["tiny", None].loaded.engine, []
 
-    def fail(feeds):
+    def fail(feeds, cancel=None):
         calls.append(feeds)
         raise EngineError("out of memory")
 

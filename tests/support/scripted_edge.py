@@ -102,6 +102,7 @@ class ScriptedGeneration:
     queue_s = 0.0
     prefill_s = 0.001
     decode_s = 0.001
+    pause_s = 0.001
 
     def __init__(self, edge: ScriptedEdge, count: int, cancel, watch=None) -> None:
         self._pieces = self._run(edge, count, cancel, watch)

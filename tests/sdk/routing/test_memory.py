@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,11 +60,45 @@ def test_what_is_kept_is_small_however_many_models_there_are() -> None:
     recall(Predictor(), text)
 
 
+def test_how_much_clocks_matter_is_kept_across_restarts() -> None:
+    predictor = learned()
+    for call in range(20):  # a device at half its clocks that is hardly slower
+        predictor.sense(0.5)
+        seen = Observation(total_ms=11, compute_ms=11)
+        predictor.observe("edge", "m", SMALL, seen, now_s=50 + call)
+    bend = predictor.models["edge", "m"].compute.bend
+    assert bend < 0.5
+    again = Predictor()
+    recall(again, remember(predictor))
+    assert again.models["edge", "m"].compute.bend == pytest.approx(bend)
+    assert again.models["edge", "m"].prefill.bend == 1.0
+
+
+def test_a_file_of_version_1_knows_nothing_of_clocks_and_pauses_and_is_read() -> None:
+    kept = json.loads(remember(learned()))
+    kept["format_version"] = 1
+    for model in kept["models"]:
+        del model["pause"]
+        for estimate in ("load", "compute", "prefill", "per_token"):
+            del model[estimate]["bend"]
+    again = Predictor()
+    recall(again, json.dumps(kept).encode())
+    assert again.predict("edge", "m", SMALL, now_s=0).basis == "seeded"
+    assert all(model.compute.bend == 1.0 for model in again.models.values())
+
+
+@pytest.mark.parametrize("bend", ["-0.1", "1.6", "null", "NaN"])
+def test_a_bend_that_nobody_wrote_is_refused(bend: str) -> None:
+    text = remember(learned()).decode().replace('"bend":1.0', f'"bend":{bend}', 1)
+    with pytest.raises(InvalidInput):
+        recall(Predictor(), text.encode())
+
+
 @pytest.mark.parametrize(
     "text",
     [
         b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b" " * (MAX_BYTES + 1),
-        b'{"format_version": 2, "models": [], "answers": {}, "link": null}',
+        b'{"format_version": 3, "models": [], "answers": {}, "link": null}',
         b'{"format_version": 1, "models": [], "answers": {"m": [-1]}, "link": null}',
         b'{"format_version": 1, "models": [], "answers": {}, "link": {"delay_ms": 0, '
         b'"ms_per_byte": 1, "errors": []}}',
