@@ -128,6 +128,7 @@ def test_a_hedge_that_would_come_too_early_is_asked_about_again(both, cloud, mon
     first, other = ("edge", "cloud") if mode == "prefer_edge" else ("cloud", "edge")
     planned = HedgePlan(first=first, other=other, after_ms=20.0, why="a test says so")
     monkeypatch.setattr("sdk.core.plan", lambda decision: planned)
+    monkeypatch.setattr("sdk.racing.stalls_after_ms", lambda expected: 60_000.0)
     asked: list[float] = []
 
     def start(hedging, planned, began, again):
