@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import read_json
@@ -132,17 +134,22 @@ def build(
     judge = partial(_drop, source, compiled.meant(calibration), meaning, as_written=True)
     elsewhere = compiled.make(calibration, judge)
     quality: dict[str, tuple[QualityFigure, ...]]
+    blames: dict[str, Blame] = {
+        one: partial(blame_layers, shop, one, base, paths[one], lambda: calibration)
+        for one in ids
+        if one not in (own, "pruned")
+    }
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
-        quality = {
-            variant_id: _verified(source, samples, meaning, shop, variant_id, path)
-            for variant_id, path in paths.items()
-        }
+        quality = {}
+        for one, path in paths.items():
+            with explained(one, blames[one]) if one in blames else nullcontext():
+                quality[one] = _verified(source, samples, meaning, shop, one, path)
         meant = compiled.meant(samples)
         quality |= compiled.judged(
             elsewhere, lambda one, path: _verified(source, meant, meaning, shop, one, path)
         )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
-    ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
+    ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i], blame=blames.get(i)))
     if ids:
         ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
     else:
