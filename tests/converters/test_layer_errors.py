@@ -20,6 +20,7 @@ from converters.steps import layer_errors as step
 from converters.steps.layer_errors import layer_errors
 from converters.steps.quantize import Int8Quantizer, store_fp16
 from converters.steps.sensitivity import Damage
+from converters.tensorrt.graph import nodes_below
 from nearfar.bundle import Bundle
 from nearfar.errors import ConversionError
 
@@ -160,6 +161,11 @@ def test_a_branch_that_a_number_decides_is_looked_into(tmp_path: Path):
     found = layer_errors(tmp_path / "source/m.onnx", tmp_path / "int8/m.onnx", feeds, tmp_path)
     assert [one.operator for one in found.layers] == ["MatMul"]
     assert found.layers[0].own_error > 0.01
+    # It can be named to stay as it is.
+    quantizer = Int8Quantizer(tmp_path / "source/m.onnx", tmp_path, Int8Settings(keep=("n3",)))
+    quantizer.write(tmp_path / "kept.onnx")
+    nodes = nodes_below(onnx.load(tmp_path / "kept.onnx").graph)
+    assert [node.name for node in nodes if node.op_type == "MatMul"] == ["n3"]
 
 
 def convert(model: Path, settings: Settings, **options: object) -> tuple[Bundle, list[str]]:

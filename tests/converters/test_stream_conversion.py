@@ -108,6 +108,22 @@ def test_other_models_say_how_they_hear_and_recordings_are_used(ear: Path, tmp_p
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_golden_inputs_of_a_stream_are_windows_of_sound(ear: Path, tmp_path: Path, monkeypatch):
+    """Random numbers of random lengths are refused by models that want whole windows."""
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("converters.steps.golden.synthetic_samples", never)
+    assert nearfar_convert(ear, "-o", tmp_path / "b", "--preprocessing", SPEC) == 0
+    bundle = open_bundle(tmp_path / "b")
+    with np.load(bundle.path / bundle.manifest.golden.inputs) as stored:
+        sizes = {stored[name].shape[-1] for name in stored.files if name.endswith("x")}
+    rates = tiny.STREAM.rates
+    assert sizes <= {rate.window_samples + rate.context_samples for rate in rates}
+    assert sizes
+
+
 @pytest.mark.parametrize(
     ("rate_hz", "says"), [(44_100, "44100 samples in a second"), (8, "shorter than one window")]
 )
