@@ -1,7 +1,7 @@
 """Golden inputs of a new bundle, and what its variants make of them.
 
-The inputs are nearfar's own sentences, bytes and sounds, or seeded random numbers: never the samples that a
-person gave for verification, since a bundle goes to places where these may not.
+The inputs are nearfar's own sentences, bytes and sounds, or seeded random numbers: never the
+samples that a person gave for verification, since a bundle goes to places where these may not.
 """
 
 from __future__ import annotations

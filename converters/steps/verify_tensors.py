@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sysconfig
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
         ConversionError: The file does not fit the model; names file and array.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of arrays")  # numpy would take it for a pickle
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError) as exc:
@@ -87,6 +90,13 @@ def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
             raise ConversionError(
                 f"{path} has no array {spec.name!r} of type {spec.datatype}",
                 fix="Give one array for each input of the model, with its type",
+            )
+        wrong = [a for a, b in zip(array.shape[1:], spec.shape[1:]) if b not in (-1, a)]  # noqa: B905
+        if array.ndim != len(spec.shape) or wrong:
+            raise ConversionError(
+                f"{path}: {spec.name!r} has the shape {list(array.shape)}, the model takes "
+                f"{list(spec.shape)} (-1: any size)",
+                fix="Give rows as the model takes them; the first axis counts them",
             )
         feeds = feeds or [{} for _ in range(min(_MAX_ROWS, len(array)))]
         if len(array) < len(feeds):
