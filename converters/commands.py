@@ -44,8 +44,8 @@ def convert(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="GGUF file, Hugging Face folder with safetensors, ONNX file, or a PyTorch "
-            "module as package.module:factory.",
+            help="GGUF file, Hugging Face folder with safetensors, ONNX file, a bundle to add "
+            "variants to, or a PyTorch module as package.module:factory.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +79,11 @@ def convert(
     ] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(help="ONNX: .npz with real inputs to verify with.", show_default=False),
+        typer.Option(
+            help="ONNX: .npz with real inputs to verify with, and with the right classes as "
+            "labels; of models that hear, a .wav.",
+            show_default=False,
+        ),
     ] = None,
     inputs: Annotated[
         str | None,

@@ -102,10 +102,11 @@ def build(
     ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
     meaning = _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
+    first = _bare(source, samples[:1])[0]
     full = _optimised(source, samples, shop)
     narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     base = (narrow or pruned.path) if pruned is not None else (full or source.path)
-    compiled = TensorrtVariants(shop, base, ids, sample=samples[0])
+    compiled = TensorrtVariants(shop, base, ids, sample=first)
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
@@ -123,6 +124,7 @@ def build(
     if ("int8" in ids and own != "int8") or "trt-int8" in compiled.ids:
         is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
         samples, calibration = _split(source, samples, kind, meaning, shop, is_static=is_static)
+    calibration = _bare(source, calibration)
     if "int8" in ids and own != "int8":
         make_int8(
             shop,
@@ -151,7 +153,7 @@ def build(
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i], blame=blames.get(i)))
     if ids:
-        ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
+        ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=first)
     else:
         latency = {}
     variants = joined(
@@ -159,7 +161,7 @@ def build(
         shop.variants(ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency),
         compiled,
         quality,
-        sample=samples[0],
+        sample=first,
     )
     shop.check_any([variant.id for variant in variants])
     return Manifest(
@@ -332,6 +334,12 @@ def _split(
         return samples, samples
     others = [feeds for number, feeds in enumerate(samples) if number % 4]
     return others, samples[::4]
+
+
+def _bare(source: OnnxSource, samples: Sequence[Feeds]) -> list[Feeds]:
+    """Inputs alone, without the right classes: nothing is compressed by these."""
+    wanted = {tensor.name for tensor in source.inputs}
+    return [{name: feeds[name] for name in feeds if name in wanted} for feeds in samples]
 
 
 def _drop(
