@@ -123,7 +123,7 @@ class TensorrtVariants:
         return found
 
     def _blame(self, variant_id: str) -> Blame:
-        path = self.paths()[variant_id]
+        path = self._shop.writer.file(self._entry(variant_id))
         return partial(
             blame_layers, self._shop, variant_id, self._base, path, lambda: self._calibration
         )
@@ -211,7 +211,10 @@ class TensorrtVariants:
         )
         own = replace(shop, options=options, kept=shop.kept_tensorrt)
         target = shop.work / "tensorrt-int8.onnx"
-        make_int8(own, base, target, calibration=self.meant(calibration), judge=judge)
+        make_int8(
+            own, base, target, calibration=self.meant(calibration), judge=judge,
+            variant_id="trt-int8",
+        )  # fmt: skip
         return target
 
     @staticmethod

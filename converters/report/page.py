@@ -25,6 +25,8 @@ from nearfar.units import format_bytes, format_ms
 
 #: More rows are not read: the harmful ones come first.
 _MAX_LAYERS = 24
+#: Names of exported nodes begin alike; their ends tell them apart, and so many letters fit.
+_LABEL = 34
 _CHARTS = ("size", "latency", "quality", "by_size", "by_latency")
 _METRICS = {
     "perplexity": "rise of the perplexity",
@@ -177,7 +179,7 @@ def _layers(found: LayerErrors) -> str:
     return bar_chart(
         [
             Bar(
-                label=one.node,
+                label=one.node if len(one.node) <= _LABEL else f"…{one.node[1 - _LABEL :]}",
                 value=one.error,
                 text=text(one),
                 kind="edge" if one.node in found.kept else "denied",
