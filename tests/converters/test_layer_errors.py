@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
@@ -249,3 +251,11 @@ def test_what_is_said_of_layers():
     even = LayerErrors(variant_id="int8", method="", errors=errors[:3], error=100.0)
     assert damage_of(even) == "the damage comes from many layers alike"
     assert mending_of(even, "int8") == ""
+
+
+def test_a_step_within_a_step_is_shown_on_a_terminal():
+    text = io.StringIO()
+    reporter = Reporter(Console(file=text, force_terminal=True, width=80))
+    with reporter.step("outer"), reporter.step("inner") as step:
+        step.note("found")
+    assert text.getvalue().index("inner: found") < text.getvalue().index("✓ outer")
