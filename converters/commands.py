@@ -44,8 +44,8 @@ def convert(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="GGUF file, Hugging Face folder with safetensors, ONNX file, or a PyTorch "
-            "module as package.module:factory.",
+            help="GGUF file, Hugging Face folder with safetensors, ONNX file, a bundle to add "
+            "variants to, or a PyTorch module as package.module:factory.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +79,11 @@ def convert(
     ] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(help="ONNX: .npz with real inputs to verify with.", show_default=False),
+        typer.Option(
+            help="ONNX: .npz with real inputs to verify with, and with the right classes as "
+            "labels; of models that hear, a .wav.",
+            show_default=False,
+        ),
     ] = None,
     inputs: Annotated[
         str | None,
@@ -164,6 +168,15 @@ def convert(
     max_variants: Annotated[
         int, typer.Option(min=1, help="With --auto: how many variants the bundle may have.")
     ] = 3,
+    only: Annotated[
+        str,
+        typer.Option(
+            metavar="WAYS",
+            help="With --auto: try these ways and no others, comma-separated, such as "
+            "int8-blocks-32,int8-dynamic; --dry-run names them.",
+            show_default=False,
+        ),
+    ] = "",
     check_tensorrt: Annotated[
         bool,
         typer.Option(
@@ -367,8 +380,13 @@ def convert(
         raise ConfigError(
             "--auto chooses the variants itself", field="variants", fix="Leave out one of the two"
         )
+    ways = tuple(part.strip() for part in only.split(",") if part.strip())
+    if ways and not auto:
+        raise ConfigError(
+            "--only says what --auto tries", field="only", fix="Add --auto, or use --variants"
+        )
     if dry_run:
-        _show_plan(console, model, options, is_search=is_search)
+        _show_plan(console, model, options, is_search=is_search, ways=ways)
         return
     if output is None:
         raise ConfigError(
@@ -378,7 +396,7 @@ def convert(
     if is_search:
         from converters.search.search import search_model
 
-        make = partial(search_model, count=max_variants)
+        make = partial(search_model, count=max_variants, ways=ways)
     with _terminate_like_ctrl_c():
         bundle = make(
             model,
@@ -417,7 +435,12 @@ def _is_stated(context: typer.Context, option: str) -> bool:
 
 
 def _show_plan(
-    console: Console, model: Path, options: ConversionOptions, *, is_search: bool
+    console: Console,
+    model: Path,
+    options: ConversionOptions,
+    *,
+    is_search: bool,
+    ways: tuple[str, ...],
 ) -> None:
     from rich.table import Table
 
@@ -431,7 +454,7 @@ def _show_plan(
     if is_search:
         from converters.search.candidates import plan_search
 
-        planned = plan_search(source, options)
+        planned = plan_search(source, options, ways)
     else:
         planned = plan(source, options)
     table = Table(box=None)

@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -46,6 +47,13 @@ def load(name: str) -> Any:
     if name == "onnxruntime":
         module.set_default_logger_severity(3)  # errors only
     return module
+
+
+def told_by_onnxruntime(exc: Exception) -> str:
+    """What ONNX Runtime says, without status codes and places in its own source."""
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", str(exc))
+    text = re.sub(r"Load model from .*? failed:\s*", "", text)
+    return re.sub(r"\S+\.(?:cc|h|cpp):\d+ [\w:~<>]+\([^)]*\)\s*", "", text).strip().rstrip(".")
 
 
 @contextmanager

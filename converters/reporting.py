@@ -30,6 +30,7 @@ class Reporter:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
         self._due_s: float | None = None
+        self._is_busy = False
 
     @property
     def is_live(self) -> bool:
@@ -48,9 +49,15 @@ class Reporter:
         if self._console is None:
             yield step
             return
-        if self._console.is_terminal:
-            with self._console.status(Text(title + self._left())):
-                yield step
+        if self._console.is_terminal and self._is_busy:
+            yield step  # a part of a step whose line is moving already
+        elif self._console.is_terminal:
+            self._is_busy = True
+            try:
+                with self._console.status(Text(title + self._left())):
+                    yield step
+            finally:
+                self._is_busy = False
         else:
             # Logs and parent processes see at once what is being done.
             self._print(f"{title} …")

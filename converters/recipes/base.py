@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import msgspec
 from converters.cache import StepCache, digest_of_arrays, digest_of_path
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
-from converters.report.evidence import Evidence, Tried
-from converters.report.words import method_of
+from converters.report.evidence import Evidence, LayerErrors, Tried
+from converters.report.words import damage_of, mending_of, method_of
 from converters.reporting import Reporter
 from converters.settings import Settings
 from converters.sources.base import Source
 from converters.steps.gate import (
+    NOTICEABLE,
+    UNFUSED,
     Refusal,
     latency_refusal,
     quality_drop,
@@ -181,10 +183,18 @@ class Workshop:
         figures: Sequence[QualityFigure],
         *,
         reference_perplexity: float | None = None,
+        blame: Callable[[], LayerErrors | None] | None = None,
     ) -> bool:
         """Whether a compressed variant stays in the bundle; says why when it does not.
 
         Its files are removed then. See `Gates.max_quality_drop`.
+
+        Args:
+            variant_id: Its id.
+            figures: Of its quality.
+            reference_perplexity: Of the reference, for language models.
+            blame: Finds the layers that err; it is asked where the graph as it is written loses a
+                noticeable share, or too much.
 
         Raises:
             ConversionError: No other variant was asked for.
@@ -197,10 +207,23 @@ class Workshop:
             self.settings.gates.max_quality_drop,
             reference_perplexity=reference_perplexity,
         )
+        drop = quality_drop(figures, suffix=UNFUSED) or quality_drop(
+            figures, reference_perplexity=reference_perplexity
+        )
+        limit = self.settings.gates.max_quality_drop
+        least = NOTICEABLE if limit is None else min(limit, NOTICEABLE)
+        found = blame() if blame is not None and drop is not None and drop[1] > least else None
         if problem is None:
             return True
+        if found is not None:
+            problem = problem.blaming(
+                damage_of(found), mending_of(found, variant_id, self._kept_in(variant_id))
+            )
         self._leave_out(variant_id, problem, figures)
         return False
+
+    def _kept_in(self, variant_id: str) -> Sequence[str]:
+        return self.kept_tensorrt if variant_id.startswith("trt-") else self.kept
 
     def refuse(self, variant_id: str, reason: str) -> None:
         """Leave a variant out of the bundle, and say why."""

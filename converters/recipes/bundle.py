@@ -108,7 +108,8 @@ def _embedding(
     with shop.reporter.step(f"run {source.full.id} on {check.samples} passages"):
         best = check.vectors(full)
     quality = {"int8": embedding.compress(shop, full, best, check, tokenizer, spec, source.full.id)}
-    if not shop.accept("int8", quality["int8"]):
+    blame = embedding.blame_int8(shop, full, tokenizer, spec)
+    if not shop.accept("int8", quality["int8"], blame=blame):
         shop.check_any(())
     ids, latency = embedding.measured(shop, ("int8",), quality, check)
     return shop.variants(

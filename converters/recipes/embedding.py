@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from converters.cache import digest_of_arrays
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
@@ -107,7 +108,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             shop, full, best, check, tokenizer, preprocessing, reference,
             long=None if long is None else (long, source.label),
         )  # fmt: skip
-        if not shop.accept("int8", quality["int8"]):
+        blame = blame_int8(shop, full, tokenizer, preprocessing)
+        if not shop.accept("int8", quality["int8"], blame=blame):
             ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
     if compiled.ids:
         trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
@@ -202,9 +204,10 @@ def compress(
     has_kernels = shop.settings.int8.method != "weights"
     with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
         # The model is judged on the graph as it is written, where a CPU's kernels may saturate.
-        found = check.against_reference(
-            check.vectors(path), best, reference, is_gated=not has_kernels
-        )
+        with explained("int8", blame_int8(shop, full, tokenizer, preprocessing)):
+            found = check.against_reference(
+                check.vectors(path), best, reference, is_gated=not has_kernels
+            )
         if has_kernels:
             vectors = check.vectors(path, is_unfused=True)
             found += check.against_reference(vectors, best, reference, suffix=UNFUSED)
@@ -212,6 +215,19 @@ def compress(
             found += check.against_long(check.vectors(path), *long)
         step.note(summary(found))
     return found
+
+
+def blame_int8(
+    shop: Workshop, full: Path, tokenizer: Path, preprocessing: TextPreprocessing
+) -> Blame:
+    """Finds the layers where ``int8/model.onnx`` errs, on single texts that it is not judged on."""
+
+    def feeds() -> list[dict[str, np.ndarray]]:
+        passages = texts.calibration_passages(shop.settings.passages)
+        check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates, passages)
+        return [{name: rows[:1] for name, rows in batch.items()} for batch in check.batches]
+
+    return partial(blame_layers, shop, "int8", full, shop.writer.file("int8/model.onnx"), feeds)
 
 
 def measured(

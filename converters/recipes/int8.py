@@ -29,6 +29,7 @@ def make_int8(
     *,
     calibration: Sequence[Mapping[str, np.ndarray]],
     judge: Callable[[Path], float],
+    variant_id: str = "int8",
 ) -> None:
     """Quantize, with lines of progress.
 
@@ -39,6 +40,7 @@ def make_int8(
         calibration: Inputs of one call each, for ranges and for the search; not those that the
             variant is verified on.
         judge: Share of quality that a file loses on the calibration inputs.
+        variant_id: Of which variant the report shall say what is found.
 
     Raises:
         ConversionError: The model cannot be quantized.
@@ -53,7 +55,7 @@ def make_int8(
     }  # fmt: skip
     keep: tuple[str, ...] = settings.keep
     if shop.settings.gates.max_quality_drop is not None:
-        choice = _search(shop, quantizer, source, calibration, judge, parts)
+        choice = _search(shop, quantizer, source, calibration, judge, parts, variant_id)
         keep += tuple(name for name in choice.keep if name not in keep)
     with shop.reporter.step("quantize to INT8") as step:
         shop.cache.output(
@@ -68,7 +70,7 @@ def make_int8(
     shop.kept.extend(keep)
     if settings.method == "static":
         with shop.reporter.step("look at the ranges of the activations"):
-            shop.evidence.histograms["int8"] = shop.cache.value(
+            shop.evidence.histograms[variant_id] = shop.cache.value(
                 "activation-histograms", parts, tuple[ActivationHistogram, ...],
                 lambda: histograms(source, quantizer.ranges(), calibration, shop.work),
                 tools=_TOOLS,
@@ -82,6 +84,7 @@ def _search(
     calibration: Sequence[Mapping[str, np.ndarray]],
     judge: Callable[[Path], float],
     parts: Mapping[str, object],
+    variant_id: str,
 ) -> Choice:
     """Which nodes to keep, from the cache where it was found before."""
     limit = shop.settings.gates.max_quality_drop
@@ -133,7 +136,7 @@ def _search(
     for ranked in measured:
         shop.evidence.layers.append(
             LayerErrors(
-                variant_id="int8",
+                variant_id=variant_id,
                 method=method_of("int8", shop.settings),
                 errors=ranked,
                 kept=(*stated, *(name for name in choice.keep if name not in stated)),

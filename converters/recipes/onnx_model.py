@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
+from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.sources.huggingface import read_json
@@ -100,10 +102,11 @@ def build(
     ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
     meaning = _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
+    first = _bare(source, samples[:1])[0]
     full = _optimised(source, samples, shop)
     narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     base = (narrow or pruned.path) if pruned is not None else (full or source.path)
-    compiled = TensorrtVariants(shop, base, ids, sample=samples[0])
+    compiled = TensorrtVariants(shop, base, ids, sample=first)
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
@@ -121,6 +124,7 @@ def build(
     if ("int8" in ids and own != "int8") or "trt-int8" in compiled.ids:
         is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
         samples, calibration = _split(source, samples, kind, meaning, shop, is_static=is_static)
+    calibration = _bare(source, calibration)
     if "int8" in ids and own != "int8":
         make_int8(
             shop,
@@ -132,19 +136,24 @@ def build(
     judge = partial(_drop, source, compiled.meant(calibration), meaning, as_written=True)
     elsewhere = compiled.make(calibration, judge)
     quality: dict[str, tuple[QualityFigure, ...]]
+    blames: dict[str, Blame] = {
+        one: partial(blame_layers, shop, one, base, paths[one], lambda: calibration)
+        for one in ids
+        if one not in (own, "pruned")
+    }
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
-        quality = {
-            variant_id: _verified(source, samples, meaning, shop, variant_id, path)
-            for variant_id, path in paths.items()
-        }
+        quality = {}
+        for one, path in paths.items():
+            with explained(one, blames[one]) if one in blames else nullcontext():
+                quality[one] = _verified(source, samples, meaning, shop, one, path)
         meant = compiled.meant(samples)
         quality |= compiled.judged(
             elsewhere, lambda one, path: _verified(source, meant, meaning, shop, one, path)
         )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
-    ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i]))
+    ids = tuple(i for i in ids if i == own or shop.accept(i, quality[i], blame=blames.get(i)))
     if ids:
-        ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=samples[0])
+        ids, latency = shop.measured(ids, _ENGINE, entries, quality, feeds=first)
     else:
         latency = {}
     variants = joined(
@@ -152,7 +161,7 @@ def build(
         shop.variants(ids, engine=_ENGINE, entries=entries, quality=quality, latency=latency),
         compiled,
         quality,
-        sample=samples[0],
+        sample=first,
     )
     shop.check_any([variant.id for variant in variants])
     return Manifest(
@@ -325,6 +334,12 @@ def _split(
         return samples, samples
     others = [feeds for number, feeds in enumerate(samples) if number % 4]
     return others, samples[::4]
+
+
+def _bare(source: OnnxSource, samples: Sequence[Feeds]) -> list[Feeds]:
+    """Inputs alone, without the right classes: nothing is compressed by these."""
+    wanted = {tensor.name for tensor in source.inputs}
+    return [{name: feeds[name] for name in feeds if name in wanted} for feeds in samples]
 
 
 def _drop(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import numpy as np
 from converters.cache import digest_of_path
 from converters.recipes.base import Workshop
 from converters.recipes.int8 import make_int8
+from converters.recipes.layers import Blame, blame_layers, explained
 from converters.settings import TensorrtSettings
 from converters.steps.half_precision import to_half
 from nearfar.bundle.manifest import (
@@ -51,6 +53,8 @@ class TensorrtVariants:
         self._full = full
         self._sample = {name: array.shape for name, array in sample.items()}
         self._limit = limit
+        self._base = shop.work / "tensorrt.onnx"
+        self._calibration: list[dict[str, np.ndarray]] = []
         self._profile: tuple[ShapeRange, ...] = ()
 
     def paths(self) -> dict[str, Path]:
@@ -74,7 +78,8 @@ class TensorrtVariants:
         if not self.ids:
             return {}
         paths = self.paths()
-        base = self._shop.work / "tensorrt.onnx"
+        self._calibration = self.meant(calibration)
+        base = self._base
         with self._shop.reporter.step("prepare the graph for TensorRT") as step:
             step.note(self._prepare(base))
         for one, path in paths.items():
@@ -111,10 +116,17 @@ class TensorrtVariants:
         found = {}
         for one, path in paths.items():
             try:
-                found[one] = judge(one, path)
+                with explained(one, self._blame(one)):
+                    found[one] = judge(one, path)
             except ConversionError as exc:
                 self._shop.refuse(one, f"{one}: {exc.problem}")
         return found
+
+    def _blame(self, variant_id: str) -> Blame:
+        path = self._shop.writer.file(self._entry(variant_id))
+        return partial(
+            blame_layers, self._shop, variant_id, self._base, path, lambda: self._calibration
+        )
 
     def meant(self, samples: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
         """Samples with the fixed inputs at their value."""
@@ -131,7 +143,9 @@ class TensorrtVariants:
         """Manifest entries of those that are good enough and, where asked, taken by TensorRT."""
         found = []
         for one in self.ids:
-            if one not in quality or not self._shop.accept(one, quality[one]):
+            if one not in quality:
+                continue
+            if not self._shop.accept(one, quality[one], blame=self._blame(one)):
                 continue
             variant = Variant(
                 id=one,
@@ -197,7 +211,10 @@ class TensorrtVariants:
         )
         own = replace(shop, options=options, kept=shop.kept_tensorrt)
         target = shop.work / "tensorrt-int8.onnx"
-        make_int8(own, base, target, calibration=self.meant(calibration), judge=judge)
+        make_int8(
+            own, base, target, calibration=self.meant(calibration), judge=judge,
+            variant_id="trt-int8",
+        )  # fmt: skip
         return target
 
     @staticmethod

@@ -10,6 +10,7 @@ from msgspec import structs, to_builtins
 
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
+from converters.recipes.layers import Blame, blame_layers
 from converters.settings import Int4Settings
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
@@ -20,6 +21,7 @@ from converters.steps.genai_build import PRECISIONS, build_genai
 from converters.steps.prepare_model import prepare_model
 from converters.steps.verify_generation import (
     SourceLogits,
+    first_call,
     verify_generation,
     windows,
 )
@@ -32,6 +34,8 @@ _ENGINE: EngineName = "onnxruntime-genai"
 _TOOLS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "gguf")
 #: A prompt of usual length for timing the first token.
 _TIMED_PROMPT_TOKENS = 64
+#: Of a text that layers are compared on: the reference is run on it some forty times.
+_COMPARED_TOKENS = 64
 
 
 def build(source: Source, name: str, shop: Workshop) -> Manifest:
@@ -61,7 +65,12 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         variant_id
         for variant_id in ids
         if variant_id == ids[0]
-        or shop.accept(variant_id, quality[variant_id], reference_perplexity=best)
+        or shop.accept(
+            variant_id,
+            quality[variant_id],
+            reference_perplexity=best,
+            blame=_blame(shop, variant_id, targets[ids[0]], targets[variant_id], token_windows),
+        )
     )
     prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
     entries = {variant_id: variant_id for variant_id in ids}
@@ -165,6 +174,15 @@ def _verify(
         )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     return quality
+
+
+def _blame(shop: Workshop, variant_id: str, best: Path, folder: Path, token_windows: Any) -> Blame:
+    def feeds() -> list[dict[str, Any]]:
+        return [first_call(best, window[:_COMPARED_TOKENS]) for window in token_windows[-2:]]
+
+    return partial(
+        blame_layers, shop, variant_id, best / "model.onnx", folder / "model.onnx", feeds
+    )
 
 
 def _size(folder: Path) -> int:

@@ -56,19 +56,26 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerErrors(msgspec.Struct, frozen=True, kw_only=True):
-    """What rounding each node alone does to the outputs.
+    """What the errors of single nodes do to the outputs.
 
     Attributes:
         variant_id: Of which variant.
         method: How it rounds.
-        errors: All that were tried, most harmful first.
+        kind: ``alone``: each node was rounded alone, to see which must stay as they are.
+            ``inside``: the variant was compared with its reference layer by layer, to see where
+            its error is made.
+        errors: All that were tried, most harmful first; of ``inside`` and a model of many layers
+            those that lie where most harm is done.
         kept: Those that stay in full precision.
+        error: Of ``inside``: the sum over all layers.
     """
 
     variant_id: str
     method: str
+    kind: Literal["alone", "inside"] = "alone"
     errors: tuple[Damage, ...]
     kept: tuple[str, ...] = ()
+    error: float = 0.0
 
 
 class ActivationHistogram(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typing import Any
 from converters.libraries import load
 from converters.report.contents import Report
 from converters.report.evidence import LayerErrors, Tried
+from converters.steps.sensitivity import Damage
 from nearfar.bundle.manifest import QualityFigure
 from nearfar.pages import house_style
 from nearfar.pages.charts import (
@@ -24,6 +25,8 @@ from nearfar.units import format_bytes, format_ms
 
 #: More rows are not read: the harmful ones come first.
 _MAX_LAYERS = 24
+#: Names of exported nodes begin alike; their ends tell them apart, and so many letters fit.
+_LABEL = 34
 _CHARTS = ("size", "latency", "quality", "by_size", "by_latency")
 _METRICS = {
     "perplexity": "rise of the perplexity",
@@ -166,17 +169,26 @@ def _speed(one: Tried) -> str:
 def _layers(found: LayerErrors) -> str:
     shown = found.errors[:_MAX_LAYERS]
     low = max(1e-12, min((one.error for one in shown if one.error > 0), default=1e-12))
+    is_inside = found.kind == "inside"
+
+    def text(one: Damage) -> str:
+        if is_inside and found.error:
+            return f"{one.error:.2g} · {share(one.error / found.error)}"
+        return f"{one.error:.2g}" + (" · kept" if one.node in found.kept else "")
+
     return bar_chart(
         [
             Bar(
-                label=one.node,
+                label=one.node if len(one.node) <= _LABEL else f"…{one.node[1 - _LABEL :]}",
                 value=one.error,
-                text=f"{one.error:.2g}" + (" · kept" if one.node in found.kept else ""),
+                text=text(one),
                 kind="edge" if one.node in found.kept else "denied",
             )
             for one in shown
         ],
-        f"Error of the outputs when one node of {found.variant_id} alone is rounded",
+        f"Error of the outputs by the error that single nodes of {found.variant_id} make"
+        if is_inside
+        else f"Error of the outputs when one node of {found.variant_id} alone is rounded",
         scale=logarithmic(low),
     )
 

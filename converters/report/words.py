@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from converters.report.evidence import LayerErrors
 from converters.settings import Settings
 
 _INT4 = {
@@ -41,3 +44,42 @@ def method_of(precision: str, settings: Settings) -> str:
         count = len(int8.keep)
         text += f", {count} node{'s' if count > 1 else ''} in full precision"
     return text
+
+
+#: Layers that are named. More are in the report.
+_NAMED = 3
+#: What does less than this share of the damage is not worth keeping.
+_LEAST_SHARE = 0.05
+#: Precisions whose recipes can leave nodes alone.
+_KEEP = {"int8": "int8.keep", "trt-int8": "tensorrt.keep"}
+
+
+def damage_of(found: LayerErrors) -> str:
+    """Which layers make the error: ``the damage comes from node_7 (61 %) and node_9 (20 %)``."""
+    named = [f"{node} ({part:.0%})" for node, part in _worst(found)]
+    if not named:
+        return "the damage comes from many layers alike"
+    *first, last = named
+    return f"the damage comes from {', '.join(first)}{' and ' if first else ''}{last}"
+
+
+def mending_of(found: LayerErrors, precision: str, kept: Sequence[str] = ()) -> str:
+    """What to do about it, to follow "Try"; empty where a recipe cannot do it.
+
+    Args:
+        found: The layers.
+        precision: Of the variant.
+        kept: Nodes that stay in full precision already.
+    """
+    setting = _KEEP.get(precision)
+    names = [*kept, *(node for node, _ in _worst(found) if node not in kept)]
+    if setting is None or len(names) == len(kept):
+        return ""
+    listed = ", ".join(f'"{name}"' for name in names)
+    return f"keeping them in higher precision, in a recipe: {setting} = [{listed}]"
+
+
+def _worst(found: LayerErrors) -> list[tuple[str, float]]:
+    total = found.error or sum(one.error for one in found.errors) or 1.0
+    shares = [(one.node, one.error / total) for one in found.errors[:_NAMED]]
+    return [(node, part) for node, part in shares if part >= _LEAST_SHARE]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from converters.options import ConversionOptions
 from converters.plan import Plan, PlannedStep, plan
 from converters.settings import CalibrationSettings, Int4Settings, Int8Settings, Trial
@@ -12,7 +14,7 @@ from converters.sources.huggingface import HuggingFaceSource
 from converters.sources.onnx_file import OnnxSource
 from converters.sources.torch_module import TorchSource
 from converters.steps.carry_gguf import can_carry
-from nearfar.errors import ConversionError
+from nearfar.errors import ConfigError, ConversionError
 
 #: The variant that all others are held against.
 FULL = "fp32"
@@ -68,6 +70,25 @@ def candidates(source: Source) -> tuple[Trial, ...]:
     return _TENSORS
 
 
+def chosen(source: Source, ways: Sequence[str]) -> tuple[Trial, ...]:
+    """Of `candidates` those with these ids, in their order; all where none is named.
+
+    Raises:
+        ConfigError: There is no such way for this model.
+        ConversionError: See `candidates`.
+    """
+    known = candidates(source)
+    ids = [one.id for one in known]
+    for way in ways:
+        if way not in ids:
+            raise ConfigError(
+                f"There is no way {way!r} to compress this model",
+                field="only",
+                fix=f"Name some of: {', '.join(ids)}",
+            )
+    return tuple(one for one in known if not ways or one.id in ways)
+
+
 def mixed(trial: Trial) -> Trial:
     """The same way with sensitive nodes in full precision."""
     return Trial(id=f"{trial.id}-mixed", variant=trial.variant, int8=trial.int8, is_mixed=True)
@@ -116,13 +137,13 @@ def planned(
     return tuple(steps)
 
 
-def plan_search(source: Source, options: ConversionOptions) -> Plan:
+def plan_search(source: Source, options: ConversionOptions, ways: Sequence[str] = ()) -> Plan:
     """What `search_model` would do, in the form of any plan.
 
     Raises:
-        ConversionError: There is nothing to search.
+        ConfigError, ConversionError: See `chosen`.
     """
-    trials = options.trials or candidates(source)
+    trials = options.trials or chosen(source, ways)
     steps = list(planned(source, options, trials))
     if not options.trials and any(can_be_mixed(one) for one in trials):
         extra = planned(source, options, tuple(mixed(one) for one in trials if can_be_mixed(one)))

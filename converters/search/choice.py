@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from converters.report.evidence import Tried
+from converters.report.evidence import LayerErrors, Tried
 from converters.report.page import share
 from converters.report.pareto import mark_front
+from converters.report.words import damage_of
 from converters.settings import Gates
 from converters.steps.gate import latency_refusal, size_refusal
 from nearfar.errors import ConversionError
@@ -19,11 +20,22 @@ from nearfar.units import format_bytes, format_ms
 _LIKE_SIZE, _LIKE_TIME, _LIKE_QUALITY = 1.05, 1.1, 0.001
 
 
-def judged(tried: Sequence[Tried], gates: Gates, full_bytes: int) -> tuple[Tried, ...]:
-    """The same, with the Pareto front marked, and with outcome ``refused`` where a gate says so."""
+def judged(
+    tried: Sequence[Tried], gates: Gates, full_bytes: int, layers: Sequence[LayerErrors] = ()
+) -> tuple[Tried, ...]:
+    """The same, with the Pareto front marked, and with outcome ``refused`` where a gate says so.
+
+    Args:
+        tried: What was tried.
+        gates: The limits.
+        full_bytes: Size of the model's weights in 32 bits; 0 when that is not known.
+        layers: Where variants err, to be told of those that lose too much.
+    """
+    blamed = {one.variant_id: one for one in layers if one.kind == "inside"}
     return tuple(
         structs.replace(one, outcome="refused", reason=problem[0], hint=problem[1])
-        if one.outcome != "failed" and (problem := _problem(one, gates, full_bytes)) is not None
+        if one.outcome != "failed"
+        and (problem := _problem(one, gates, full_bytes, blamed.get(one.id))) is not None
         else one
         for one in mark_front(tried)
     )
@@ -100,11 +112,14 @@ def _is_better(one: Tried, other: Tried) -> bool:
     )
 
 
-def _problem(one: Tried, gates: Gates, full_bytes: int) -> tuple[str, str] | None:
+def _problem(
+    one: Tried, gates: Gates, full_bytes: int, layers: LayerErrors | None
+) -> tuple[str, str] | None:
     limit = gates.max_quality_drop
     if limit is not None and one.lost is not None and one.lost > limit:
+        where = f"; {damage_of(layers)}" if layers is not None else ""
         return (
-            f"{one.id} loses {share(one.lost)} ({one.metric}), the limit is {share(limit)}",
+            f"{one.id} loses {share(one.lost)} ({one.metric}), the limit is {share(limit)}{where}",
             "a greater --max-quality-drop, if the application bears it",
         )
     found = size_refusal(one.id, one.size_bytes, gates, full_bytes)

@@ -20,7 +20,7 @@ from converters.report.files import files_beside
 from converters.report.page import share
 from converters.report.words import method_of
 from converters.reporting import Reporter
-from converters.search.candidates import can_be_mixed, candidates, mixed, planned
+from converters.search.candidates import can_be_mixed, chosen, mixed, planned
 from converters.search.choice import choose, judged
 from converters.search.trial import Bench, Tested
 from converters.settings import Settings, Trial
@@ -56,6 +56,7 @@ def search_model(
     options: ConversionOptions,
     *,
     count: int = DEFAULT_COUNT,
+    ways: Sequence[str] = (),
     reporter: Reporter | None = None,
     recipe: RecipeFile | None = None,
     save_recipe: Path | None = None,
@@ -69,6 +70,7 @@ def search_model(
         source_path, bundle_path, recipe, save_recipe: See `convert_model`.
         options: `variants` is not looked at.
         count: How many variants the bundle may have.
+        ways: Ids of the only ones to try; all without any.
         reporter: Where progress goes, with the time that is left.
 
     Returns:
@@ -76,6 +78,7 @@ def search_model(
 
     Raises:
         InvalidInput, BundleError: See `convert_model`.
+        ConfigError: A way does not exist.
         ConversionError: There is nothing to search, or no variant holds the gates.
     """
     reporter = reporter or Reporter()
@@ -87,7 +90,7 @@ def search_model(
     for line in check_source(recipe, source) if recipe is not None else ():
         reporter.say(f"! {line}: the files may differ from the recipe's")
     options = with_defaults(options, reporter)
-    trials = options.trials or candidates(source)
+    trials = options.trials or chosen(source, ways)
     plan = planned(source, options, trials)
     with work_folder(bundle_path.absolute(), keep=options.keep_work) as work:
         bench = Bench(source, source_path, options, work)
@@ -96,7 +99,7 @@ def search_model(
             reporter.say(f"✓ {bench.hits} trials were taken from {options.cache}")
         full = found.tested[next(iter(found.tested))]
         evidence = _evidence(found)
-        judged_ = judged(_rows(found), options.settings.gates, evidence.full_bytes)
+        judged_ = judged(_rows(found), options.settings.gates, evidence.full_bytes, evidence.layers)
         # A recipe that is repeated states what is taken; a search takes the best.
         ids, picked, told = choose(judged_, max(count, len(options.trials)))
         for line in picked:

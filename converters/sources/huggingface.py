@@ -109,6 +109,13 @@ def load_huggingface(source: HuggingFaceSource) -> Any:
                 trust_remote_code=False,
             )
     except Exception as exc:  # the library's own errors have no common base
+        if source.is_pickled and "Weights only load failed" in str(exc):
+            # torch's own words advise to run the code.
+            raise ConversionError(
+                f"The pickles of {source.path} hold more than weights: damage, or code that "
+                "loading them would run",
+                fix="Load it where you trust it, call save_pretrained, and convert that folder",
+            ) from exc
         raise ConversionError(
             f"transformers cannot load {source.path} with architecture {source.architecture!r} "
             f"({exc})",

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.libraries import load
+import numpy as np
+
+from converters.libraries import load, told_by_onnxruntime
 from converters.sources.base import Source, find_wheel
 from nearfar.bundle.manifest import TensorSpec
 from nearfar.bundle.paths import path_problem
@@ -55,6 +57,7 @@ def open_onnx(path: Path) -> OnnxSource:
         ) from exc
     external = _external_files(path, model, onnx)
     inputs, outputs = io_specs(path)
+    _check_numbers(path, model, onnx)
     wheel = find_wheel(path)
     generic = path.stem.lower() in ("model", "network", "onnx")
     return OnnxSource(
@@ -82,7 +85,7 @@ def io_specs(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception
         raise ConversionError(
-            f"ONNX Runtime cannot load {path} ({exc})",
+            f"ONNX Runtime cannot load {path} ({told_by_onnxruntime(exc)})",
             fix="Check the model with onnx.checker, or export it again with a lower opset",
         ) from exc
     return _specs(path, session.get_inputs()), _specs(path, session.get_outputs())
@@ -147,6 +150,24 @@ def _external_files(path: Path, model: Any, onnx: Any) -> tuple[Path, ...]:
             )
         found[file] = None
     return tuple(found)
+
+
+def _check_numbers(path: Path, model: Any, onnx: Any) -> None:
+    """Refuse weights with NaN; infinity is what masks are made of, and one NaN may be meant.
+
+    Raises:
+        ConversionError: There are some; names the tensor.
+    """
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    for tensor in stored_tensors(model.graph, onnx):
+        if tensor.data_type not in kinds or sum(tensor.dims) <= 1:
+            continue
+        numbers = onnx.numpy_helper.to_array(tensor, str(path.resolve().parent))
+        if np.isnan(numbers).any():
+            raise ConversionError(
+                f"{path}: weight {tensor.name!r} has NaN",
+                fix="Fetch the file again, or take weights of a training run that did not diverge",
+            )
 
 
 def _precision(model: Any, onnx: Any) -> str:

@@ -332,9 +332,15 @@ def _axes(stated: str | None, examples: Mapping[str, Any]) -> dict[tuple[str, in
                 fix="Write --axes batch=0,tokens=1 for all inputs, or tokens=INPUT.1 for one",
             )
         axis = int(match[3])
-        for name in (match[2],) if match[2] else tuple(examples):
-            if axis < examples[name].ndim:
-                found[name, axis] = match[1]
+        owners = (match[2],) if match[2] else tuple(examples)
+        having = [name for name in owners if axis < examples[name].ndim]
+        if not having and stated is not None:
+            raise ConversionError(
+                f"No example input has an axis {axis}, which {part!r} names",
+                fix="Axes are counted from 0: --axes batch=0,tokens=1",
+            )
+        for name in having:
+            found[name, axis] = match[1]
     sizes: dict[str, set[int]] = {}
     for (name, axis), size in found.items():
         sizes.setdefault(size, set()).add(int(examples[name].shape[axis]))

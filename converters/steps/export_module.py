@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ def export_module(source: TorchSource, path: Path) -> float:
         for name in examples
     }  # fmt: skip
     try:
-        with quiet(), torch.no_grad():
+        # torch prints the graph it was at when it fails; what failed is in the error.
+        with quiet(), redirect_stderr(io.StringIO()), torch.no_grad():
             program = torch.onnx.export(
                 source.module,
                 (),

@@ -13,6 +13,9 @@ from nearfar.units import format_bytes, format_ms
 #: Figures measured on the graph as the model states it, where ONNX Runtime would fuse it here.
 UNFUSED = "_unfused"
 
+#: From this share of quality on it is told which layers a variant loses it in.
+NOTICEABLE = 0.01
+
 #: The figure that speaks for a task, and what a lossless variant has.
 _SHARES = ("recall_at_10", "top1_agreement")
 
@@ -32,6 +35,16 @@ class Refusal(msgspec.Struct, frozen=True):
 
     reason: str
     hint: str
+
+    def blaming(self, damage: str, mending: str) -> Refusal:
+        """The same with the layers that are to blame.
+
+        Args:
+            damage: Which they are, in words.
+            mending: What to do about it, to follow "Try"; may be empty.
+        """
+        hints = [hint for hint in (mending, self.hint) if hint]
+        return Refusal(f"{self.reason}; {damage}", "; or ".join(hints))
 
     def __str__(self) -> str:
         said = f"{self.reason}. It is left out"

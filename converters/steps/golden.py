@@ -1,10 +1,12 @@
 """Golden inputs of a new bundle, and what its variants make of them.
 
-The inputs are nearfar's own sentences and bytes, or seeded random numbers: never the samples that a
-person gave for verification, since a bundle goes to places where these may not.
+The inputs are nearfar's own sentences, bytes and sounds, or seeded random numbers: never the
+samples that a person gave for verification, since a bundle goes to places where these may not.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 from msgspec import json, structs
@@ -19,7 +21,6 @@ from nearfar.bundle.manifest import (
     Manifest,
     StreamPreprocessing,
     TextPreprocessing,
-    Variant,
 )
 from nearfar.bundle.writer import BundleWriter
 from nearfar.engines.devices import probe
@@ -36,7 +37,7 @@ from nearfar.engines.golden import (
     to_npz,
 )
 from nearfar.engines.selection import why_not
-from nearfar.errors import ConversionError, EngineError
+from nearfar.errors import ConversionError, EngineError, InvalidInput
 
 CASES = 4
 _CPU = "CPUExecutionProvider"
@@ -78,10 +79,15 @@ def _added(writer: BundleWriter, manifest: Manifest, seed: int) -> tuple[Manifes
             golden = Golden(inputs=PROMPTS, outputs=ANSWERS, reference=best)
             return structs.replace(manifest, golden=golden), f"{len(prompts)} prompts"
         try:
-            cases = _cases(manifest, writer, ranked[0], seed)
+            cases = _cases(manifest, writer, seed, draft.variant_entry(ranked[0]))
         except ConversionError as exc:  # a type of input that random numbers do not make
             return manifest, exc.problem
-        truth = run_cases(draft, best, cases)
+        try:
+            truth = run_cases(draft, best, cases)
+        except InvalidInput:
+            if manifest.preprocessing is not None:
+                raise
+            return manifest, "the model refuses random inputs"
         if not all(_is_finite(array) for outputs in truth for array in outputs.values()):
             return manifest, "random inputs make NaN or infinity of this model"
         inputs, outputs = to_npz(cases), to_npz(truth)
@@ -107,17 +113,8 @@ def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
-def _cases(manifest: Manifest, writer: BundleWriter, best: Variant, seed: int) -> list[Case]:
+def _cases(manifest: Manifest, writer: BundleWriter, seed: int, best: Path) -> list[Case]:
     spec = manifest.preprocessing
-    if isinstance(spec, StreamPreprocessing):
-        # The first windows of a sound at each rate, with the states that lead from one to the next.
-        heard, _ = recordings(None, spec, seed)
-        share = -(-CASES // len(heard))
-        windows = [
-            windows_of(writer.file(best.entry), manifest.inputs, [sound], spec)[:share]
-            for sound in heard
-        ]
-        return [window for row in windows for window in row]
     rows = max(1, manifest.inputs[0].shape[0]) if manifest.inputs[0].shape else 1
     if isinstance(spec, TextPreprocessing):
         from nearfar.processing.text import TextEncoder
@@ -130,6 +127,11 @@ def _cases(manifest: Manifest, writer: BundleWriter, best: Variant, seed: int) -
         name = manifest.inputs[0].name
         data = [one * (1 + spec.min_bytes // len(one)) for one in _BYTES[:CASES]]
         found = [{name: np.repeat(features(one, spec)[None, :], rows, axis=0)} for one in data]
+    elif isinstance(spec, StreamPreprocessing):
+        heard, _ = recordings(None, spec, seed)
+        windows = windows_of(best, manifest.inputs, heard, spec)
+        step = max(1, len(windows) // CASES)
+        return windows[step // 2 :: step][:CASES]
     else:
         return synthetic_samples(manifest.inputs, seed)[:CASES]
     wanted = {one.name for one in manifest.inputs}

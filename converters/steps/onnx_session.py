@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.libraries import load
+from converters.libraries import load, told_by_onnxruntime
 from nearfar.errors import ConversionError
 
 
@@ -37,7 +37,8 @@ def open_session(path: Path, *, is_unfused: bool = False) -> Any:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception
         raise ConversionError(
-            f"ONNX Runtime cannot load the converted model {path.name} ({exc})",
+            f"ONNX Runtime cannot load the converted model {path.name} "
+            f"({told_by_onnxruntime(exc)})",
             fix="Report it with the model's name and the versions in the manifest",
         ) from exc
 
@@ -54,7 +55,7 @@ def run(session: Any, feeds: Mapping[str, np.ndarray], *, name: str) -> dict[str
         arrays = session.run(names, {key: feeds[key] for key in feeds if key in wanted})
     except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception
         raise ConversionError(
-            f"Model {name} fails on a valid input ({exc})",
+            f"Model {name} fails on a valid input ({told_by_onnxruntime(exc)})",
             fix="Check the model in its own framework first",
         ) from exc
     outputs = dict(zip(names, arrays, strict=True))

@@ -15,6 +15,7 @@ from converters.sources.onnx_file import stored_tensors
 from converters.steps.quantize_static import OPERATORS, Calibrated, calibrate, quantize_static
 from converters.steps.quantize_tables import quantize_tables
 from converters.steps.round_weights import halve_weights, round_weights
+from converters.tensorrt.graph import nodes_below
 from nearfar.errors import ConversionError
 
 #: Operators with a constant weight that each method rounds.
@@ -111,7 +112,8 @@ class Int8Quantizer:
 
     @cached_property
     def _node_names(self) -> set[str]:
-        return {node.name for node in load("onnx").load(str(self._source)).graph.node}
+        graph = load("onnx").load(str(self._source)).graph
+        return {node.name for node in nodes_below(graph)}
 
     def _dynamic(self, target: Path, keep: frozenset[str]) -> None:
         quantization = load("onnxruntime.quantization")

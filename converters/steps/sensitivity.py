@@ -23,16 +23,25 @@ Feeds = Mapping[str, np.ndarray]
 RANKING_FEEDS = 16
 
 
-class Damage(msgspec.Struct, frozen=True):
-    """What rounding one node does.
+class Damage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the error of one node does.
 
     Attributes:
         node: Its name.
         error: Mean over the outputs of the squared error, as a share of the squared output.
+        operator: Its type. This and the rest are known of variants that were compared layer by
+            layer (`converters.steps.layer_errors`).
+        own_error: Relative error of its output when it is given exact inputs.
+        input_error: The greatest relative error of what it is given as the variant runs.
+        output_error: Relative error of its output then.
     """
 
     node: str
     error: float
+    operator: str = ""
+    own_error: float | None = None
+    input_error: float | None = None
+    output_error: float | None = None
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,45 @@ class GenaiLogits:
     def __init__(self, folder: Path) -> None:
         self._name = folder.name
         self._session = open_session(folder / "model.onnx")
-        decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
-        self._cache_shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
+        self._folder = folder
+        self._inputs = {
+            argument.name: np.dtype(np.float16 if "float16" in argument.type else np.float32)
+            for argument in self._session.get_inputs()
+        }
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """float32 logits of shape (len(tokens), vocabulary)."""
-        row = np.asarray(tokens, dtype=np.int64)[None, :]
-        feeds: dict[str, np.ndarray] = {
-            "input_ids": row,
-            "attention_mask": np.ones_like(row),
-            "position_ids": np.arange(row.shape[1], dtype=np.int64)[None, :],
-        }
-        for argument in self._session.get_inputs():
-            if argument.name not in feeds:
-                dtype = np.float16 if "float16" in argument.type else np.float32
-                feeds[argument.name] = np.zeros(self._cache_shape, dtype=dtype)
+        feeds = _first_call(self._folder, tokens, self._inputs)
         logits: np.ndarray = run(self._session, feeds, name=self._name)["logits"][0]
         return logits.astype(np.float32)
+
+
+def first_call(folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs of a call that begins a text, for a folder of onnxruntime-genai."""
+    onnx = load("onnx")
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    inputs = {
+        value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        for value in graph.input
+    }
+    return _first_call(folder, tokens, inputs)
+
+
+def _first_call(
+    folder: Path, tokens: np.ndarray, inputs: Mapping[str, np.dtype[Any]]
+) -> dict[str, np.ndarray]:
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    cache_shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
+    row = np.asarray(tokens, dtype=np.int64)[None, :]
+    feeds: dict[str, np.ndarray] = {
+        "input_ids": row,
+        "attention_mask": np.ones_like(row),
+        "position_ids": np.arange(row.shape[1], dtype=np.int64)[None, :],
+    }
+    return {
+        **{name: np.zeros(cache_shape, dtype) for name, dtype in inputs.items()},
+        **feeds,
+    }
 
 
 def windows(tokenizer: Path, vocabulary_size: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sysconfig
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ MAX_SAMPLES, _MAX_ROWS = 200, 2000
 _SYNTHETIC_SAMPLES = 32
 _MAX_FILE_BYTES = 4 << 20
 _MAX_FILES_SEEN = 4000
+
+#: Beside the inputs of a sample: the right classes, by their number.
+LABELS = "labels"
 
 Feeds = dict[str, np.ndarray]
 
@@ -70,10 +74,14 @@ def _files_below(root: Path) -> Iterator[Path]:
 def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
     """Rows of an ``.npz`` file that has one array for each input; the first axis counts rows.
 
+    An array `LABELS` with the right class of each row is taken along, where it is no input.
+
     Raises:
         ConversionError: The file does not fit the model; names file and array.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of arrays")  # numpy would take it for a pickle
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError) as exc:
@@ -88,6 +96,13 @@ def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
                 f"{path} has no array {spec.name!r} of type {spec.datatype}",
                 fix="Give one array for each input of the model, with its type",
             )
+        wrong = [a for a, b in zip(array.shape[1:], spec.shape[1:]) if b not in (-1, a)]  # noqa: B905
+        if array.ndim != len(spec.shape) or wrong:
+            raise ConversionError(
+                f"{path}: {spec.name!r} has the shape {list(array.shape)}, the model takes "
+                f"{list(spec.shape)} (-1: any size)",
+                fix="Give rows as the model takes them; the first axis counts them",
+            )
         feeds = feeds or [{} for _ in range(min(_MAX_ROWS, len(array)))]
         if len(array) < len(feeds):
             raise ConversionError(
@@ -96,6 +111,16 @@ def stored_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[Feeds]:
             )
         for row, feed in enumerate(feeds):
             feed[spec.name] = array[row : row + 1]
+    labels = arrays.get(LABELS) if LABELS not in {spec.name for spec in inputs} else None
+    if labels is not None:
+        if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) < len(feeds):
+            raise ConversionError(
+                f"{path}: {LABELS!r} has the shape {list(labels.shape)} and the type "
+                f"{labels.dtype}; {len(feeds)} whole numbers are needed",
+                fix="Give the number of the right class of each row, or leave the array out",
+            )
+        for row, feed in enumerate(feeds):
+            feed[LABELS] = labels[row : row + 1]
     if not feeds:
         raise ConversionError(f"{path} holds no rows", fix="Give at least one row for each input")
     return feeds
@@ -150,7 +175,7 @@ def verify_tensors(
 
     Returns:
         Variant id to figures: ``max_abs_error``, ``relative_error``, and ``top1_agreement`` for
-        classifiers.
+        classifiers; ``accuracy`` and ``f1_macro`` too, where samples bring `LABELS`.
 
     Raises:
         ConversionError: NaN, or a variant that is not the same model.
@@ -164,6 +189,8 @@ def verify_tensors(
             session = open_session(path, is_unfused=bool(suffix) or as_written)
             outputs = [run(session, feeds, name=variant_id) for feeds in samples]
             found += _compared(outputs, truth, source_name, label_output, suffix)
+            if label_output is not None and all(LABELS in feeds for feeds in samples):
+                found += _right(outputs, samples, source_name, label_output, suffix)
         agreements = [f.value for f in found if f.metric.startswith("top1_agreement")]
         if agreements and max(agreements) < min_top1_agreement:
             raise ConversionError(
@@ -206,6 +233,32 @@ def _compared(
             0, _figure("top1_agreement" + suffix, agreement, total, source_name, higher=True)
         )
     return made
+
+
+def _right(
+    outputs: Sequence[Mapping[str, np.ndarray]],
+    samples: Sequence[Feeds],
+    source_name: str,
+    label_output: str,
+    suffix: str,
+) -> list[QualityFigure]:
+    """How often the answer is right, and the mean of the classes' F1 (of those that occur)."""
+    found = np.concatenate([one[label_output].argmax(axis=-1).ravel() for one in outputs])
+    right = np.concatenate([one[LABELS].ravel() for one in samples])
+    if found.shape != right.shape:
+        raise ConversionError(
+            f"There are {right.size} labels for {found.size} answers",
+            fix="Give one label for each row of the samples",
+        )
+    scores = []
+    for label in np.unique(np.concatenate([found, right])):
+        hits = float(((found == label) & (right == label)).sum())
+        scores.append(2 * hits / float((found == label).sum() + (right == label).sum()))
+    accuracy, f1 = float((found == right).mean()), float(np.mean(scores))
+    return [
+        _figure("accuracy" + suffix, accuracy, right.size, source_name, higher=True),
+        _figure("f1_macro" + suffix, f1, right.size, source_name, higher=True),
+    ]
 
 
 def _figure(

@@ -15,6 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from converters.cache import digest_of_path
+from converters.libraries import told_by_onnxruntime
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from nearfar.bundle import Bundle
@@ -102,7 +103,7 @@ def a_pickle(folder: Path) -> Path:
     [
         (unknown_operator, "NoSuchOperator"),
         (operator_without_kernel, "com.example"),
-        (nan_weights, "NaN"),
+        (nan_weights, "weight 'weights' has NaN"),
         (cut_file, "not an ONNX model"),
         (weights_above, "outside the model's folder"),
         (weights_anywhere, "outside the model's folder"),
@@ -143,9 +144,27 @@ def test_a_bundle_that_was_there_survives_a_failure(good: Path, tmp_path: Path):
 
 def test_inputs_that_the_model_does_not_take(good: Path, tmp_path: Path):
     np.savez(tmp_path / "wrong.npz", x=np.zeros((4, 65), np.float32))
-    with pytest.raises(ConversionError, match="fails on a valid input"):
+    with pytest.raises(ConversionError, match=r"has the shape \[4, 65\], the model takes"):
         convert(good, tmp_path / "out", tmp_path / "cache", samples=tmp_path / "wrong.npz")
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_are_no_archive_are_not_called_a_pickle(good: Path, tmp_path: Path):
+    (tmp_path / "rows.npz").write_bytes(b"no")
+    with pytest.raises(ConversionError, match="no archive of arrays") as caught:
+        convert(good, tmp_path / "out", tmp_path / "cache", samples=tmp_path / "rows.npz")
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_refusals_of_onnxruntime_are_told_without_its_insides():
+    said = told_by_onnxruntime(
+        RuntimeError(
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from /m.onnx failed:/src/core/graph/"
+            "model.cc:256 onnxruntime::Model::Model(onnx::ModelProto&&, const onnxruntime::"
+            "ModelOptions&) Unsupported model IR version: 14, max supported IR version: 10\n"
+        )
+    )
+    assert said == "Unsupported model IR version: 14, max supported IR version: 10"
 
 
 # -- Hugging Face folders and GGUF files
@@ -219,7 +238,10 @@ def test_pickled_weights_are_read_only_when_asked_for(encoder: Path, tmp_path: P
 def test_code_in_a_pickle_is_not_run_even_then(encoder: Path, tmp_path: Path):
     (encoder / "model.safetensors").unlink()
     (encoder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    refused(encoder, tmp_path, allow_pickle=True)
+    said = refused(encoder, tmp_path, allow_pickle=True)
+    # torch's own advice is to run it.
+    assert "hold more than weights" in said
+    assert "weights_only" not in said
     assert not (tmp_path / "exploded").exists()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
+from converters.settings import Int8Settings, Settings
 from nearfar.bundle import Bundle
 from nearfar.errors import BundleError, ConversionError, InvalidInput
 from tests.support.tiny import CLASSIFIER_LABELS, HEAD_TAIL, classifier_model, tensor_model
@@ -53,6 +54,27 @@ def test_a_plain_model_is_served_as_tensors(model: Path):
     x = np.ones((2, 64), np.float32)
     expected = onnxruntime.InferenceSession(str(model)).run(None, {"x": x})[0]
     np.testing.assert_allclose(run(bundle, "fp32", x=x), expected, rtol=1e-5)
+
+
+def test_right_classes_among_the_samples_give_accuracy_and_f1(model: Path, tmp_path: Path):
+    random = np.random.default_rng(3)
+    x = random.standard_normal((40, 64)).astype(np.float32)
+    right = onnxruntime.InferenceSession(str(model)).run(None, {"x": x})[0].argmax(axis=-1)
+    wrong = right.copy()
+    wrong[:10] = (wrong[:10] + 1) % 8
+    np.savez(tmp_path / "rows.npz", x=x, labels=wrong)
+    labels = tuple("abcdefgh")
+    options = {"labels": labels, "samples": tmp_path / "rows.npz", "variants": ("int8", "fp32")}
+    settings = Settings(int8=Int8Settings(method="static"))
+    bundle = convert(model, settings=settings, **options)
+    found = figures(bundle, "fp32")
+    # The search and the calibration took every fourth row: 10 of 40, three of them wrong.
+    assert found["accuracy"] == pytest.approx(23 / 30)
+    assert 0.5 < found["f1_macro"] < 1
+    assert {"accuracy", "f1_macro", "accuracy_unfused"} <= set(figures(bundle, "int8"))
+    np.savez(tmp_path / "rows.npz", x=x, labels=np.array(["a"] * 40))
+    with pytest.raises(ConversionError, match="40 whole numbers are needed"):
+        convert(model, **options, replace=True)
 
 
 def test_labels_make_a_classifier_and_int8_is_compared_with_the_source(model: Path):

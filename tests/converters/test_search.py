@@ -21,17 +21,14 @@ from converters.reporting import Reporter
 from converters.search import search
 from converters.search.choice import choose, judged
 from converters.search.search import search_model
-from converters.settings import Gates, Int8Settings, Settings, Trial
+from converters.settings import Gates, Settings
 from nearfar.bundle import Bundle, open_bundle
 from nearfar.bundle.manifest import LatencyFigure
 from nearfar.cli import run
 from nearfar.engines.golden import check_golden
 from nearfar.errors import ConversionError
 
-FEW = (
-    Trial(id="int8-blocks-128", variant="int8"),
-    Trial(id="int8-dynamic", variant="int8", int8=Int8Settings(method="dynamic")),
-)
+FEW = ("int8-blocks-128", "int8-dynamic")
 
 
 @pytest.fixture
@@ -111,7 +108,6 @@ def test_the_best_of_all_ways_are_put_into_one_bundle(model: Path, tmp_path: Pat
 
 def test_a_search_goes_on_where_it_was_stopped(model: Path, tmp_path: Path, monkeypatch):
     cache = tmp_path / "cache"
-    monkeypatch.setattr(search, "candidates", lambda source: FEW)
     made: list[str] = []
     original = search.Bench.run
 
@@ -123,24 +119,23 @@ def test_a_search_goes_on_where_it_was_stopped(model: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(search.Bench, "run", run_once)
     with pytest.raises(KeyboardInterrupt):
-        auto(model, cache)
+        auto(model, cache, ways=FEW)
     assert not (tmp_path / "bundle").exists()
     assert contents(cache)["trial"][0] == 2
     heard = Heard()
-    auto(model, cache, reporter=heard)
+    auto(model, cache, ways=FEW, reporter=heard)
     assert any(line.startswith("✓ 2 trials were taken from") for line in heard.lines)
     assert contents(cache)["trial"][0] == 3
 
 
-def test_gates_hold_for_what_is_taken(model: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(search, "candidates", lambda source: FEW)
+def test_gates_hold_for_what_is_taken(model: Path, tmp_path: Path):
     gates = Gates(max_quality_drop=0.5, max_size_share=0.8)
-    bundle = auto(model, tmp_path / "cache", gates=gates)
+    bundle = auto(model, tmp_path / "cache", gates=gates, ways=FEW)
     assert "fp32" not in [one.id for one in bundle.manifest.variants]
     (full,) = [one for one in report_in(bundle).variants if one.id == "fp32"]
     assert full.outcome == "refused"
     with pytest.raises(ConversionError, match="No variant holds the limits"):
-        auto(model, tmp_path / "cache", gates=Gates(max_size_bytes=10))
+        auto(model, tmp_path / "cache", gates=Gates(max_size_bytes=10), ways=FEW)
 
 
 def tried(name: str, size: int, lost: float, outcome: str = "packed") -> Tried:
@@ -174,17 +169,23 @@ def test_a_hair_smaller_does_not_decide():
     assert choose(judged(timed, Gates(max_quality_drop=0.05), 1000), 1)[0] == ("good",)
 
 
-def test_the_command_searches_and_shows_the_plan(model: Path, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr(search, "candidates", lambda source: FEW)
+def test_the_command_searches_and_shows_the_plan(model: Path, tmp_path: Path, capsys):
     base = [str(model), "-o", str(tmp_path / "b"), "--auto", "--max-quality-drop", "50%"]
     assert run(command, [*base, "--dry-run"], program="nearfar convert") == 0
     text = capsys.readouterr().out
     assert "try int8-static-entropy" in text
     assert "if it is needed" in text
     assert not (tmp_path / "b").exists()
-    assert run(command, [*base, "--no-measure"], program="nearfar convert") == 0
+    few = [*base, "--only", ",".join(FEW)]
+    assert run(command, [*few, "--dry-run"], program="nearfar convert") == 0
+    assert "entropy" not in capsys.readouterr().out
+    assert run(command, [*few, "--no-measure"], program="nearfar convert") == 0
     text = capsys.readouterr().out
     assert "[2/3] int8-blocks-128, about" in text
     assert "report.html" in text
     open_bundle(tmp_path / "b").verify()
     assert run(command, [*base, "--variants", "int8"], program="nearfar convert") == 2
+    assert run(command, [*base, "--only", "magic", "--dry-run"], program="nearfar convert") == 2
+    assert "Name some of: int8-blocks-128" in " ".join(capsys.readouterr().err.split())
+    without = [argument for argument in few if argument != "--auto"]
+    assert run(command, without, program="nearfar convert") == 2

@@ -197,6 +197,7 @@ def nets_of_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("make", "absent", None, "cannot be imported"),
         ("make", None, "batch", "'batch' does not name a free size"),
         ("make", None, "batch=y.0", "does not name a free size"),
+        ("make", None, "batch=7", "No example input has an axis 7"),
         ("Two", "pair", None, "does not take its example inputs"),
         ("Odd", None, None, "it gives str"),
         ("Sorted", None, None, "torch.onnx cannot export"),

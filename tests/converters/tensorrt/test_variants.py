@@ -13,6 +13,7 @@ from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.plan import plan
 from converters.recipe_file import options_of, read_recipe
+from converters.report.contents import report_in
 from converters.settings import Gates, Settings, TensorrtSettings
 from converters.sources.detect import open_source
 from nearfar.bundle import Bundle
@@ -151,6 +152,12 @@ def test_what_tensorrt_refuses_is_left_out(
 def test_a_variant_that_loses_too_much_is_left_out(source: Path):
     bundle = converted(source, variants=("fp32", "trt-int8"), gate=0.0)
     assert [variant.id for variant in bundle.manifest.variants] == ["fp32"]
+    report = report_in(bundle)
+    assert set(report.histograms) == {"trt-int8"}
+    layers = [one for one in report.layers if one.kind == "inside"]
+    assert [one.variant_id for one in layers] == ["trt-int8"]
+    (row,) = [one for one in report.variants if one.id == "trt-int8"]
+    assert "the damage comes from" in row.reason
 
 
 def test_a_variant_that_is_another_model_is_left_out_and_the_others_are_made(
