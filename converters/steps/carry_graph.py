@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.steps.gguf_blocks import BLOCK, Matrix, sum_columns
+from converters.steps.gguf_blocks import BLOCK, Matrix, mean_columns
 from nearfar.errors import ConversionError
 
 _CONTRIB = "com.microsoft"
@@ -41,14 +41,14 @@ class GraphEditor:
         time of its own, and rounds the input to 8 bits anew.
 
         Args:
-            nodes: All with the same input.
+            nodes: All with the same input, of shape (batch, tokens, columns).
             rows: How many outputs each has.
             matrix: Their weights, one below the other.
         """
         node = nodes[0]
         inputs = [node.input[0], *self._stored(node.input[1], matrix)]
         if matrix.digits:
-            inputs[0] = self._with_sums(node, matrix)
+            inputs[0] = self._with_means(node, matrix)
         del node.input[:]
         node.input.extend(inputs)
         node.op_type, node.domain = "MatMulNBits", _CONTRIB
@@ -96,26 +96,25 @@ class GraphEditor:
             self._tensors[names[-1]] = zero_points
         return names
 
-    def _with_sums(self, node: Any, matrix: Matrix) -> str:
-        """The node's input, followed by the sums of its blocks, padded to whole blocks."""
+    def _with_means(self, node: Any, matrix: Matrix) -> str:
+        """The node's input, followed by the means of its blocks, padded to whole blocks."""
         source, make = node.input[0], self._onnx.helper.make_node
         known = self._extended.get((source, matrix.digits))
         if known is not None:
             return known
         blocks = matrix.blocks
         added = self._before.setdefault(node.name, [])
-        shape, padding = f"nearfar/blocks_{blocks}", sum_columns(blocks) - blocks
-        self._tensors[shape] = np.array([0, 0, blocks, BLOCK], np.int64)
-        self._tensors["nearfar/last"] = np.array([-1], np.int64)
-        sums = f"{source}_sums"
-        appended = [sums, self._zeros(source, padding, added)] if padding else [sums]
-        extended = f"{sums}_{matrix.digits}"
+        padding = mean_columns(blocks) - blocks
+        means = f"{source}_means"
+        appended = [means, self._zeros(source, padding, added)] if padding else [means]
+        extended = f"{means}_{matrix.digits}"
         added += [
-            # A product with a matrix of ones would be one node, but has that matrix to read.
-            make("Reshape", [source, shape], [f"{source}_blocks"], name=f"{source}_blocks"),
-            make("ReduceSum", [f"{source}_blocks", "nearfar/last"], [sums], name=sums, keepdims=0),
+            # One node that reads nothing but its input: reshaping and summing are two, and a
+            # product with a matrix of ones has that matrix to read.
+            make("AveragePool", [source], [means], name=means,
+                 kernel_shape=[BLOCK], strides=[BLOCK]),
             make("Concat", [source, *appended * matrix.digits], [extended], name=extended, axis=-1),
-        ]
+        ]  # fmt: skip
         self._extended[source, matrix.digits] = extended
         return extended
 

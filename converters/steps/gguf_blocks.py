@@ -7,12 +7,14 @@ no fast CPU kernel: measured 25 times slower.) So the minimum is written as
 
     m = -d z + r,    z = round(-m / d),    |r| <= d / 2
 
-and what is left, `r`, is the same for the 32 weights of its block: it is multiplied by the sum of
-32 inputs. These sums are appended to the inputs as further columns, and `r` to the matrix as
+and what is left, `r`, is the same for the 32 weights of its block: 32 `r` is multiplied by the mean
+of 32 inputs. These means are appended to the inputs as further columns, and 32 `r` to the matrix as
 further blocks of four-bit codes. One such digit leaves an error of at most a fifteenth of `r`, two
 leave less than the half-precision `m` of the file is exact to:
 
-    y = MatMulNBits([x, sums(x)], [q, r's codes])
+    y = MatMulNBits([x, means(x)], [q, codes of 32 r])
+
+Means and not sums, because one node of ONNX Runtime makes them (`AveragePool`).
 
 Blocks of Q4_K are of the same form; their scales and minima are products of a half-precision
 number and one of six bits. Such a product has at most 17 binary digits, so it is exact in float32,
@@ -78,7 +80,7 @@ class Matrix:
         codes: uint8, shape (rows, blocks, 32), not packed.
         scales: float16 or float32, shape (rows, blocks).
         zero_points: uint8 of the same shape, or `None`: 8 or 128 everywhere.
-        digits: How often the sums of the inputs' blocks follow the inputs.
+        digits: How often the means of the inputs' blocks follow the inputs.
     """
 
     bits: int
@@ -89,12 +91,12 @@ class Matrix:
 
     @property
     def columns(self) -> int:
-        """Inputs, appended sums included."""
+        """Inputs, appended means included."""
         return int(self.codes.shape[1]) * BLOCK
 
     @property
     def blocks(self) -> int:
-        """Blocks of a row, without those of sums."""
+        """Blocks of a row, without those of means."""
         return _blocks_before(self.codes.shape[1], self.digits)
 
     def packed_codes(self) -> np.ndarray:
@@ -109,7 +111,7 @@ class Matrix:
         return _packed(np.pad(self.zero_points, ((0, 0), (0, padding))))
 
     def effective(self) -> np.ndarray:
-        """The weights that it stands for, float32 of shape (rows, columns without sums)."""
+        """The weights that it stands for, float32 of shape (rows, columns without means)."""
         middle = np.float32(1 << (self.bits - 1))
         zeros = middle if self.zero_points is None else self.zero_points[..., None].astype("f4")
         values = (self.codes.astype(np.float32) - zeros) * self.scales.astype(np.float32)[..., None]
@@ -117,7 +119,7 @@ class Matrix:
             return np.asarray(values.reshape(len(values), -1))
         blocks = self.blocks
         rests = values[:, blocks:].reshape(len(values), self.digits, -1)[..., :blocks].sum(axis=1)
-        return np.asarray((values[:, :blocks] + rests[..., None]).reshape(len(values), -1))
+        return np.asarray((values[:, :blocks] + rests[..., None] / BLOCK).reshape(len(values), -1))
 
 
 def read_blocks(kind: str, data: np.ndarray) -> Blocks | None:
@@ -195,7 +197,8 @@ def matrix_of(blocks: Blocks, *, digits: int) -> Matrix:
     is_flat = scales == 0
     shifts = np.divide(-minima, scales, out=np.full_like(minima, 8), where=~is_flat)
     zero_points = np.clip(np.rint(shifts), 0, 15)
-    rest = np.where(is_flat, np.float32(0), minima + scales * zero_points)
+    # What a mean of inputs is multiplied by: as often as it has inputs.
+    rest = BLOCK * np.where(is_flat, np.float32(0), minima + scales * zero_points)
     codes = [np.where(is_flat[..., None], np.uint8(9), blocks.codes)]
     halves = [np.where(is_flat, blocks.minima, blocks.scales)]
     zeros = [zero_points.astype(np.uint8)]
@@ -215,17 +218,17 @@ def matrix_of(blocks: Blocks, *, digits: int) -> Matrix:
     )
 
 
-def sum_columns(blocks: int) -> int:
-    """How many columns the sums of so many blocks take, padded to whole blocks."""
+def mean_columns(blocks: int) -> int:
+    """How many columns the means of so many blocks take, padded to whole blocks."""
     return -(-blocks // BLOCK) * BLOCK
 
 
 def _blocks_before(blocks: int, digits: int) -> int:
-    """How many of `blocks` hold weights, where `digits` times their sums follow."""
+    """How many of `blocks` hold weights, where `digits` times their means follow."""
     for count in range(blocks, 0, -1):
-        if count + digits * sum_columns(count) // BLOCK == blocks:
+        if count + digits * mean_columns(count) // BLOCK == blocks:
             return count
-    raise ValueError(f"{blocks} blocks cannot end with {digits} digits of sums")
+    raise ValueError(f"{blocks} blocks cannot end with {digits} digits of means")
 
 
 def _digit(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +237,7 @@ def _digit(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Codes with zero point 8, uint8 of shape (rows, blocks, 32), and scales, float16.
     """
-    columns = sum_columns(rest.shape[1])
+    columns = mean_columns(rest.shape[1])
     padded = np.pad(rest, ((0, 0), (0, columns - rest.shape[1]))).reshape(len(rest), -1, BLOCK)
     # Codes reach from -8 to 7: half a step beyond them is still rounded by half a step only.
     steps = np.maximum(padded.max(axis=-1) / 7.5, -padded.min(axis=-1) / 8.5)
