@@ -31,22 +31,24 @@ def candidates(manifest: Manifest, device: Device, placement: Placement) -> tupl
     """All variants: first those that can run, best first for the placement, then the others.
 
     On the device (``edge``) a variant meant for it comes first, then one with an engine built
-    here, then the smaller one. In the cloud
-    the better one comes first, then the smaller one.
+    here, then, for text, one for onnxruntime-genai, then the smaller one. In the cloud
+    the better one comes first, then one for onnxruntime-genai, then the smaller one.
     """
 
     def order(candidate: Candidate) -> tuple[object, ...]:
         variant = candidate.variant
         excluded = candidate.excluded is not None
+        # Text on plain ONNX Runtime is for machines without onnxruntime-genai, which is faster.
+        is_plain = manifest.task == "text-generation" and variant.engine == "onnxruntime"
         if placement == "edge":
             meant_elsewhere = variant.placement[:1] != ("edge",)
             # Who built an engine for this device wants it used, though others may be smaller.
             is_general = variant.engine != "tensorrt"
             return (
-                excluded, meant_elsewhere, is_general, variant.size_bytes, variant.quality_rank,
-                variant.id,
+                excluded, meant_elsewhere, is_general, is_plain, variant.size_bytes,
+                variant.quality_rank, variant.id,
             )  # fmt: skip
-        return excluded, variant.quality_rank, variant.size_bytes, variant.id
+        return excluded, variant.quality_rank, is_plain, variant.size_bytes, variant.id
 
     found = (
         Candidate(variant, _why_not(variant, device, placement)) for variant in manifest.variants

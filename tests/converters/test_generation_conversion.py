@@ -20,7 +20,7 @@ from converters.pipeline import convert_model
 from converters.settings import Int4Settings, Settings
 from converters.steps import genai_build
 from converters.steps.genai_build import normalise_genai_folder
-from converters.steps.verify_generation import GenaiLogits
+from converters.steps.verify_generation import CachedLogits
 from nearfar.bundle import Bundle
 from nearfar.errors import ConversionError
 from tests.support.tiny_models import write_tiny_gguf, write_tiny_llama
@@ -95,7 +95,7 @@ def test_a_quantized_gguf_file_is_not_rounded_a_second_time(tmp_path: Path):
     ids = np.random.default_rng(0).integers(3, 512, 64)
 
     def logits(made: Bundle, variant_id: str) -> np.ndarray:
-        return GenaiLogits(made.variant_entry(made.variant(variant_id)))(ids)
+        return CachedLogits(made.variant_entry(made.variant(variant_id)))(ids)
 
     exact = logits(bundle, "fp32")
     carried = np.abs(logits(bundle, "int4") - exact).max()
