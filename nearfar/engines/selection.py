@@ -5,6 +5,8 @@ Pure functions, but that TensorRT's engines are looked for where there are varia
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from nearfar.bundle.manifest import Manifest, Placement, Variant
@@ -50,10 +52,37 @@ def candidates(manifest: Manifest, device: Device, placement: Placement) -> tupl
             )  # fmt: skip
         return excluded, variant.quality_rank, is_plain, variant.size_bytes, variant.id
 
+    broken = _genai_problem(manifest, device)
     found = (
-        Candidate(variant, _why_not(variant, device, placement)) for variant in manifest.variants
+        Candidate(
+            variant,
+            (broken if variant.engine == "onnxruntime-genai" else None)
+            or _why_not(variant, device, placement),
+        )
+        for variant in manifest.variants
     )
     return tuple(sorted(found, key=order))
+
+
+def _genai_problem(manifest: Manifest, device: Device) -> str | None:
+    """Why onnxruntime-genai does not work here though it is installed, if so.
+
+    Asked only where another variant could take its place: importing it costs time that is lost
+    when it is not used.
+    """
+    engines = {variant.engine for variant in manifest.variants}
+    if manifest.task != "text-generation" or not device.has_genai:
+        return None
+    return _import_problem() if {"onnxruntime", "onnxruntime-genai"} <= engines else None
+
+
+@functools.lru_cache(maxsize=1)
+def _import_problem() -> str | None:
+    try:
+        import nearfar.engines.genai_native  # noqa: F401
+    except Exception as exc:  # a library for another system fails in ways of its own
+        return f"onnxruntime-genai is installed, but cannot be imported here ({exc})"
+    return None
 
 
 def runnable_variants(
