@@ -107,7 +107,13 @@ def finished(
         if variant.id in IDS:
             path = shop.writer.folder.joinpath(*variant.entry.split("/"))
             profile = cached_profile(path, shop.settings.tensorrt.axes, context_tokens)
-            variant = structs.replace(variant, tensorrt=TensorrtPlan(profile=profile))
+            needs = variant.requirements
+            if variant.id == "onnx-fp16":
+                # On CPUs ONNX Runtime widens it to 32 bits: as much memory, and slower.
+                needs = structs.replace(needs, execution_provider="CUDAExecutionProvider")
+            variant = structs.replace(
+                variant, requirements=needs, tensorrt=TensorrtPlan(profile=profile)
+            )
             if shop.settings.tensorrt.check:
                 variant = with_check(shop, variant, profile=profile)
         found.append(variant)

@@ -41,6 +41,8 @@ from nearfar.errors import BundleError
 from nearfar.generation import GenerationOptions
 
 _ON_GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+#: TensorRT runs when it is wished for: building its engine can take minutes, in the first answer.
+_BY_DEVICE = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -77,7 +79,9 @@ class CachedTextEngine(TextEngine["CachedModel"]):
         )
         if variant.tensorrt is not None and not options.shape_ranges:
             options = replace(options, shape_ranges=variant.tensorrt.profile)
-        session, self.execution_provider = open_session(path, variant, options, label)
+        session, self.execution_provider = open_session(
+            path, variant, options, label, by_device=_BY_DEVICE
+        )
         self._model = CachedModel(
             session, device="cuda" if self.execution_provider in _ON_GPU else "cpu", label=label
         )

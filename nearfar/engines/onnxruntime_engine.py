@@ -135,7 +135,12 @@ class OnnxRuntimeEngine:
 
 
 def open_session(
-    path: Path, variant: Variant, options: SessionOptions, label: str
+    path: Path,
+    variant: Variant,
+    options: SessionOptions,
+    label: str,
+    *,
+    by_device: Sequence[str] = _BY_DEVICE,
 ) -> tuple[Any, str]:
     """Open a model file.
 
@@ -144,6 +149,7 @@ def open_session(
         variant: What the manifest says about it.
         options: Session settings.
         label: Names the variant in errors.
+        by_device: Providers that are tried where the options wish nothing.
 
     Returns:
         The session, and the execution provider it really runs on.
@@ -152,7 +158,7 @@ def open_session(
         BundleError: The file is no model.
         EngineError: ONNX Runtime cannot run it here, or a required provider is missing.
     """
-    wished = _wished_providers(options, variant)
+    wished = _wished_providers(options, variant, by_device)
     try:
         session = ort.InferenceSession(
             str(path),
@@ -219,10 +225,12 @@ def _profile(key: str, ranges: Sequence[ShapeRange]) -> str:
     )
 
 
-def _wished_providers(options: SessionOptions, variant: Variant) -> list[str]:
+def _wished_providers(
+    options: SessionOptions, variant: Variant, by_device: Sequence[str]
+) -> list[str]:
     """Providers to ask for, CPU last; those the installed package lacks are left out."""
     available = ort.get_available_providers()
-    wished = list(options.execution_providers or _BY_DEVICE)
+    wished = list(options.execution_providers or by_device)
     needed = variant.requirements.execution_provider
     if not options.execution_providers and needed in wished:
         # A variant built for CUDA is not handed to TensorRT, which would rebuild it.
