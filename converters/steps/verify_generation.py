@@ -12,6 +12,7 @@ import numpy as np
 from converters import texts
 from converters.libraries import load
 from converters.settings import Gates
+from converters.sources.huggingface import read_json
 from converters.steps.genai_build import CONFIG as GENAI_CONFIG
 from converters.steps.onnx_session import check_finite, open_session, run
 from nearfar.bundle.manifest import QualityFigure
@@ -50,6 +51,10 @@ class CachedLogits:
     def __init__(self, folder: Path) -> None:
         self._name = folder.name
         self._session = open_session(folder / GRAPH)
+        self._sizes: tuple[int, int] | None = None
+        if (folder / GENAI_CONFIG).is_file():  # whose graphs do not state them
+            decoder = read_json(folder / GENAI_CONFIG)["model"]["decoder"]
+            self._sizes = decoder["num_key_value_heads"], decoder["head_size"]
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """float32 logits of shape (len(tokens), vocabulary)."""
@@ -62,7 +67,7 @@ class CachedLogits:
         for argument in self._session.get_inputs():
             if argument.name not in feeds:
                 dtype = np.float16 if "float16" in argument.type else np.float32
-                _, heads, _, width = argument.shape
+                heads, width = self._sizes or (argument.shape[1], argument.shape[3])
                 feeds[argument.name] = np.zeros((1, heads, 0, width), dtype=dtype)
         logits: np.ndarray = run(self._session, feeds, name=self._name)["logits"][0]
         return logits.astype(np.float32)

@@ -80,7 +80,7 @@ def _genai_problem(manifest: Manifest, device: Device) -> str | None:
 def _import_problem() -> str | None:
     try:
         import nearfar.engines.genai_native  # noqa: F401
-    except Exception as exc:  # a library for another system fails in ways of its own
+    except (ImportError, OSError) as exc:
         return f"onnxruntime-genai is installed, but cannot be imported here ({exc})"
     return None
 
