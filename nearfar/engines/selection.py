@@ -40,7 +40,8 @@ def candidates(manifest: Manifest, device: Device, placement: Placement) -> tupl
     def order(candidate: Candidate) -> tuple[object, ...]:
         variant = candidate.variant
         excluded = candidate.excluded is not None
-        # Text on plain ONNX Runtime is for machines without onnxruntime-genai, which is faster.
+        # Text on plain ONNX Runtime, which copies its cache for every token, is for machines
+        # without onnxruntime-genai.
         is_plain = manifest.task == "text-generation" and variant.engine == "onnxruntime"
         if placement == "edge":
             meant_elsewhere = variant.placement[:1] != ("edge",)
