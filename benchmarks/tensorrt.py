@@ -27,6 +27,8 @@ from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import Variant
 from nearfar.errors import ConversionError, InvalidInput
 
+#: Variants of language models that are made for TensorRT too.
+_PLAIN = ("onnx-fp32", "onnx-fp16")
 #: Bundles of the store whose variants are asked about as they are.
 _ENGINES = ("onnxruntime", "tensorrt")
 _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -181,7 +183,7 @@ def _asked(name: str, variant: Variant, path: Path, *, timeout_s: float) -> Answ
     verdict = check_graph(
         path, profile=plan.profile if plan is not None else None, timeout_s=timeout_s
     )
-    is_own = variant.engine == "tensorrt"
+    is_own = variant.engine == "tensorrt" or variant.id in _PLAIN
     return Answer(graph=f"{name}/{variant.id}", is_for_tensorrt=is_own, verdict=verdict)
 
 
@@ -220,6 +222,8 @@ def _subjects(settings: Settings) -> Iterator[tuple[str, Path, ConversionOptions
         if found:
             source = found[0].parent if pattern.endswith(".json") else found[0]
             yield name, source, _with(base, name=name)
+    for source in sorted(settings.sources.glob("**/*.gguf"))[:1]:
+        yield "language-model", source, _with(base, name="language-model", variants=_PLAIN)
 
 
 def _silero(sources: Path | None, timeout_s: float, begin: Begin) -> list[Answer]:
@@ -265,7 +269,7 @@ def _converted(
     answers += [
         Answer(
             graph=f"{name}/{one}",
-            is_for_tensorrt=one in IDS,
+            is_for_tensorrt=one in (*IDS, *_PLAIN),
             why="it could not be made: the conversion left it out",
         )
         for one in options.variants

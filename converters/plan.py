@@ -17,7 +17,6 @@ from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import HuggingFaceSource
 from converters.sources.onnx_file import OnnxSource
 from converters.sources.torch_module import TorchSource
-from converters.steps.genai_build import PRECISIONS
 
 #: Size of a variant against the weights in 32 bits, and seconds per GiB of these on two AVX-512
 #: VNNI cores. From SmolLM2-135M (0.5 GiB), all-MiniLM-L6-v2 (0.08 GiB) and magika (0.003 GiB);
@@ -26,7 +25,10 @@ _SIZE = {
     "fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22,
     "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-int8": 0.3,
 }  # fmt: skip
-_SIZE_GENAI = {"fp32": 1.0, "int8": 0.4, "int4": 0.22}
+_SIZE_TEXT = {
+    "fp32": 1.0, "int8": 0.4, "int4": 0.22,
+    "onnx-fp32": 1.0, "onnx-fp16": 0.5, "onnx-int8": 0.28, "onnx-int4": 0.22,
+}  # fmt: skip
 _MEASURE_S = 4.0
 _GIB = 1 << 30
 
@@ -147,7 +149,7 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
 
 
 def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
-    ids = _ids(options, text_generation.DEFAULT_VARIANTS, PRECISIONS)
+    ids = _ids(options, text_generation.DEFAULT_VARIANTS, text_generation.POSSIBLE)
     # Quantized GGUF weights have 4 to 5 bits; safetensors of language models have 16.
     full = source.path.stat().st_size * 6 if isinstance(source, GgufSource) else 0
     full = full or _weights(source.path) * 2
@@ -158,7 +160,7 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
         _step(f"build {' and '.join(ids)}", full, per_gib_s=75 * len(ids), disk=full),
         _step("verify every variant", full * len(ids), per_gib_s=60),
     ]
-    return _finished(ids, steps, lambda name: full * _SIZE_GENAI[name], options)
+    return _finished(ids, steps, lambda name: full * _SIZE_TEXT[name], options)
 
 
 def _ids(

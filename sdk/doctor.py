@@ -133,7 +133,8 @@ def _packages() -> Iterator[Finding]:
             "edge",
             f"missing: {', '.join(missing)}" + (f"; found: {versions}" if versions else ""),
             "pip install 'nearfar[edge]' to run models on this device (on Jetson: NVIDIA's own "
-            "onnxruntime wheel; there is no onnxruntime-genai for Python 3.10 on aarch64)",
+            "onnxruntime wheel; there is no onnxruntime-genai for Python 3.10 on aarch64: convert "
+            "language models with --variants onnx-int4)",
         )
     else:
         yield Finding("ok", "edge", versions)

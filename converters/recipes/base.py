@@ -42,7 +42,10 @@ from nearfar.errors import ConversionError
 from nearfar.units import format_ms
 
 #: Best quality first.
-_QUALITY_ORDER = ("fp32", "trt-fp32", "fp16", "trt-fp16", "pruned", "int8", "trt-int8", "int4")
+_QUALITY_ORDER = (
+    "fp32", "onnx-fp32", "trt-fp32", "fp16", "onnx-fp16", "trt-fp16", "pruned",
+    "int8", "onnx-int8", "trt-int8", "int4", "onnx-int4",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,7 @@ class Workshop:
         self,
         ids: Sequence[str],
         *,
-        engine: EngineName,
+        engine: EngineName | Mapping[str, EngineName],
         entries: Mapping[str, str],
         quality: Mapping[str, tuple[QualityFigure, ...]],
         latency: Mapping[str, tuple[LatencyFigure, int]],
@@ -143,8 +146,8 @@ class Workshop:
             found.append(
                 Variant(
                     id=variant_id,
-                    engine=engine,
-                    precision=variant_id,
+                    engine=engine if isinstance(engine, str) else engine[variant_id],
+                    precision=variant_id.removeprefix("onnx-"),
                     entry=entries[variant_id],
                     files=(),
                     placement=placement,
@@ -232,7 +235,7 @@ class Workshop:
     def measured(
         self,
         ids: Sequence[str],
-        engine: EngineName,
+        engine: EngineName | Mapping[str, EngineName],
         entries: Mapping[str, str],
         quality: Mapping[str, tuple[QualityFigure, ...]],
         **inputs: object,
@@ -241,7 +244,7 @@ class Workshop:
 
         Args:
             ids: Of the variants that are made.
-            engine: What runs them.
+            engine: What runs them, or each of them.
             entries: Id to what the engine opens.
             quality: Id to figures, for the report.
             inputs: See `measure`.
@@ -264,7 +267,10 @@ class Workshop:
             problem = size_refusal(variant_id, self._size(variant_id), gates, full_bytes)
             if problem is None and self.options.measure:
                 latency[variant_id] = self.measure(
-                    variant_id, engine, entries[variant_id], **inputs
+                    variant_id,
+                    engine if isinstance(engine, str) else engine[variant_id],
+                    entries[variant_id],
+                    **inputs,
                 )
                 problem = latency_refusal(variant_id, latency[variant_id][0], gates)
             if problem is None:

@@ -1,4 +1,7 @@
-"""A language model becomes an onnxruntime-genai bundle: ``int4`` (edge) and ``fp32`` (cloud)."""
+"""A language model becomes a bundle: ``int4`` (edge) and ``fp32`` (cloud) for onnxruntime-genai.
+
+Where it is wished also as a plain ONNX graph with a KV cache; see `cached_text`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from msgspec import structs, to_builtins
 
 from converters.recipe_file import fingerprint
+from converters.recipes import cached_text
 from converters.recipes.base import Workshop, summary
 from converters.recipes.layers import Blame, blame_layers
 from converters.settings import Int4Settings
@@ -17,7 +21,7 @@ from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import read_json
 from converters.steps.apart import give_back, run_apart
 from converters.steps.carry_gguf import can_carry, carry_blocks
-from converters.steps.genai_build import PRECISIONS, build_genai
+from converters.steps.genai_build import CONFIG, PRECISIONS, build_genai
 from converters.steps.prepare_model import prepare_model
 from converters.steps.verify_generation import (
     SourceLogits,
@@ -30,6 +34,7 @@ from nearfar.errors import ConversionError
 from nearfar.units import format_bytes
 
 DEFAULT_VARIANTS = ("int4", "fp32")
+POSSIBLE = (*PRECISIONS, *cached_text.IDS)
 _ENGINE: EngineName = "onnxruntime-genai"
 _TOOLS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "gguf")
 #: A prompt of usual length for timing the first token.
@@ -44,7 +49,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, PRECISIONS)
+    ids = shop.variant_ids(DEFAULT_VARIANTS, POSSIBLE)
     folder = shop.work / "hf"
     with shop.reporter.step("load the source, and run it on real text") as step:
         model = prepare_model(source, folder)
@@ -54,11 +59,18 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     truth = model.truth(source.label)
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
-    with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
-        said = _build(source, folder, targets, shop)
-        sizes = (f"{key} {format_bytes(_size(path))}" for key, path in targets.items())
-        step.note(", ".join(sizes) + said)
-    give_back()
+    for is_plain, library in ((False, "onnxruntime-genai"), (True, "plain ONNX Runtime")):
+        own = {one: path for one, path in targets.items() if (one in cached_text.IDS) == is_plain}
+        if not own:
+            continue
+        with shop.reporter.step(f"build {' and '.join(own)} for {library}") as step:
+            if is_plain:
+                said = cached_text.make_cached(source, folder, own, shop, is_large=model.is_large)
+            else:
+                said = _build(source, folder, own, shop)
+            sizes = (f"{key} {format_bytes(_size(path))}" for key, path in own.items())
+            step.note(", ".join(sizes) + said)
+        give_back()
     quality = _verify(shop, targets, token_windows, truth, is_large=model.is_large)
     best = next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
     ids = tuple(
@@ -73,23 +85,29 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         )
     )
     prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
-    entries = {variant_id: variant_id for variant_id in ids}
-    ids, latency = shop.measured(ids, _ENGINE, entries, quality, prompt_tokens=prompt)
+    engines = {one: cached_text.ENGINE if one in cached_text.IDS else _ENGINE for one in ids}
+    folders = {variant_id: variant_id for variant_id in ids}
+    ids, latency = shop.measured(ids, engines, folders, quality, prompt_tokens=prompt)
+    context_length = _context_length(targets[ids[0]])
+    variants = shop.variants(
+        ids,
+        engine=engines,
+        entries=cached_text.entries_of(ids),
+        quality=quality,
+        latency=latency,
+    )
+    tools = dict.fromkeys(
+        tool for one in ids for tool in (cached_text.TOOLS if one in cached_text.IDS else _TOOLS)
+    )
     return Manifest(
         name=name,
         version=shop.options.version,
         task="text-generation",
         description=shop.options.description,
         license=shop.options.license or source.license,
-        lineage=shop.lineage(source, *_TOOLS),
-        context_length_tokens=_context_length(targets[ids[0]]),
-        variants=shop.variants(
-            ids,
-            engine=_ENGINE,
-            entries=entries,
-            quality=quality,
-            latency=latency,
-        ),
+        lineage=shop.lineage(source, *tools),
+        context_length_tokens=context_length,
+        variants=cached_text.finished(variants, shop, context_length),
     )
 
 
@@ -190,7 +208,9 @@ def _size(folder: Path) -> int:
 
 
 def _context_length(folder: Path) -> int:
-    length = read_json(folder / "genai_config.json").get("model", {}).get("context_length")
+    if not (folder / CONFIG).is_file():
+        return cached_text.context_length(folder)
+    length = read_json(folder / CONFIG).get("model", {}).get("context_length")
     if not isinstance(length, int) or length < 1:
         raise ConversionError(
             "The model does not say how long its context is",

@@ -16,6 +16,13 @@ _INT4 = {
     "k_quant_mixed": "k-quant, some layers in 8 bits",
 }
 
+_PLAIN = {
+    "fp32": "FP32",
+    "fp16": "FP16",
+    "int8": "INT8 weights in blocks of 32",
+    "int4": "INT4 weights in blocks of 32",
+}
+
 _OTHERS = {"fp16": "weights in 16 bits", "pruned": "narrower layers, in 32 bits"}
 
 
@@ -23,6 +30,8 @@ def method_of(precision: str, settings: Settings) -> str:
     """How a variant of that precision is made with these settings."""
     if precision == "int4":
         return f"INT4, {_INT4[settings.int4.algorithm]}"
+    if precision.startswith("onnx-"):
+        return f"{_PLAIN[precision.removeprefix('onnx-')]}, a plain graph with its KV cache"
     if precision.startswith("trt-"):
         return f"{precision.removeprefix('trt-').upper()}, typed for TensorRT"
     if precision in _OTHERS:

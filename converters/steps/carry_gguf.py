@@ -19,7 +19,7 @@ import numpy as np
 from converters.libraries import load
 from converters.settings import Int4Settings
 from converters.sources.gguf import GgufSource
-from converters.steps.carry_graph import GraphEditor
+from converters.steps.carry_graph import CONTRIB, GraphEditor
 from converters.steps.gguf_blocks import BLOCK, Blocks, joined, matrix_of, read_blocks
 
 #: A node of the model builder, in its layer, to GGUF tensors and those of transformers.
@@ -58,35 +58,51 @@ class Carried:
 
 
 def carry_blocks(
-    full: Path, target: Path, source: GgufSource, weights: Path, settings: Int4Settings
+    full: Path,
+    target: Path,
+    source: GgufSource | None,
+    weights: Path,
+    settings: Int4Settings,
+    *,
+    kind: str = "Q8_0",
 ) -> Carried:
     """Make a 4-bit folder of a full-precision one, with the blocks of the GGUF file.
 
     The graph is read without its weights, so this needs little more memory than it writes.
 
     Args:
-        full: What the model builder wrote in full precision.
+        full: What the model builder, or `export_cached`, wrote in full precision.
         target: Folder to make.
-        source: The GGUF file.
+        source: The GGUF file; `None` rounds everything.
         weights: Folder with the dequantized weights as safetensors; every row that is carried over
             is checked to be the same number for number.
         settings: How exactly minima are kept.
+        kind: Blocks, as GGUF names them, of matrices that the file does not have: ``Q8_0``, or of 4
+            bits ``Q4_1``, but for a table that the embedding and the head share.
     """
     onnx = load("onnx")
     model = onnx.load(str(full / _MODEL), load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    tensors = {tensor.name: tensor for tensor in source.reader.tensors}
+    turned = _turned(model.graph, stored)
+    _declare_contrib(onnx, model)
+    tensors = {tensor.name: tensor for tensor in source.reader.tensors} if source else {}
     reference = _Reference(weights)
     editor = GraphEditor(onnx, model)
     carried = rounded = 0
     tables: dict[str, Blocks] = {}
-    for nodes in _groups(model.graph, stored):
+    for nodes in _groups(model.graph, stored, turned):
         found = []
         for node in nodes:
+            is_turned = node.input[1] in turned
+            # What is stored takes the transposition's place; it may be the embedding's table too.
+            node.input[1] = turned.get(node.input[1], node.input[1])
+            shape = _shape(stored[node.input[1]], is_turned=is_turned)
             blocks = _blocks_of(node.name, tensors, reference)
-            if blocks is None or not _fits(node, blocks, stored):
+            if blocks is None or not _fits(node, blocks, shape):
                 array = _array(onnx, stored[node.input[1]], full)
-                blocks, rounded = _rounded(array.T), rounded + 1
+                array = array.T if is_turned else array
+                is_table = "lm_head" in node.name
+                blocks, rounded = _rounded(array.T, "Q8_0" if is_table else kind), rounded + 1
             else:
                 carried += 1
             found.append((node, blocks))
@@ -114,13 +130,35 @@ def carry_blocks(
     return Carried(carried, rounded)
 
 
-def _groups(graph: Any, stored: dict[str, Any]) -> list[list[Any]]:
+def _turned(graph: Any, stored: dict[str, Any]) -> dict[str, str]:
+    """Transpositions of stored matrices: what they give to what is stored."""
+    return {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in stored
+    }
+
+
+def _shape(tensor: Any, *, is_turned: bool) -> tuple[int, ...]:
+    return tuple(tensor.dims[::-1] if is_turned else tensor.dims)
+
+
+def _declare_contrib(onnx: Any, model: Any) -> None:
+    """Graphs of plain operators do not name the domain of those that they get now."""
+    if all(entry.domain != CONTRIB for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
+
+
+def _groups(graph: Any, stored: dict[str, Any], turned: dict[str, str]) -> list[list[Any]]:
     """Products with weights that `MatMulNBits` can take; those that can become one together."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for node in graph.node:
-        if node.op_type != "MatMul" or node.input[1] not in stored:
+        if node.op_type != "MatMul":
             continue
-        shape = stored[node.input[1]].dims
+        name = turned.get(node.input[1], node.input[1])
+        if name not in stored:
+            continue
+        shape = _shape(stored[name], is_turned=name != node.input[1])
         if len(shape) != 2 or shape[0] % BLOCK:
             continue
         match = _NODE.match(node.name)
@@ -161,18 +199,17 @@ def _quantize(
     editor.quantize(nodes, rows, matrix_of(together, digits=digits))
 
 
-def _fits(node: Any, blocks: Blocks, stored: dict[str, Any]) -> bool:
-    shape = tuple(stored[node.input[1]].dims)
+def _fits(node: Any, blocks: Blocks, shape: tuple[int, ...]) -> bool:
     # A table that the embedding shares cannot have minima.
     is_shared = "lm_head" in node.name and blocks.minima is not None
     return shape == (blocks.codes.shape[1] * BLOCK, len(blocks.codes)) and not is_shared
 
 
-def _rounded(array: np.ndarray) -> Blocks:
-    """Blocks of a matrix whose own form has no equal here, in 8 bits (Q8_0)."""
+def _rounded(array: np.ndarray, kind: str = "Q8_0") -> Blocks:
+    """Blocks of a matrix whose own form has no equal here."""
     gguf = load("gguf")
-    kind = gguf.GGMLQuantizationType.Q8_0
-    blocks = read_blocks("Q8_0", gguf.quants.quantize(np.ascontiguousarray(array), kind))
+    quantized = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType[kind])
+    blocks = read_blocks(kind, quantized)
     assert blocks is not None
     return blocks
 

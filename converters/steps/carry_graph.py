@@ -10,7 +10,8 @@ import numpy as np
 from converters.steps.gguf_blocks import BLOCK, Matrix, mean_columns
 from nearfar.errors import ConversionError
 
-_CONTRIB = "com.microsoft"
+#: The domain of operators that are ONNX Runtime's own.
+CONTRIB = "com.microsoft"
 #: The kernel rounds activations to 8 bits, which is what makes it fast.
 _ACCURACY_LEVEL = 4
 
@@ -51,7 +52,7 @@ class GraphEditor:
             inputs[0] = self._with_means(node, matrix)
         del node.input[:]
         node.input.extend(inputs)
-        node.op_type, node.domain = "MatMulNBits", _CONTRIB
+        node.op_type, node.domain = "MatMulNBits", CONTRIB
         del node.attribute[:]
         numbers = {"K": matrix.columns, "N": sum(rows), "bits": matrix.bits, "block_size": BLOCK,
                    "accuracy_level": _ACCURACY_LEVEL}  # fmt: skip
@@ -76,7 +77,7 @@ class GraphEditor:
         self._first.append(
             make("Reshape", [codes, f"{weight}_shape"], [f"{codes}_rows"], name=f"{name}_rows")
         )
-        gather.op_type, gather.domain = "GatherBlockQuantized", _CONTRIB
+        gather.op_type, gather.domain = "GatherBlockQuantized", CONTRIB
         ids = gather.input[1]
         del gather.input[:], gather.attribute[:]
         gather.input.extend([f"{codes}_rows", ids, scales])

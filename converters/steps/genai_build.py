@@ -20,6 +20,7 @@ from converters.libraries import OFFLINE, load, tool_versions
 from converters.steps.apart import FRUGAL
 from nearfar.errors import ConversionError
 
+CONFIG = "genai_config.json"
 PRECISIONS = ("int4", "int8", "fp32")
 
 #: Both spellings are given: versions before and after the option's renaming each ignore the other.
@@ -139,16 +140,21 @@ def normalise_genai_folder(folder: Path) -> None:
     Raises:
         ConversionError: A file that must be there is missing.
     """
-    for name in ("genai_config.json", "model.onnx", "tokenizer.json"):
+    for name in (CONFIG, "model.onnx", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ConversionError(
                 f"onnxruntime-genai's model builder wrote no {name}",
                 fix="Use the version of onnxruntime-genai that nearfar asks for",
             )
-    config = _read(folder / "genai_config.json")
+    config = _read(folder / CONFIG)
     search = config.get("search", {})
     config["search"] = {key: value for key, value in search.items() if value is not None}
-    _write(folder / "genai_config.json", config)
+    _write(folder / CONFIG, config)
+    tidy_tokenizer_config(folder)
+
+
+def tidy_tokenizer_config(folder: Path) -> None:
+    """Name the general class of tokenizers, and leave out where the source lay."""
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
         settings = _read(tokenizer)

@@ -25,7 +25,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         entry: The file or folder.
         threads: Compute threads.
         feeds: ``.npz`` with the inputs of one call, for ``onnxruntime``.
-        prompt_tokens: The prompt, for ``onnxruntime-genai``.
+        prompt_tokens: The prompt, for language models; then the entry is a folder.
     """
 
     engine: str
@@ -59,7 +59,7 @@ def measure(
         engine: Name of the engine.
         entry: The file or folder it opens.
         feeds: Inputs of one call, for ``onnxruntime``.
-        prompt_tokens: Prompt to continue, for ``onnxruntime-genai``.
+        prompt_tokens: Prompt to continue, for language models; then the entry is a folder.
         input_tokens: Length of the timed input, where it is text.
 
     Returns:

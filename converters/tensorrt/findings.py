@@ -61,8 +61,8 @@ FIXES: dict[Kind, str] = {
         "DequantizeLinear and MatMul"
     ),
     "group-query-attention": (
-        "The model is built for onnxruntime-genai; run it there, or export it with its KV cache as "
-        "plain inputs and outputs"
+        "The model is built for onnxruntime-genai; run it there, or convert it with --variants "
+        "onnx-fp16, a plain graph with its KV cache as inputs and outputs"
     ),
     "attention-operator": "Export with opset 20, where attention is written as matrix products",
     "contrib-operator": (

@@ -246,7 +246,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
         saturation: Of variants that round activations to 8 bits too: kind of CPU (see
             `nearfar.engines.devices.cpu_kind`) to whether it was found to saturate there, that is,
             to lose in the CPU's 8-bit kernels what the model as it is written does not lose.
-        tensorrt: For the engine ``tensorrt``: what the device builds.
+        tensorrt: For the engine ``tensorrt``: what the device builds. Language models as plain ONNX
+            state their sizes there too.
         tensorrt_check: Whether TensorRT would take the graph, where that was checked.
     """
 

@@ -51,7 +51,11 @@ def load_engine(bundle: Bundle, variant_id: str, options: SessionOptions | None 
     started_s = time.monotonic()
     engine: Engine
     try:
-        if variant.engine == "onnxruntime":
+        if variant.engine == "onnxruntime" and bundle.manifest.task == "text-generation":
+            from nearfar.engines.cached_engine import CachedTextEngine
+
+            engine = CachedTextEngine(entry, variant, options, manifest=bundle.manifest)
+        elif variant.engine == "onnxruntime":
             from nearfar.engines.onnxruntime_engine import OnnxRuntimeEngine
 
             engine = OnnxRuntimeEngine(entry, variant, options, manifest=bundle.manifest)

@@ -63,29 +63,12 @@ class OnnxRuntimeEngine:
     ) -> None:
         self.variant_id = variant.id
         self._label = f"{manifest.name}/{variant.id}"
-        wished = _wished_providers(options, variant)
-        try:
-            session = ort.InferenceSession(
-                str(path),
-                sess_options=_session_options(options),
-                providers=[
-                    (name, provider_options(name, options, variant.precision)) for name in wished
-                ],
-            )
-            # Without this a failing GPU run is repeated on the CPU in silence.
-            session.disable_fallback()
-        except ORT_EXCEPTIONS as exc:
-            raise self._load_error(path, exc) from exc
-        # ONNX Runtime drops providers that do not start, with a log line only; what it kept is
-        # what really runs.
-        self.execution_provider: str = session.get_providers()[0]
-        if self.execution_provider != wished[0]:
-            _check_fallback(self._label, wished[0], self.execution_provider, options)
+        session, self.execution_provider = open_session(path, variant, options, self._label)
         self.inputs: Sequence[TensorSpec] = _specs(session.get_inputs(), self._label)
         self.outputs: Sequence[TensorSpec] = _specs(session.get_outputs(), self._label)
         _check_specs(self._label, "input", manifest.inputs, self.inputs)
         _check_specs(self._label, "output", manifest.outputs, self.outputs)
-        self._session: Any = session
+        self._session = session
         self._output_names = [spec.name for spec in self.outputs]
         self._dtypes = [(spec.name, numpy_of(spec.datatype)) for spec in self.inputs]
         self._check = FeedCheck(self.inputs, [list(item.shape) for item in session.get_inputs()])
@@ -138,17 +121,6 @@ class OnnxRuntimeEngine:
         with self._close_lock:
             self._session = None
 
-    def _load_error(self, path: Path, exc: Exception) -> NearfarError:
-        if isinstance(exc, _BROKEN_MODEL):
-            return BundleError(
-                f"ONNX Runtime cannot read {path.name} of {self._label}: {_first_line(exc)}",
-                fix="Convert the model again",
-            )
-        return EngineError(
-            f"ONNX Runtime {ort.__version__} cannot load {self._label}: {_first_line(exc)}",
-            fix="Update onnxruntime, or convert the model again with an older opset",
-        )
-
     def _run_error(self, exc: Exception) -> NearfarError:
         if isinstance(exc, ort_errors.InvalidArgument):
             return InvalidInput(
@@ -160,6 +132,63 @@ class OnnxRuntimeEngine:
             f"ONNX Runtime failed while running {self._label}: {_first_line(exc)}",
             fix="Try another variant or execution provider; less memory pressure may help",
         )
+
+
+def open_session(
+    path: Path,
+    variant: Variant,
+    options: SessionOptions,
+    label: str,
+    *,
+    by_device: Sequence[str] = _BY_DEVICE,
+) -> tuple[Any, str]:
+    """Open a model file.
+
+    Args:
+        path: The file, verified by the caller.
+        variant: What the manifest says about it.
+        options: Session settings.
+        label: Names the variant in errors.
+        by_device: Providers that are tried where the options wish nothing.
+
+    Returns:
+        The session, and the execution provider it really runs on.
+
+    Raises:
+        BundleError: The file is no model.
+        EngineError: ONNX Runtime cannot run it here, or a required provider is missing.
+    """
+    wished = _wished_providers(options, variant, by_device)
+    try:
+        session = ort.InferenceSession(
+            str(path),
+            sess_options=_session_options(options),
+            providers=[
+                (name, provider_options(name, options, variant.precision)) for name in wished
+            ],
+        )
+        # Without this a failing GPU run is repeated on the CPU in silence.
+        session.disable_fallback()
+    except ORT_EXCEPTIONS as exc:
+        raise _load_error(path, exc, label) from exc
+    # ONNX Runtime drops providers that do not start, with a log line only; what it kept is what
+    # really runs.
+    provider: str = session.get_providers()[0]
+    if provider != wished[0]:
+        _check_fallback(label, wished[0], provider, options)
+    return session, provider
+
+
+def _load_error(path: Path, exc: Exception, label: str) -> NearfarError:
+    if isinstance(exc, _BROKEN_MODEL):
+        return BundleError(
+            f"ONNX Runtime cannot read {path.name} of {label}: {_first_line(exc)}",
+            fix="Convert the model again",
+        )
+    return EngineError(
+        f"ONNX Runtime {ort.__version__} cannot load {label}: {_first_line(exc)}",
+        fix="Update onnxruntime, or convert the model again with an older opset",
+    )
 
 
 def provider_options(name: str, options: SessionOptions, precision: str) -> dict[str, str]:
@@ -196,10 +225,12 @@ def _profile(key: str, ranges: Sequence[ShapeRange]) -> str:
     )
 
 
-def _wished_providers(options: SessionOptions, variant: Variant) -> list[str]:
+def _wished_providers(
+    options: SessionOptions, variant: Variant, by_device: Sequence[str]
+) -> list[str]:
     """Providers to ask for, CPU last; those the installed package lacks are left out."""
     available = ort.get_available_providers()
-    wished = list(options.execution_providers or _BY_DEVICE)
+    wished = list(options.execution_providers or by_device)
     needed = variant.requirements.execution_provider
     if not options.execution_providers and needed in wished:
         # A variant built for CUDA is not handed to TensorRT, which would rebuild it.

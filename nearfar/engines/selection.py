@@ -5,6 +5,8 @@ Pure functions, but that TensorRT's engines are looked for where there are varia
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from nearfar.bundle.manifest import Manifest, Placement, Variant
@@ -31,27 +33,57 @@ def candidates(manifest: Manifest, device: Device, placement: Placement) -> tupl
     """All variants: first those that can run, best first for the placement, then the others.
 
     On the device (``edge``) a variant meant for it comes first, then one with an engine built
-    here, then the smaller one. In the cloud
-    the better one comes first, then the smaller one.
+    here, then, for text, one for onnxruntime-genai, then the smaller one. In the cloud
+    the better one comes first, then one for onnxruntime-genai, then the smaller one.
     """
 
     def order(candidate: Candidate) -> tuple[object, ...]:
         variant = candidate.variant
         excluded = candidate.excluded is not None
+        # Text on plain ONNX Runtime, which copies its cache for every token, is for machines
+        # without onnxruntime-genai.
+        is_plain = manifest.task == "text-generation" and variant.engine == "onnxruntime"
         if placement == "edge":
             meant_elsewhere = variant.placement[:1] != ("edge",)
             # Who built an engine for this device wants it used, though others may be smaller.
             is_general = variant.engine != "tensorrt"
             return (
-                excluded, meant_elsewhere, is_general, variant.size_bytes, variant.quality_rank,
-                variant.id,
+                excluded, meant_elsewhere, is_general, is_plain, variant.size_bytes,
+                variant.quality_rank, variant.id,
             )  # fmt: skip
-        return excluded, variant.quality_rank, variant.size_bytes, variant.id
+        return excluded, variant.quality_rank, is_plain, variant.size_bytes, variant.id
 
+    broken = _genai_problem(manifest, device)
     found = (
-        Candidate(variant, _why_not(variant, device, placement)) for variant in manifest.variants
+        Candidate(
+            variant,
+            (broken if variant.engine == "onnxruntime-genai" else None)
+            or _why_not(variant, device, placement),
+        )
+        for variant in manifest.variants
     )
     return tuple(sorted(found, key=order))
+
+
+def _genai_problem(manifest: Manifest, device: Device) -> str | None:
+    """Why onnxruntime-genai does not work here though it is installed, if so.
+
+    Asked only where another variant could take its place: importing it costs time that is lost
+    when it is not used.
+    """
+    engines = {variant.engine for variant in manifest.variants}
+    if manifest.task != "text-generation" or not device.has_genai:
+        return None
+    return _import_problem() if {"onnxruntime", "onnxruntime-genai"} <= engines else None
+
+
+@functools.lru_cache(maxsize=1)
+def _import_problem() -> str | None:
+    try:
+        import nearfar.engines.genai_native  # noqa: F401
+    except (ImportError, OSError) as exc:
+        return f"onnxruntime-genai is installed, but cannot be imported here ({exc})"
+    return None
 
 
 def runnable_variants(

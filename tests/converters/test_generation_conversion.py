@@ -1,4 +1,4 @@
-"""Language models become onnxruntime-genai bundles."""
+"""Language models become bundles for onnxruntime-genai, and plain graphs with a KV cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ import numpy as np
 import onnx
 import pytest
 
+from converters import texts
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.settings import Int4Settings, Settings
 from converters.steps import genai_build
+from converters.steps.cached_model import cache_shape, context_limit
+from converters.steps.export_cached import export_cached
 from converters.steps.genai_build import normalise_genai_folder
-from converters.steps.verify_generation import GenaiLogits
+from converters.steps.onnx_session import open_session
+from converters.steps.verify_generation import CachedLogits
 from nearfar.bundle import Bundle
+from nearfar.engines import load_engine
 from nearfar.errors import ConversionError
+from nearfar.generation import GenerationOptions, Prompt
 from tests.support.tiny_models import write_tiny_gguf, write_tiny_llama
 
 pytest.importorskip("torch")
@@ -31,24 +37,130 @@ pytest.importorskip("onnxruntime_genai")
 
 @pytest.fixture(scope="module")
 def bundle(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return convert_model(tiny_llama, tmp_path_factory.mktemp("bundles") / "tiny-llama")
+    options = ConversionOptions(variants=("fp32", "onnx-fp32", "int4", "onnx-int4"))
+    return convert_model(tiny_llama, tmp_path_factory.mktemp("bundles") / "tiny-llama", options)
 
 
-def test_both_variants_are_whole_compared_and_timed(bundle: Bundle):
+def test_all_variants_are_whole_compared_and_timed(bundle: Bundle):
     bundle.verify()
     manifest = bundle.manifest
     assert (manifest.task, manifest.context_length_tokens) == ("text-generation", 512)
-    assert [v.id for v in manifest.variants] == ["fp32", "int4"]
-    fp32, int4 = ({f.metric: f.value for f in v.quality} for v in manifest.variants)
-    assert fp32["logit_max_abs_error"] < 1e-3
-    assert 0.5 < int4["perplexity"] / fp32["perplexity"] < 2
-    assert 0 <= int4["greedy_token_agreement"] <= 1
+    assert [v.id for v in manifest.variants] == ["fp32", "onnx-fp32", "int4", "onnx-int4"]
+    fp32, plain, *rounded = ({f.metric: f.value for f in v.quality} for v in manifest.variants)
+    for exact in (fp32, plain):
+        assert exact["logit_max_abs_error"] < 1e-3
+    assert plain["greedy_token_agreement"] == plain["top1_agreement"] == 1
+    for figures in rounded:
+        assert 0.5 < figures["perplexity"] / fp32["perplexity"] < 2
+        assert 0 <= figures["greedy_token_agreement"] <= 1
     for variant in manifest.variants:
         (figure,) = variant.latency
         assert figure.p50_ms > 0
         assert figure.ms_per_token
         assert figure.input_tokens == 64
     assert bundle.variant("int4").size_bytes < bundle.variant("fp32").size_bytes
+    assert bundle.variant("onnx-int4").size_bytes < bundle.variant("onnx-fp32").size_bytes
+    assert [v.precision for v in manifest.variants] == ["fp32", "fp32", "int4", "int4"]
+
+
+def test_the_plain_graph_says_the_same_as_the_other(bundle: Bundle):
+    engines = [load_engine(bundle, one) for one in ("fp32", "onnx-fp32")]
+    for text in (*texts.PROMPTS[:3], "near and far " * 30):
+        answers = [
+            list(engine.generate(Prompt(text=text), GenerationOptions(max_new_tokens=24)))
+            for engine in engines
+        ]
+        assert answers[0] == answers[1]
+        assert answers[0][-1].usage.completion_tokens > 1
+
+
+def test_the_plain_graph_has_plain_operators_and_telling_names(bundle: Bundle):
+    variant = bundle.variant("onnx-fp32")
+    model = onnx.load(bundle.variant_entry(variant))
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert {"Attention", "RotaryEmbedding"}.isdisjoint(node.op_type for node in model.graph.node)
+    shapes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total_sequence"],
+        "position_ids": ["batch", "sequence"],
+        "logits": ["batch", "sequence", 512],
+        **{
+            f"{side}.{layer}.{part}": ["batch", 2, axis, 16]
+            for side, axis in (("past_key_values", "past_sequence"), ("present", "total_sequence"))
+            for layer in range(2)
+            for part in ("key", "value")
+        },
+    }
+    assert str(Path(__file__).parent.parent).encode() not in model.SerializeToString()
+    profile = {one.name: one for one in variant.tensorrt.profile}
+    assert profile["input_ids"].largest == (4, 128)
+    past, mask = profile["past_key_values.0.key"], profile["attention_mask"]
+    assert (past.smallest, past.largest) == ((1, 2, 0, 16), (4, 2, 512 - 128, 16))
+    assert (mask.smallest, mask.usual, mask.largest) == ((1, 1), (1, 256), (4, 512))
+
+
+def test_rows_of_different_lengths_share_a_batch(bundle: Bundle):
+    session = open_session(bundle.variant_entry(bundle.variant("onnx-fp32")))
+    ids = np.random.default_rng(1).integers(3, 512, 9)
+    past = {
+        value.name: np.zeros((2, 2, 0, 16), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    feeds = {
+        "input_ids": np.stack([ids, np.r_[0, 0, 0, ids[:6]]]),
+        "attention_mask": np.array([[1] * 9, [0] * 3 + [1] * 6]),
+        "position_ids": np.stack([np.arange(9), np.r_[0, 0, 0, np.arange(6)]]),
+    }
+    logits = session.run(["logits"], feeds | past)[0]
+    np.testing.assert_allclose(logits[1, 3:], logits[0, :6], atol=1e-5)
+
+
+def test_half_precision_is_typed_through_and_close(tiny_llama: Path, tmp_path: Path):
+    for precision in ("fp16", "fp32"):
+        export_cached(tiny_llama, tmp_path / precision, precision=precision)
+    half, full = (CachedLogits(tmp_path / one) for one in ("fp16", "fp32"))
+    ids = np.random.default_rng(0).integers(3, 512, 64)
+    np.testing.assert_allclose(half(ids), full(ids), atol=0.02)
+    model = onnx.load(tmp_path / "fp16" / "model.onnx")
+    large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) > 64]
+    assert {tensor.data_type for tensor in large} == {onnx.TensorProto.FLOAT16}
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    assert types["past_key_values.1.value"] == onnx.TensorProto.FLOAT16
+
+
+def test_a_window_of_attention_bounds_the_context():
+    transformers = pytest.importorskip("transformers")
+    mistral = transformers.MistralConfig(sliding_window=1024, max_position_embeddings=4096)
+    assert context_limit(mistral) == 1024
+    assert context_limit(transformers.LlamaConfig(max_position_embeddings=4096)) == 4096
+    qwen = transformers.Qwen2Config(use_sliding_window=False, max_position_embeddings=4096)
+    assert context_limit(qwen) == 4096
+
+
+def test_a_model_that_remembers_in_another_way_is_refused():
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ConversionError, match="keeps something else than keys and values"):
+        cache_shape(transformers.MambaConfig())
+
+
+@pytest.mark.skipif(
+    not os.environ.get("NEARFAR_TENSORRT_PYTHON"), reason="NEARFAR_TENSORRT_PYTHON is not set"
+)
+def test_tensorrt_takes_the_plain_graph(bundle: Bundle, tiny_llama: Path, tmp_path: Path):
+    from converters.tensorrt.check import check_graph
+
+    variant = bundle.variant("onnx-fp32")
+    export_cached(tiny_llama, tmp_path / "half", precision="fp16")
+    for graph in (bundle.variant_entry(variant), tmp_path / "half" / "model.onnx"):
+        verdict = check_graph(graph, profile=variant.tensorrt.profile, try_repair=False)
+        assert verdict.accepted, verdict.findings
 
 
 def test_the_bundle_says_nothing_about_the_machine_it_was_made_on(bundle: Bundle):
@@ -95,7 +207,7 @@ def test_a_quantized_gguf_file_is_not_rounded_a_second_time(tmp_path: Path):
     ids = np.random.default_rng(0).integers(3, 512, 64)
 
     def logits(made: Bundle, variant_id: str) -> np.ndarray:
-        return GenaiLogits(made.variant_entry(made.variant(variant_id)))(ids)
+        return CachedLogits(made.variant_entry(made.variant(variant_id)))(ids)
 
     exact = logits(bundle, "fp32")
     carried = np.abs(logits(bundle, "int4") - exact).max()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 import pytest
 
 from nearfar.bundle.manifest import FileEntry, Manifest, Requirements, Variant
+from nearfar.engines import selection
 from nearfar.engines.devices import Device
 from nearfar.engines.selection import candidates, runnable_variants
 
@@ -50,6 +53,43 @@ def test_the_device_prefers_a_larger_one_meant_for_it_to_a_smaller_one_that_is_n
 
 def test_the_cloud_takes_the_best():
     assert ids(INT8, FP16, FP32, placement="cloud") == ["fp32", "fp16", "int8"]
+
+
+GENAI = variant("fp32", rank=0, size=400, engine="onnxruntime-genai")
+GENAI_INT4 = variant("int4", rank=2, size=120, engine="onnxruntime-genai")
+PLAIN = variant("onnx-fp32", rank=1, size=401)
+PLAIN_INT4 = variant("onnx-int4", rank=3, size=100)
+
+
+def text_ids(placement, **changes):
+    manifest = Manifest(
+        name="m", version="1.0.0", task="text-generation",
+        variants=(PLAIN_INT4, PLAIN, GENAI, GENAI_INT4),
+    )  # fmt: skip
+    device = msgspec.structs.replace(DEVICE, **changes)
+    return [item.id for item in runnable_variants(manifest, device, placement)]
+
+
+@pytest.fixture
+def genai_works(monkeypatch):
+    monkeypatch.setattr(selection, "_import_problem", lambda: None)
+
+
+@pytest.mark.usefixtures("genai_works")
+def test_text_runs_on_plain_onnx_runtime_only_where_there_is_no_onnxruntime_genai():
+    assert text_ids("edge") == ["int4", "fp32", "onnx-int4", "onnx-fp32"]
+    assert text_ids("edge", has_genai=False) == ["onnx-int4", "onnx-fp32"]
+    assert text_ids("cloud") == ["fp32", "onnx-fp32", "int4", "onnx-int4"]
+    assert text_ids("cloud", has_genai=False) == ["onnx-fp32", "onnx-int4"]
+
+
+def test_a_library_that_is_installed_but_cannot_be_imported_is_as_good_as_none(monkeypatch):
+    selection._import_problem.cache_clear()
+    monkeypatch.setitem(sys.modules, "nearfar.engines.genai_native", None)
+    try:
+        assert text_ids("edge") == ["onnx-int4", "onnx-fp32"]
+    finally:
+        selection._import_problem.cache_clear()
 
 
 def test_the_order_in_the_manifest_makes_no_difference():
