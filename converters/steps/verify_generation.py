@@ -92,7 +92,7 @@ def _token_inputs(tokens: np.ndarray) -> dict[str, np.ndarray]:
 def _empty_cache(
     folder: Path, inputs: Mapping[str, tuple[np.dtype[Any], Sequence[Any]]]
 ) -> dict[str, np.ndarray]:
-    """Keys and values of nothing, by input; graphs of onnxruntime-genai do not state their shape."""
+    """Keys and values of nothing, by input; genai's graphs do not state their shape."""
     sizes: tuple[int, int] | None = None
     if (folder / GENAI_CONFIG).is_file():
         decoder = read_json(folder / GENAI_CONFIG)["model"]["decoder"]
