@@ -226,7 +226,7 @@ def _profile(key: str, ranges: Sequence[ShapeRange]) -> str:
 
 
 def _wished_providers(
-    options: SessionOptions, variant: Variant, by_device: Sequence[str]
+    options: SessionOptions, variant: Variant, by_device: Sequence[str] = _BY_DEVICE
 ) -> list[str]:
     """Providers to ask for, CPU last; those the installed package lacks are left out."""
     available = ort.get_available_providers()

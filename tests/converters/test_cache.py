@@ -180,7 +180,8 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_conversion(model: Path):
 def test_the_cache_is_shown_and_cleared(model: Path, private_cache: Path, capsys):
     arguments = [str(model), "-o", str(model.parent / "b"), "--no-measure", "--variants", "int8"]
     assert run(convert, arguments, program="nearfar convert") == 0
-    assert set(contents(private_cache)) == {"optimise", "quantize-int8", "verify-tensors"}
+    steps = {"optimise", "quantize-int8", "verify-tensors", "layer-errors"}
+    assert set(contents(private_cache)) == steps
     assert run(convert, ["--show-cache"], program="nearfar convert") == 0
     assert "quantize-int8        1" in capsys.readouterr().out
     assert run(convert, ["--clear-cache"], program="nearfar convert") == 0
