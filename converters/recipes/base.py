@@ -40,7 +40,22 @@ from nearfar.errors import ConversionError
 from nearfar.units import format_ms
 
 #: Best quality first.
-_QUALITY_ORDER = ("fp32", "trt-fp32", "fp16", "trt-fp16", "pruned", "int8", "trt-int8", "int4")
+_QUALITY_ORDER = (
+    "fp32",
+    "trt-fp32",
+    "fp16",
+    "trt-fp16",
+    "pruned",
+    "slim",
+    "int8",
+    "trt-int8",
+    "int4",
+)
+
+_SLICE_LESS = (
+    "fewer layers to drop (slim.drop_layers), a greater slim.keep_mlp, longer training "
+    "(slim.recovery_steps), texts like those that it will see (--train), or more bits"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,8 +214,29 @@ class Workshop:
         )
         if problem is None:
             return True
+        if self.settings.slim.is_wished:
+            # What slicing lost, no other way of rounding brings back.
+            problem = Refusal(problem.reason, _SLICE_LESS)
         self._leave_out(variant_id, problem, figures)
         return False
+
+    def accept_slim(
+        self,
+        ids: Sequence[str],
+        figures: Sequence[QualityFigure],
+        *,
+        reference_perplexity: float | None = None,
+    ) -> tuple[str, ...]:
+        """Which variants stay, by what the sliced model loses in full precision.
+
+        Where it loses too much by itself, nothing that is made of it can be good enough.
+        """
+        if self.accept("slim", figures, reference_perplexity=reference_perplexity):
+            return tuple(ids)
+        for variant_id in ids:
+            if variant_id not in ("fp32", "slim"):
+                self.refuse(variant_id, f"{variant_id} would be made of slim, which loses too much")
+        return tuple(variant_id for variant_id in ids if variant_id == "fp32")
 
     def refuse(self, variant_id: str, reason: str) -> None:
         """Leave a variant out of the bundle, and say why."""
