@@ -368,7 +368,7 @@ def _mixed_sliced(
     shop: Workshop, ids: tuple[str, ...], check: EmbeddingCheck, sliced: np.ndarray
 ) -> bool:
     """Whether variants of a sliced model agree with each other; the whole one is not there."""
-    others = [one for one in ids if one != SLIM]
+    others = [one for one in ids if one != SLIM] if len(ids) > 1 else []
     return may_mix([
         check.against_reference(
             check.vectors(shop.writer.folder / one / "model.onnx"), sliced, SLIM, is_gated=False
