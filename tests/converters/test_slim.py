@@ -251,7 +251,8 @@ def test_an_encoder_is_sliced_with_one_command(tmp_path: Path, tiny_bert: Path, 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         'format = 1\n[source]\nkind = "huggingface"\n[bundle]\nname = "tiny"\n'
-        '[convert]\nmeasure = false\nvariants = ["fp32", "slim", "int8"]\n[settings]\npassages = 32\n'
+        '[convert]\nmeasure = false\nvariants = ["fp32", "slim", "int8"]\n'
+        "[settings]\npassages = 32\n"
         "[settings.slim]\ndrop_layers = [1]\nkeep_mlp = 0.5\nrecovery_steps = 4\nbatch = 4\n"
         "tokens = 32\ntexts = 8\n"
     )
