@@ -123,7 +123,8 @@ class SlimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         keep_heads: How many attention heads each layer keeps; with grouped queries whole groups.
             `None` keeps all.
         keep_mlp: Share of each layer's MLP channels that stays.
-        round_to: Channels become a multiple of this; blocks of 4 bits have 32 weights.
+        round_to: Channels become a multiple of this. Blocks of 4 bits have 32 weights, and some
+            ways to round want pairs of them.
         texts: How many texts importance is measured on.
         recovery_steps: Of training afterwards; 0: none.
         recovery_limit_s: It also ends after so many seconds, and then is not the same every time.
@@ -135,7 +136,7 @@ class SlimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drop_layers: _Index | tuple[_Index, ...] = 0
     keep_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
     keep_mlp: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    round_to: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 32
+    round_to: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
     texts: Annotated[int, msgspec.Meta(ge=8, le=100_000)] = 128
     recovery_steps: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
     recovery_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None

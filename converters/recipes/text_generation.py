@@ -54,7 +54,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         ConversionError: A step refused or failed.
     """
     ids = shop.variant_ids(*variants_of(is_slim=shop.settings.slim.is_wished))
-    int4 = _resolved(source, shop.settings.int4, is_sliced=shop.settings.slim.is_wished)
+    int4 = resolved(source, shop.settings.int4, is_sliced=shop.settings.slim.is_wished)
     folder = shop.work / "hf"
     with shop.reporter.step("load the source, and run it on real text") as step:
         model = prepare_model(source, folder)
@@ -227,7 +227,7 @@ def _build(
     return "".join(f"; {line}" for line in said)
 
 
-def _resolved(source: Source, int4: Int4Settings, *, is_sliced: bool) -> Int4Settings:
+def resolved(source: Source, int4: Int4Settings, *, is_sliced: bool) -> Int4Settings:
     """The settings with ``auto`` decided.
 
     Raises:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converters.options import ConversionOptions
 from converters.settings import SlimSettings
 from converters.sources.base import Source
 from nearfar.errors import ConfigError
+
+#: Two blocks of 32 weights.
+_PAIR = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,14 @@ class Shape:
         heads: Attention heads of a layer.
         groups: Key-value heads; as many attention heads share one.
         inner: MLP channels of a layer.
+        head_width: Numbers that a head says; does not change.
     """
 
     layers: int
     heads: int
     groups: int
     inner: int
+    head_width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +132,8 @@ def shape_of(config: Mapping[str, Any], layout: Layout) -> Shape:
     assert isinstance(heads, int)
     assert isinstance(inner, int)
     groups = config.get("num_key_value_heads") or heads
-    return Shape(layers=layers, heads=heads, groups=int(groups), inner=inner)
+    width = config.get("head_dim") or int(config.get("hidden_size", config.get("dim", 0))) // heads
+    return Shape(layers=layers, heads=heads, groups=int(groups), inner=inner, head_width=int(width))
 
 
 def plan_cut(source: Source, settings: SlimSettings) -> Cut:
@@ -172,7 +178,39 @@ def check_slim(source: Source, options: ConversionOptions) -> Cut | None:
             fix="Leave them out or leave slim out; or slice first, with --keep-work, and convert "
             "the folder slim in the kept work",
         )
-    return plan_cut(source, settings)
+    cut = plan_cut(source, settings)
+    if "int4" in (options.variants or ("int4",)) and _is_text(source):
+        _check_pairs(cut, options.settings.int4.algorithm)
+    return cut
+
+
+def _is_text(source: Source) -> bool:
+    from converters.sources.huggingface import HuggingFaceSource
+
+    return not isinstance(source, HuggingFaceSource) or source.task == "text-generation"
+
+
+def _check_pairs(cut: Cut, algorithm: str) -> None:
+    """Refuse widths that blocks of 4 bits with minima cannot have.
+
+    ONNX Runtime's quantizer packs two minima of a row into a byte, so that a row needs an even
+    number of blocks.
+    """
+    if algorithm == "rtn":  # has no minima
+        return
+    before, after = cut.before, cut.after
+    heads = before.heads * before.head_width, after.heads * after.head_width
+    for name, (whole, left), what, fix in (
+        ("slim.keep_mlp", (before.inner, after.inner), "MLP channels",
+         f"Make slim.round_to {_PAIR}"),
+        ("slim.keep_heads", heads, "numbers of all heads", "Keep another number of heads"),
+    ):  # fmt: skip
+        if left != whole and left % _PAIR:
+            raise ConfigError(
+                f"{left} {what} are no multiple of {_PAIR}, which int4 wants with {algorithm!r}",
+                field=name,
+                fix=f"{fix}, or leave int4 out (variants)",
+            )
 
 
 def cut_of(before: Shape, layout: Layout, settings: SlimSettings) -> Cut:
@@ -195,15 +233,14 @@ def cut_of(before: Shape, layout: Layout, settings: SlimSettings) -> Cut:
             field="slim.drop_layers",
             fix=f"Use at most {before.layers - 1}, better a tenth to a third of them",
         )
-    after = Shape(
+    heads = _heads(before, layout, settings)
+    after = replace(
+        before,
         layers=before.layers - count,
-        heads=_heads(before, layout, settings),
-        groups=before.groups,
+        heads=heads,
+        groups=heads * before.groups // before.heads,
         inner=_inner(before, settings),
     )
-    if after.heads != before.heads:
-        groups = after.heads * before.groups // before.heads
-        after = Shape(layers=after.layers, heads=after.heads, groups=groups, inner=after.inner)
     return Cut(before=before, after=after, dropped=dropped)
 
 
@@ -256,6 +293,8 @@ def _gguf_shape(source: Any) -> Shape:
         heads=number("attention.head_count"),
         groups=number("attention.head_count_kv") or number("attention.head_count"),
         inner=number("feed_forward_length"),
+        head_width=number("attention.key_length")
+        or number("embedding_length") // max(1, number("attention.head_count")),
     )
     if not (shape.layers and shape.heads and shape.inner):
         raise ConfigError(

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
+import runpy
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 from converters import texts
 from converters.commands import convert
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.recipe_file import read_recipe
-from converters.settings import Gates, Settings, SlimSettings
+from converters.recipes.text_generation import resolved
+from converters.reporting import Reporter
+from converters.settings import Gates, Int4Settings, Settings, SlimSettings
 from converters.slim.corpus import encoder_corpus, generator_corpus, read_texts
 from converters.slim.cut import slice_model
 from converters.slim.importance import Importance, measure_importance
 from converters.slim.make import Job, make_slim, read_facts
-from converters.slim.shape import cut_of, layout_of, shape_of
+from converters.slim.shape import Cut, check_slim, cut_of, layout_of, shape_of
+from converters.sources.gguf import open_gguf
 from converters.sources.huggingface import load_huggingface, open_huggingface
+from converters.steps import genai_build
 from converters.steps.export_encoder import read_pooling
+from converters.steps.genai_builder import RopeTheta
 from nearfar.bundle import open_bundle
 from nearfar.bundle.manifest import TextPreprocessing
 from nearfar.cli import run
@@ -42,6 +52,12 @@ QUICK = SlimSettings(
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers, two key-value heads for four attention heads."""
     return write_tiny_llama(tmp_path_factory.mktemp("hf") / "llama", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one conversion exported, the next one takes."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def quick(**changes: object) -> SlimSettings:
@@ -247,7 +263,9 @@ def test_what_cannot_be_sliced_is_refused(tmp_path: Path, tiny_bert: Path, tiny_
     assert "not a transformer" in refused(tmp_path / "m.onnx", "-o", out, "--drop-layers", 1)
 
 
-def test_an_encoder_is_sliced_with_one_command(tmp_path: Path, tiny_bert: Path, capsys):
+def test_an_encoder_is_sliced_with_one_command(
+    tmp_path: Path, tiny_bert: Path, cache: Path, capsys
+):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         'format = 1\n[source]\nkind = "huggingface"\n[bundle]\nname = "tiny"\n'
@@ -256,15 +274,12 @@ def test_an_encoder_is_sliced_with_one_command(tmp_path: Path, tiny_bert: Path, 
         "[settings.slim]\ndrop_layers = [1]\nkeep_mlp = 0.5\nrecovery_steps = 4\nbatch = 4\n"
         "tokens = 32\ntexts = 8\n"
     )
-    arguments = [tiny_bert, "--recipe", recipe]
+    arguments = [tiny_bert, "--recipe", recipe, "--cache", cache]
     assert nearfar_convert(*arguments, "--dry-run") == 0
     assert "1 of 2 layers" in capsys.readouterr().out
     saved = tmp_path / "saved.toml"
-    for name in ("a", "b"):
-        assert nearfar_convert(*arguments, "-o", tmp_path / name, "--save-recipe", saved) == 0
-    out = capsys.readouterr().out
-    assert "1 of 2 layers dropped (1, counted from 0)" in out
-    assert "results of earlier steps were taken" in out
+    assert nearfar_convert(*arguments, "-o", tmp_path / "a", "--save-recipe", saved) == 0
+    assert "1 of 2 layers dropped (1, counted from 0)" in capsys.readouterr().out
     assert read_recipe(saved).settings.slim.drop_layers == (1,)
     bundle = open_bundle(tmp_path / "a")
     manifest = bundle.manifest
@@ -277,42 +292,64 @@ def test_an_encoder_is_sliced_with_one_command(tmp_path: Path, tiny_bert: Path, 
         "Changed: slim and what is made of it: 1 of 2 layers"
         in (bundle.path / "README.md").read_text()
     )
-    files = [open_bundle(tmp_path / name).variant("slim").files for name in ("a", "b")]
-    assert files[0] == files[1]
 
 
-def test_the_gate_holds_sliced_variants_against_the_whole_model(tmp_path: Path, tiny_bert: Path):
-    settings = Settings(
-        passages=32,
-        slim=quick(drop_layers=1, recovery_steps=0),
-        gates=Gates(max_quality_drop=0.0, min_mean_cosine=0.0),
+def test_the_gate_holds_sliced_variants_against_the_whole_model(
+    tmp_path: Path, tiny_bert: Path, cache: Path
+):
+    sliced = SlimSettings(
+        drop_layers=(1,), keep_mlp=0.5, recovery_steps=4, batch=4, tokens=32, texts=8
     )
+    gates = Gates(max_quality_drop=0.0, min_mean_cosine=0.0)
+    settings = Settings(passages=32, slim=sliced, gates=gates)
+    told = io.StringIO()
     options = ConversionOptions(
-        measure=False, golden=False, settings=settings, variants=("fp32", "slim", "int8")
-    )
-    bundle = convert_model(tiny_bert, tmp_path / "b", options)
+        measure=False, golden=False, settings=settings, cache=cache,
+        variants=("fp32", "slim", "int8"),
+    )  # fmt: skip
+    reporter = Reporter(Console(file=told))
+    bundle = convert_model(tiny_bert, tmp_path / "b", options, reporter=reporter)
+    # The same slicing, trained once: the exports and the training are those of the test before.
+    assert "results of earlier steps were taken" in told.getvalue()
     assert [one.id for one in bundle.manifest.variants] == ["fp32"]
     report = json.loads((bundle.path / "report.json").read_text())
     refused = {one["id"]: one for one in report["variants"] if one["outcome"] == "refused"}
     assert "limit is 0.0%" in refused["slim"]["reason"]
     assert "slim.drop_layers" in refused["slim"]["hint"]
     assert "made of slim" in refused["int8"]["reason"]
-    sliced_only = msgspec.structs.replace(settings, slim=quick(drop_layers=1))
-    options = ConversionOptions(measure=False, golden=False, settings=sliced_only)
+    options = replace(options, variants=())
     with pytest.raises(ConversionError, match="No variant is good enough"):
         convert_model(tiny_bert, tmp_path / "c", options)
     assert not (tmp_path / "c").exists()
 
 
-def test_a_language_model_is_sliced_exported_and_held_against_the_whole(
-    llama: Path, tmp_path: Path
-):
+@pytest.fixture
+def builder_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs onnxruntime-genai's builder in this process, which has imported what it needs."""
     pytest.importorskip("onnxruntime_genai")
-    settings = Settings(slim=quick(drop_layers=1, keep_heads=2, keep_mlp=0.75))
+    from transformers import PretrainedConfig
+
+    if not hasattr(PretrainedConfig, "rope_theta"):
+        monkeypatch.setattr(PretrainedConfig, "rope_theta", RopeTheta(), raising=False)
+
+    def run_inside(commands: Mapping[str, list[str]], work: Path) -> None:
+        for command in commands.values():
+            monkeypatch.chdir(work)
+            monkeypatch.setattr("sys.argv", command[2:])
+            runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+            monkeypatch.chdir("/")
+
+    monkeypatch.setattr(genai_build, "_run", run_inside)
+
+
+@pytest.mark.usefixtures("builder_inside")
+def test_a_language_model_is_sliced_exported_and_held_against_the_whole(tmp_path: Path):
+    source = write_tiny_llama(tmp_path / "llama", head_dim=32)
+    settings = Settings(slim=quick(drop_layers=1, keep_heads=2, keep_mlp=0.5, recovery_steps=4))
     options = ConversionOptions(
         measure=False, settings=settings, variants=("fp32", "slim", "int4"), keep_work=True
     )
-    bundle = convert_model(llama, tmp_path / "b", options)
+    bundle = convert_model(source, tmp_path / "b", options)
     assert [one.id for one in bundle.manifest.variants] == ["fp32", "slim", "int4"]
     slim = {figure.metric: figure for figure in bundle.variant("slim").quality}
     # The export says what the sliced model says, and is compared with the whole one.
@@ -320,17 +357,53 @@ def test_a_language_model_is_sliced_exported_and_held_against_the_whole(
     assert slim["perplexity"].reference == "fp32"
     genai = json.loads((bundle.path / "slim" / "genai_config.json").read_text())
     decoder = genai["model"]["decoder"]
-    assert (decoder["num_hidden_layers"], decoder["num_attention_heads"]) == (3, 2)
-    assert decoder["num_key_value_heads"] == 1
-    assert open_huggingface(tmp_path / "b.work" / "slim").config["intermediate_size"] == 96
+    assert (decoder["num_hidden_layers"], decoder["num_attention_heads"]) == (1, 2)
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (1, 32)
+    assert open_huggingface(tmp_path / "b.work" / "slim").config["intermediate_size"] == 64
+    report = json.loads((bundle.path / "report.json").read_text())
+    methods = {one["id"]: one["method"] for one in report["variants"]}
+    assert methods["int4"].startswith("sliced, ")
 
 
 def test_blocks_of_a_file_are_not_carried_into_a_sliced_model(tmp_path: Path):
-    source = write_tiny_gguf(tmp_path / "Tiny.Q4_1.gguf", kind="Q4_1")
-    settings = Settings(slim=quick(keep_mlp=0.5, recovery_steps=1))
-    options = ConversionOptions(measure=False, golden=False, settings=settings, variants=("int4",))
-    bundle = convert_model(source, tmp_path / "b", options)
-    report = json.loads((bundle.path / "report.json").read_text())
-    (int4,) = report["variants"]
-    assert int4["method"].startswith("sliced, ")
-    assert int4["lost"] is not None
+    source = open_gguf(write_tiny_gguf(tmp_path / "Tiny.Q4_1.gguf", kind="Q4_1"))
+    assert resolved(source, Int4Settings(), is_sliced=False).algorithm == "carry"
+    assert resolved(source, Int4Settings(), is_sliced=True).algorithm == "k_quant_mixed"
+    with pytest.raises(ConfigError) as caught:
+        resolved(source, Int4Settings(algorithm="carry"), is_sliced=True)
+    assert caught.value.field == "int4.algorithm"
+
+
+def test_plain_graphs_are_not_made_of_sliced_models(llama: Path, tmp_path: Path):
+    options = ConversionOptions(
+        settings=Settings(slim=quick(drop_layers=1)), variants=("fp32", "onnx-int4")
+    )
+    with pytest.raises(ConfigError, match="variants wishes for onnx-int4, and slim") as caught:
+        convert_model(llama, tmp_path / "b", options)
+    assert caught.value.field == "variants"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        # 32 and 96 weights are an odd number of blocks of 32.
+        ({"keep_heads": 2}, "slim.keep_heads"),
+        ({"keep_mlp": 0.75}, "slim.keep_mlp"),
+    ],
+)
+def test_widths_that_4_bits_cannot_have_are_refused_before_training(
+    llama: Path, changes: dict[str, object], field: str
+):
+    source = open_huggingface(llama)
+
+    def cut(variants: tuple[str, ...], algorithm: str = "auto") -> Cut | None:
+        int4 = Int4Settings(algorithm=algorithm)
+        settings = Settings(slim=quick(**changes), int4=int4)
+        return check_slim(source, ConversionOptions(settings=settings, variants=variants))
+
+    for variants in ((), ("int4",)):
+        with pytest.raises(ConfigError, match="no multiple of 64") as caught:
+            cut(variants)
+        assert caught.value.field == field
+    assert cut(("slim", "fp32")) is not None
+    assert cut(("int4",), "rtn") is not None
