@@ -116,11 +116,46 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    drop_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Language models and encoders: how many layers go, those that change least; "
+            "variants slim, int8 and int4 are then made of what is left, trained again.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_heads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Language models: how many attention heads each layer keeps.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_mlp: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Language models and encoders: share of each layer's MLP channels that stays, "
+            "such as 0.8.",
+            show_default=False,
+        ),
+    ] = None,
+    recovery_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How many steps what is left of a sliced model is trained. Default: 200.",
+            show_default=False,
+        ),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(
             help="PyTorch: what the pruned model is trained on, inputs or (inputs, labels), as "
-            "package.module:function or an .npz. Default: the example inputs.",
+            "package.module:function or an .npz. Default: the example inputs. Sliced models: a "
+            "text file with an empty line between two texts. Default: Python's documentation.",
             show_default=False,
         ),
     ] = None,
@@ -319,6 +354,7 @@ def convert(
     from converters.pipeline import convert_model
     from converters.recipe_file import find_recipe, options_of, overridden, read_recipe
     from converters.reporting import Reporter
+    from converters.slim.stated import sliced
     from nearfar.errors import ConfigError
 
     root = cache or default_root()
@@ -356,6 +392,13 @@ def convert(
         settings = msgspec.structs.replace(settings, int8=chosen)
     if prune is not None:
         settings = msgspec.structs.replace(settings, prune=_pruned(settings.prune, prune))
+    settings = sliced(
+        settings,
+        drop_layers=drop_layers,
+        keep_heads=keep_heads,
+        keep_mlp=keep_mlp,
+        recovery_steps=recovery_steps,
+    )
     if dimensions is not None:
         if not 2 <= dimensions <= 65_536:
             raise ConfigError(

@@ -26,6 +26,7 @@ from converters.recipe_file import (
 )
 from converters.recipes.base import Workshop
 from converters.reporting import Reporter
+from converters.slim.shape import check_slim
 from converters.sources.base import Source, slug
 from converters.sources.detect import open_source
 from nearfar.bundle import Bundle, BundleWriter
@@ -88,6 +89,7 @@ def convert_model(
             allow_pickle=options.allow_pickle,
         )
         step.note(source.title)
+    check_slim(source, options)
     for line in check_source(recipe, source) if recipe is not None else ():
         reporter.say(f"! {line}: the files may differ from the recipe's")
     if reporter.is_live:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from converters.options import ConversionOptions
 from converters.recipes import bundle, embedding, text_generation
 from converters.recipes.base import Workshop
 from converters.recipes.onnx_model import variants_of
-from converters.recipes.tensorrt import IDS as TENSORRT_IDS
+from converters.settings import SlimSettings
+from converters.slim.shape import Cut, check_slim
 from converters.sources.base import Source
 from converters.sources.bundle import BundleSource
 from converters.sources.gguf import GgufSource
@@ -29,6 +30,8 @@ _SIZE_TEXT = {
     "fp32": 1.0, "int8": 0.4, "int4": 0.22,
     "onnx-fp32": 1.0, "onnx-fp16": 0.5, "onnx-int8": 0.28, "onnx-int4": 0.22,
 }  # fmt: skip
+#: Seconds of training for each token and GiB of weights.
+_TRAIN_S = 0.02
 _MEASURE_S = 4.0
 _GIB = 1 << 30
 
@@ -79,6 +82,7 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
     Raises:
         ConversionError: A wished variant cannot be made of this model.
     """
+    check_slim(source, options)
     if isinstance(source, TorchSource):
         return _plan_module(source, options)
     if isinstance(source, OnnxSource):
@@ -134,7 +138,8 @@ def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
 
 
 def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
-    ids = _ids(options, embedding.DEFAULT_VARIANTS, ("int8", "fp32", *TENSORRT_IDS))
+    cut = check_slim(source, options)
+    ids = _ids(options, *embedding.variants_of(is_slim=cut is not None))
     full = _weights(source.path)
     steps = [
         _step("load the source", full, per_gib_s=20, start_s=8),
@@ -145,11 +150,14 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
     if "int8" in ids:
         steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
     steps.append(_step("verify every variant", full * len(ids), per_gib_s=40))
-    return _finished(ids, steps, lambda name: full * _SIZE[name], options)
+    if cut is not None:
+        steps.insert(1, _slicing(cut, options.settings.slim, full))
+    return _finished(ids, steps, _sizes(full, _SIZE, cut), options)
 
 
 def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
-    ids = _ids(options, text_generation.DEFAULT_VARIANTS, text_generation.POSSIBLE)
+    cut = check_slim(source, options)
+    ids = _ids(options, *text_generation.variants_of(is_slim=cut is not None))
     # Quantized GGUF weights have 4 to 5 bits; safetensors of language models have 16.
     full = source.path.stat().st_size * 6 if isinstance(source, GgufSource) else 0
     full = full or _weights(source.path) * 2
@@ -160,7 +168,37 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
         _step(f"build {' and '.join(ids)}", full, per_gib_s=75 * len(ids), disk=full),
         _step("verify every variant", full * len(ids), per_gib_s=60),
     ]
-    return _finished(ids, steps, lambda name: full * _SIZE_TEXT[name], options)
+    if cut is not None:
+        steps.insert(3, _slicing(cut, options.settings.slim, full))
+    return _finished(ids, steps, _sizes(full, _SIZE_TEXT, cut), options)
+
+
+def _slicing(cut: Cut, settings: SlimSettings, full: float) -> PlannedStep:
+    """Time of forward and backward passes, which grows with weights and tokens."""
+    tokens = settings.recovery_steps * settings.batch * settings.tokens
+    train_s = _TRAIN_S * full / _GIB * tokens
+    limit_s = settings.recovery_limit_s
+    before, after = cut.before, cut.after
+    title = (
+        f"keep {after.layers} of {before.layers} layers, {after.heads} of {before.heads} heads, "
+        f"{after.inner} of {before.inner} MLP channels; train for {settings.recovery_steps} steps"
+    )
+    step = _step(title, full, per_gib_s=60, start_s=8, disk=full * cut.share)
+    train_s = train_s if limit_s is None else min(train_s, limit_s)
+    return PlannedStep(title, step.time_s + train_s, step.disk_bytes)
+
+
+def _sizes(full: float, shares: Mapping[str, float], cut: Cut | None) -> Callable[[str], float]:
+    """Size of a variant; what is made of a sliced model is smaller by what its layers lost."""
+
+    def size(name: str) -> float:
+        if cut is None or name == "fp32":
+            return full * shares[name]
+        # Embedding tables stay: a third of what small models weigh.
+        left = 1 / 3 + cut.share * 2 / 3
+        return full * left * shares["fp32" if name == "slim" else name]
+
+    return size
 
 
 def _ids(

@@ -12,6 +12,7 @@ Matrix = Literal[
 ]
 
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Index = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 
 
 class CalibrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,6 +113,41 @@ class PruneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     recovery_epochs: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 20
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 2e-3
     batch: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 32
+
+
+class SlimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a transformer gets fewer layers, heads and MLP channels, and is trained afterwards.
+
+    Attributes:
+        drop_layers: How many layers go, those of least influence; or which, counted from 0.
+        keep_heads: How many attention heads each layer keeps; with grouped queries whole groups.
+            `None` keeps all.
+        keep_mlp: Share of each layer's MLP channels that stays.
+        round_to: Channels become a multiple of this. Blocks of 4 bits have 32 weights, and some
+            ways to round want pairs of them.
+        texts: How many texts importance is measured on.
+        recovery_steps: Of training afterwards; 0: none.
+        recovery_limit_s: It also ends after so many seconds, and then is not the same every time.
+        learning_rate: The highest; it rises over the first steps and falls to nothing (cosine).
+        batch: Texts or windows of one step.
+        tokens: Longest text, or length of a window.
+    """
+
+    drop_layers: _Index | tuple[_Index, ...] = 0
+    keep_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
+    keep_mlp: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    round_to: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
+    texts: Annotated[int, msgspec.Meta(ge=8, le=100_000)] = 128
+    recovery_steps: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
+    recovery_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 2e-4
+    batch: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 8
+    tokens: Annotated[int, msgspec.Meta(ge=8, le=8192)] = 128
+
+    @property
+    def is_wished(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.drop_layers) or self.keep_heads is not None or self.keep_mlp < 1
 
 
 class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,6 +264,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
     prune: PruneSettings = PruneSettings()
+    slim: SlimSettings = SlimSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     tensorrt: TensorrtSettings = TensorrtSettings()
     gates: Gates = Gates()

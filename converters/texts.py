@@ -2,7 +2,8 @@
 
 It is part of every Python, so a conversion needs no download; it is licensed under the PSF licence
 and is only read, never copied into a bundle. Searches and calibration read other texts than
-verification does: documentation strings of the standard library.
+verification does, documentation strings of the standard library, and training others again, those
+of the packages in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from pathlib import Path
 
 #: Chapters that are mostly prose. Fixed, so that figures of two conversions can be compared.
 _CHAPTERS = ("objects", "import", "exceptions", "with", "class", "function", "lambda", "try")
+#: Folders beside the library's packages that differ between two installations of one Python.
+_NOT_THE_LIBRARY = frozenset(
+    {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "ensurepip", "pydoc_data"}
+)
 _MIN_CHARACTERS, _MAX_CHARACTERS = 120, 900
 
 PROMPTS = (
@@ -57,18 +62,37 @@ def calibration_passages(count: int) -> list[str]:
     return _spread([text for text in _documentation(1) if text not in judged], count)
 
 
+def training_passages(count: int) -> list[str]:
+    """At most `count` documentation strings of the library's packages; none is among the others."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    others = set(_paragraphs(_topics().values())) | set(_documentation(0)) | set(_documentation(1))
+    found: dict[str, None] = {}
+    for package in sorted(folder.glob("*/__init__.py")):
+        if package.parent.name in _NOT_THE_LIBRARY:
+            continue
+        for file in sorted(package.parent.glob("*.py")):
+            new = _paragraphs(_strings(file))
+            found.update((text, None) for text in new if text not in others)
+            if len(found) >= count:
+                return list(found)[:count]
+    return list(found)
+
+
 @functools.lru_cache(maxsize=2)
 def _documentation(parity: int) -> list[str]:
     """Paragraphs of documentation strings of every second module of the standard library."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [file for file in sorted(folder.glob("*.py")) if file.name != "__future__.py"]
-    strings = []
-    for file in files[parity::2]:
-        tree = ast.parse(file.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                strings.append(ast.get_docstring(node) or "")
-    return _paragraphs(strings)
+    return _paragraphs(string for file in files[parity::2] for string in _strings(file))
+
+
+def _strings(file: Path) -> list[str]:
+    tree = ast.parse(file.read_bytes())
+    return [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    ]
 
 
 def _paragraphs(documents: Iterable[str]) -> list[str]:

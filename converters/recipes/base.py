@@ -44,8 +44,13 @@ from nearfar.units import format_ms
 #: Best quality first.
 _QUALITY_ORDER = (
     "fp32", "onnx-fp32", "trt-fp32", "fp16", "onnx-fp16", "trt-fp16", "pruned",
-    "int8", "onnx-int8", "trt-int8", "int4", "onnx-int4",
+    "slim", "int8", "onnx-int8", "trt-int8", "int4", "onnx-int4",
 )  # fmt: skip
+
+_SLICE_LESS = (
+    "fewer layers to drop (slim.drop_layers), a greater slim.keep_mlp, longer training "
+    "(slim.recovery_steps), texts like those that it will see (--train), or more bits"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +223,9 @@ class Workshop:
         found = blame() if blame is not None and drop is not None and drop[1] > least else None
         if problem is None:
             return True
+        if self.settings.slim.is_wished:
+            # What slicing lost, no other way of rounding brings back.
+            problem = Refusal(problem.reason, _SLICE_LESS)
         if found is not None:
             problem = problem.blaming(
                 damage_of(found), mending_of(found, variant_id, self._kept_in(variant_id))
@@ -227,6 +235,24 @@ class Workshop:
 
     def _kept_in(self, variant_id: str) -> Sequence[str]:
         return self.kept_tensorrt if variant_id.startswith("trt-") else self.kept
+
+    def accept_slim(
+        self,
+        ids: Sequence[str],
+        figures: Sequence[QualityFigure],
+        *,
+        reference_perplexity: float | None = None,
+    ) -> tuple[str, ...]:
+        """Which variants stay, by what the sliced model loses in full precision.
+
+        Where it loses too much by itself, nothing that is made of it can be good enough.
+        """
+        if self.accept("slim", figures, reference_perplexity=reference_perplexity):
+            return tuple(ids)
+        for variant_id in ids:
+            if variant_id not in ("fp32", "slim"):
+                self.refuse(variant_id, f"{variant_id} would be made of slim, which loses too much")
+        return tuple(variant_id for variant_id in ids if variant_id == "fp32")
 
     def refuse(self, variant_id: str, reason: str) -> None:
         """Leave a variant out of the bundle, and say why."""

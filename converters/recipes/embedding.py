@@ -16,12 +16,15 @@ from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
+from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
+from converters.slim.corpus import encoder_corpus
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
 from converters.sources.onnx_file import io_specs
 from converters.steps.export_encoder import (
     OUTPUT,
+    Pooling,
     export_encoder,
     read_pooling,
     sentence_encoder,
@@ -40,6 +43,9 @@ from nearfar.bundle.manifest import (
 )
 
 DEFAULT_VARIANTS = ("int8", "fp32")
+#: Vectors of a sliced model are others than the whole one's, so they are not put side by side
+#: unless somebody asks for it.
+SLIM_VARIANTS = ("int8", SLIM)
 _ENGINE: EngineName = "onnxruntime"
 _TOKENIZER = "tokenizer.json"
 _TOOLS = ("onnx", "onnxruntime", "onnxscript", "onnxslim", "torch", "transformers")
@@ -51,7 +57,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, ("int8", "fp32", *TENSORRT_IDS))
+    ids = shop.variant_ids(*variants_of(is_slim=shop.settings.slim.is_wished))
     pooling = read_pooling(source)
     with shop.reporter.step("read the tokenizer") as step:
         tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
@@ -68,6 +74,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     preprocessing = TextPreprocessing(
         tokenizer=_TOKENIZER, max_length_tokens=pooling.max_length_tokens, truncate=True
     )
+    slimmed = _slimmed(shop, source, tokenizer, preprocessing, pooling)
     projection = None
     made_of: dict[str, object] = {"source": fingerprint(source)}
     if shop.settings.embedding.dimensions is not None:
@@ -77,7 +84,19 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     def encoder() -> Any:
         return whole() if projection is None else reduced_encoder(whole(), projection, pooling)
 
-    full = _full(shop, encoder, made_of, pooling.max_length_tokens)
+    def narrow() -> Any:
+        assert slimmed is not None
+        found = sentence_encoder(load_huggingface(slimmed.source), pooling)
+        return found if projection is None else reduced_encoder(found, projection, pooling)
+
+    limit = pooling.max_length_tokens
+    full = base = None
+    if slimmed is None or "fp32" in ids:
+        full = base = _full(shop, encoder, made_of, limit)
+    if slimmed is not None:
+        sliced = {**made_of, SLIM: fingerprint(slimmed.source)}
+        base = _full(shop, narrow, sliced, limit, name=SLIM)
+    assert base is not None
     count, limits = shop.settings.passages, shop.settings.gates
     check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
     kept = shop.work / "source.npy"
@@ -91,31 +110,55 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     truth = np.load(kept)
     whole.cache_clear()
 
-    with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
-        best = check.vectors(full)
-        quality = {"fp32": check.against_source(best, truth, source.label)}
-        if long is not None:
-            quality["fp32"] += check.against_long(best, long, source.label)
-            check_short(quality["fp32"], limits.max_quality_drop)
-        step.note(summary(quality["fp32"]))
-    shop.evidence.full_bytes = full.stat().st_size
-    limit = pooling.max_length_tokens
-    compiled = TensorrtVariants(shop, full, ids, sample=check.example, limit=limit)
+    reference = "fp32" if "fp32" in ids else source.label
+    best, quality = truth, {}
+    if full is not None:
+        with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
+            best = check.vectors(full)
+            quality["fp32"] = check.against_source(best, truth, source.label)
+            if long is not None:
+                quality["fp32"] += check.against_long(best, long, source.label)
+            step.note(summary(quality["fp32"]))
+    if long is not None:
+        check_short(check.against_long(best, long, source.label), limits.max_quality_drop)
+    far = None if long is None else (long, source.label)
+    sliced_vectors = None
+    if slimmed is None:
+        assert full is not None
+        shop.evidence.full_bytes = full.stat().st_size
+    else:
+        shop.evidence.full_bytes = 4 * slimmed.facts.parameters_before
+        with shop.reporter.step(f"verify {SLIM} on {check.samples} passages") as step:
+            sliced_vectors = check.vectors(base)
+            check.against_source(sliced_vectors, check.source_vectors(narrow()), SLIM)
+            quality[SLIM] = check.against_reference(sliced_vectors, best, reference)
+            if far is not None:
+                quality[SLIM] += check.against_long(sliced_vectors, *far)
+            step.note(summary(quality[SLIM]))
+        ids = shop.accept_slim(ids, quality[SLIM])
+    compiled = TensorrtVariants(shop, base, ids, sample=check.example, limit=limit)
     ids = tuple(variant_id for variant_id in ids if variant_id not in compiled.ids)
+
+    def truth_of(trial: EmbeddingCheck) -> np.ndarray:
+        """What variants are held against, on other texts."""
+        if full is not None:
+            return trial.vectors(full)
+        vectors = trial.source_vectors(encoder())
+        whole.cache_clear()
+        return vectors
+
     if "int8" in ids:
-        reference = "fp32" if "fp32" in ids else source.label
         quality["int8"] = compress(
-            shop, full, best, check, tokenizer, preprocessing, reference,
-            long=None if long is None else (long, source.label),
+            shop, base, best, check, tokenizer, preprocessing, reference, long=far,
+            truth_of=truth_of,
         )  # fmt: skip
-        blame = blame_int8(shop, full, tokenizer, preprocessing)
+        blame = blame_int8(shop, base, tokenizer, preprocessing)
         if not shop.accept("int8", quality["int8"], blame=blame):
             ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
     if compiled.ids:
         trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
-        judge = _judge(trial, full, as_written=True)
+        judge = _judge(trial, truth_of, as_written=True)
         elsewhere = compiled.make(trial.batches, judge)
-        reference = "fp32" if "fp32" in ids else source.label
         with shop.reporter.step(f"verify for TensorRT on {check.samples} passages") as step:
             judged = compiled.judged(
                 elsewhere,
@@ -125,8 +168,10 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             )
             quality.update(judged)
             step.note("; ".join(f"{one}: {summary(found)}" for one, found in judged.items()))
-    if "fp32" in ids:
+    if full is not None and "fp32" in ids:
         shop.writer.add(full, "fp32/model.onnx")
+    if slimmed is not None and SLIM in ids:
+        shop.writer.add(base, f"{SLIM}/model.onnx")
 
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     ids, latency = measured(shop, ids, quality, check) if ids else ((), {})
@@ -139,7 +184,9 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         limit=limit,
     )
     shop.check_any([variant.id for variant in variants])
-    inputs, outputs = io_specs(full)
+    inputs, outputs = io_specs(base)
+    made = tuple(variant.id for variant in variants)
+    is_sliced = slimmed is not None and set(made) != {"fp32"}
     return Manifest(
         name=name,
         version=shop.options.version,
@@ -151,9 +198,41 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         outputs=tuple(_with_width(spec, best.shape[1]) for spec in outputs),
         preprocessing=preprocessing,
         embedding_output=OUTPUT,
-        mixed_routes=_mixed(tuple(variant.id for variant in variants), quality),
-        space=space_of(fingerprint(source), pooling, projection),
+        mixed_routes=_mixed(made, quality)
+        if sliced_vectors is None or "fp32" in made
+        else _mixed_sliced(shop, made, check, sliced_vectors),
+        space=space_of(
+            fingerprint(slimmed.source if slimmed is not None and is_sliced else source),
+            pooling,
+            projection,
+        ),
         variants=variants,
+    )
+
+
+def variants_of(*, is_slim: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(variants that are made when nobody says, variants that can be made)."""
+    possible = ("int8", "fp32", *TENSORRT_IDS)
+    return (SLIM_VARIANTS, (*possible, SLIM)) if is_slim else (DEFAULT_VARIANTS, possible)
+
+
+def _slimmed(
+    shop: Workshop,
+    source: HuggingFaceSource,
+    tokenizer: Path,
+    preprocessing: TextPreprocessing,
+    pooling: Pooling,
+) -> Slimmed | None:
+    """The sliced model, where one is wished."""
+    settings = shop.settings.slim
+    if not settings.is_wished:
+        return None
+    return sliced_model(
+        shop,
+        source,
+        source,
+        lambda trained: encoder_corpus(tokenizer, preprocessing, trained, settings),
+        pooling=pooling,
     )
 
 
@@ -180,6 +259,7 @@ def compress(
     reference: str,
     *,
     long: tuple[np.ndarray, str] | None = None,
+    truth_of: Callable[[EmbeddingCheck], np.ndarray] | None = None,
 ) -> tuple[QualityFigure, ...]:
     """Make ``int8/model.onnx`` and compare it.
 
@@ -191,6 +271,7 @@ def compress(
         tokenizer, preprocessing: How texts become inputs.
         reference: What `best` is called.
         long: Whole vectors of the source, and its name, where these are shorter.
+        truth_of: What a search is held against; `None` is `full`.
 
     Raises:
         ConversionError: It cannot be made, or is not the same model.
@@ -200,7 +281,13 @@ def compress(
     trial = EmbeddingCheck(
         tokenizer, preprocessing, shop.settings.gates, texts.calibration_passages(count)
     )
-    make_int8(shop, full, path, calibration=trial.batches, judge=_judge(trial, full))
+    make_int8(
+        shop,
+        full,
+        path,
+        calibration=trial.batches,
+        judge=_judge(trial, truth_of or (lambda one: one.vectors(full))),
+    )
     has_kernels = shop.settings.int8.method != "weights"
     with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
         # The model is judged on the graph as it is written, where a CPU's kernels may saturate.
@@ -243,11 +330,16 @@ def measured(
 
 
 def _full(
-    shop: Workshop, encoder: Callable[[], Any], made_of: dict[str, object], max_length_tokens: int
+    shop: Workshop,
+    encoder: Callable[[], Any],
+    made_of: dict[str, object],
+    max_length_tokens: int,
+    *,
+    name: str = "fp32",
 ) -> Path:
     """The model in full precision, exported and optimised."""
-    exported, full = shop.work / "exported.onnx", shop.work / "fp32.onnx"
-    with shop.reporter.step("export to ONNX"):
+    exported, full = shop.work / f"exported-{name}.onnx", shop.work / f"{name}.onnx"
+    with shop.reporter.step("export to ONNX" if name == "fp32" else f"export {name} to ONNX"):
         shop.cache.output(
             "export-encoder", made_of, exported,
             lambda path: export_encoder(encoder(), path, max_length_tokens=max_length_tokens),
@@ -263,13 +355,16 @@ def _full(
 
 
 def _judge(
-    check: EmbeddingCheck, full: Path, *, as_written: bool = False
+    check: EmbeddingCheck,
+    truth_of: Callable[[EmbeddingCheck], np.ndarray],
+    *,
+    as_written: bool = False,
 ) -> Callable[[Path], float]:
     """Share of neighbours that a file loses; the reference runs once, and only if it is asked."""
 
     @lru_cache(maxsize=1)
     def best() -> np.ndarray:
-        return check.vectors(full)
+        return truth_of(check)
 
     def drop(path: Path) -> float:
         found = quality_drop(
@@ -283,6 +378,19 @@ def _judge(
 
 def _mixed(ids: tuple[str, ...], quality: dict[str, tuple[QualityFigure, ...]]) -> bool:
     return len(ids) == 1 or may_mix([quality[variant_id] for variant_id in ids])
+
+
+def _mixed_sliced(
+    shop: Workshop, ids: tuple[str, ...], check: EmbeddingCheck, sliced: np.ndarray
+) -> bool:
+    """Whether variants of a sliced model agree with each other; the whole one is not there."""
+    others = [one for one in ids if one != SLIM] if len(ids) > 1 else []
+    return may_mix([
+        check.against_reference(
+            check.vectors(shop.writer.folder / one / "model.onnx"), sliced, SLIM, is_gated=False
+        )
+        for one in others
+    ])  # fmt: skip
 
 
 def _with_width(spec: TensorSpec, width: int) -> TensorSpec:

@@ -9,28 +9,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from msgspec import structs, to_builtins
 
 from converters.recipe_file import fingerprint
 from converters.recipes import cached_text
 from converters.recipes.base import Workshop, summary
 from converters.recipes.layers import Blame, blame_layers
+from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.settings import Int4Settings
+from converters.slim.corpus import generator_corpus
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
-from converters.sources.huggingface import read_json
+from converters.sources.huggingface import open_huggingface, read_json
 from converters.steps.apart import give_back, run_apart
 from converters.steps.carry_gguf import can_carry, carry_blocks
 from converters.steps.genai_build import CONFIG, PRECISIONS, build_genai
-from converters.steps.prepare_model import prepare_model
+from converters.steps.prepare_model import prepare_model, prepare_sliced
 from converters.steps.verify_generation import (
+    SlicedTruth,
     SourceLogits,
     first_call,
     verify_generation,
     windows,
 )
 from nearfar.bundle.manifest import EngineName, Manifest
-from nearfar.errors import ConversionError
+from nearfar.errors import ConfigError, ConversionError
 from nearfar.units import format_bytes
 
 DEFAULT_VARIANTS = ("int4", "fp32")
@@ -49,7 +53,8 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
-    ids = shop.variant_ids(DEFAULT_VARIANTS, POSSIBLE)
+    ids = shop.variant_ids(*variants_of(is_slim=shop.settings.slim.is_wished))
+    int4 = resolved(source, shop.settings.int4, is_sliced=shop.settings.slim.is_wished)
     folder = shop.work / "hf"
     with shop.reporter.step("load the source, and run it on real text") as step:
         model = prepare_model(source, folder)
@@ -57,6 +62,8 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         step.note(f"{model.kind}, {model.parameters / 1e6:.0f} M parameters")
     token_windows = windows(folder / "tokenizer.json", model.vocabulary_size)
     truth = model.truth(source.label)
+    slimmed = _slimmed(shop, source, folder, token_windows)
+    sliced = None if slimmed is None else _sliced_truth(shop, slimmed, token_windows)
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
     for is_plain, library in ((False, "onnxruntime-genai"), (True, "plain ONNX Runtime")):
@@ -67,23 +74,30 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
             if is_plain:
                 said = cached_text.make_cached(source, folder, own, shop, is_large=model.is_large)
             else:
-                said = _build(source, folder, own, shop)
+                said = _build(source, folder, own, shop, int4, slimmed)
             sizes = (f"{key} {format_bytes(_size(path))}" for key, path in own.items())
             step.note(", ".join(sizes) + said)
         give_back()
-    quality = _verify(shop, targets, token_windows, truth, is_large=model.is_large)
-    best = next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
+    quality = _verify(shop, targets, token_windows, truth, sliced, is_large=model.is_large)
+    first, best = ids[0], next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
+    if sliced is not None and first != "fp32":
+        first, best = "", sliced.whole_perplexity
+    if SLIM in ids:
+        ids = shop.accept_slim(ids, quality[SLIM], reference_perplexity=best)
+    # Layers are compared with those of the graph that a variant was made of, where it is there.
+    made_of = targets.get(SLIM) if sliced is not None else targets[first]
     ids = tuple(
         variant_id
         for variant_id in ids
-        if variant_id == ids[0]
+        if variant_id in (first, SLIM)
         or shop.accept(
             variant_id,
             quality[variant_id],
             reference_perplexity=best,
-            blame=_blame(shop, variant_id, targets[ids[0]], targets[variant_id], token_windows),
+            blame=_blame(shop, variant_id, made_of, targets[variant_id], token_windows),
         )
     )
+    shop.check_any(ids)
     prompt = token_windows.ravel()[:_TIMED_PROMPT_TOKENS].tolist()
     engines = {one: cached_text.ENGINE if one in cached_text.IDS else _ENGINE for one in ids}
     folders = {variant_id: variant_id for variant_id in ids}
@@ -111,18 +125,72 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     )
 
 
-def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Workshop) -> str:
+def variants_of(*, is_slim: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(variants that are made when nobody says, variants that can be made)."""
+    return DEFAULT_VARIANTS, (*PRECISIONS, SLIM) if is_slim else POSSIBLE
+
+
+def _slimmed(
+    shop: Workshop, source: Source, folder: Path, token_windows: np.ndarray
+) -> Slimmed | None:
+    """The sliced model, where one is wished, made of the folder with the whole one's weights."""
+    settings = shop.settings.slim
+    if not settings.is_wished:
+        return None
+    tokenizer = folder / "tokenizer.json"
+    return sliced_model(
+        shop,
+        open_huggingface(folder),
+        source,
+        lambda trained: generator_corpus(tokenizer, trained, settings),
+        windows=token_windows,
+    )
+
+
+def _sliced_truth(shop: Workshop, slimmed: Slimmed, token_windows: np.ndarray) -> SlicedTruth:
+    path = shop.work / f"{SLIM}-logits.npy"
+    with shop.reporter.step("run the sliced model on real text"):
+        prepare_sliced(slimmed.source, token_windows, path)
+    perplexity = slimmed.facts.whole_perplexity
+    assert perplexity is not None
+    logits = SourceLogits(name="the sliced model", logits=np.load(path, mmap_mode="r"))
+    return SlicedTruth(logits=logits, whole_perplexity=perplexity)
+
+
+def _build(
+    source: Source,
+    folder: Path,
+    targets: dict[str, Path],
+    shop: Workshop,
+    int4: Int4Settings,
+    slimmed: Slimmed | None,
+) -> str:
     """Build what was not built before; see `build_genai` and `carry_blocks`.
 
     Returns:
         What there is to say about it.
     """
-    int4 = _resolved(source, shop.settings.int4)
     said: list[str] = []
+    sliced_digest = "" if slimmed is None else fingerprint(slimmed.source)
+
+    def is_sliced(variant: str) -> bool:
+        return slimmed is not None and variant != "fp32"
 
     def parts(precision: str) -> dict[str, object]:
         settings = to_builtins(int4) if precision == "int4" else ""
-        return {"source": fingerprint(source), "precision": precision, "int4": settings}
+        made_of = {SLIM: sliced_digest} if is_sliced(precision) else {}
+        return {"source": fingerprint(source), "precision": precision, "int4": settings, **made_of}
+
+    def build_all(variants: dict[str, Path]) -> None:
+        for sliced in (False, True):
+            chosen = {
+                "fp32" if variant == SLIM else variant: target
+                for variant, target in variants.items()
+                if is_sliced(variant) == sliced
+            }
+            if chosen:
+                made_of = slimmed.source.path if slimmed is not None and sliced else folder
+                build_genai(made_of, chosen, shop.work, int4.algorithm)
 
     def is_carried(precision: str) -> bool:
         return precision == "int4" and int4.algorithm == "carry"
@@ -133,8 +201,7 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
         if not is_carried(precision)
         and not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
     }
-    if built:
-        build_genai(folder, built, shop.work, int4.algorithm)
+    build_all(built)
 
     def output(precision: str, target: Path) -> None:
         make = partial(carry if is_carried(precision) else build, precision)
@@ -142,7 +209,7 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
 
     def build(precision: str, target: Path) -> None:
         if built.get(precision) != target:  # an entry that turned out to be damaged, or `full`
-            build_genai(folder, {precision: target}, shop.work, int4.algorithm)
+            build_all({precision: target})
 
     def carry(_: str, target: Path) -> None:
         assert isinstance(source, GgufSource)
@@ -160,13 +227,20 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
     return "".join(f"; {line}" for line in said)
 
 
-def _resolved(source: Source, int4: Int4Settings) -> Int4Settings:
+def resolved(source: Source, int4: Int4Settings, *, is_sliced: bool) -> Int4Settings:
     """The settings with ``auto`` decided.
 
     Raises:
         ConversionError: Blocks shall be carried over, and the source has none.
+        ConfigError: They shall be carried into another model than the source.
     """
-    has_blocks = isinstance(source, GgufSource) and can_carry(source)
+    if is_sliced and int4.algorithm == "carry":
+        raise ConfigError(
+            "Blocks of a GGUF file cannot be carried into a sliced model, whose weights are others",
+            field="int4.algorithm",
+            fix="Use another algorithm, such as k_quant_mixed",
+        )
+    has_blocks = not is_sliced and isinstance(source, GgufSource) and can_carry(source)
     if int4.algorithm == "carry" and not has_blocks:
         raise ConversionError(
             f"{source.path} has no blocks of 4 bits that could be carried over (Q4_0, Q4_1, Q4_K)",
@@ -182,19 +256,27 @@ def _verify(
     targets: dict[str, Path],
     token_windows: Any,
     truth: SourceLogits,
+    sliced: SlicedTruth | None,
     *,
     is_large: bool,
 ) -> dict[str, Any]:
     with shop.reporter.step(f"verify on {token_windows.size} tokens of English text") as step:
         arguments = (targets, token_windows, truth, shop.settings.gates)
         quality = (
-            run_apart(verify_generation, *arguments) if is_large else verify_generation(*arguments)
+            run_apart(verify_generation, *arguments, sliced=sliced)
+            if is_large
+            else verify_generation(*arguments, sliced=sliced)
         )
         step.note("; ".join(f"{key}: {summary(found)}" for key, found in quality.items()))
     return quality
 
 
-def _blame(shop: Workshop, variant_id: str, best: Path, folder: Path, token_windows: Any) -> Blame:
+def _blame(
+    shop: Workshop, variant_id: str, best: Path | None, folder: Path, token_windows: Any
+) -> Blame | None:
+    if best is None:
+        return None
+
     def feeds() -> list[dict[str, Any]]:
         return [first_call(best, window[:_COMPARED_TOKENS]) for window in token_windows[-2:]]
 

@@ -47,6 +47,8 @@ def model_card(report: Report, manifest: Manifest) -> str:
     ]
     if report.source_sha256:
         lines.append(f"- SHA-256 of the source: `{report.source_sha256}`")
+    if report.changed:
+        lines.append(f"- Changed: {_cell(report.changed)}")
     tools = ", ".join(f"{name} {version}" for name, version in sorted(report.tools.items()))
     lines.append(f"- Made with: {tools}")
     lines += [

@@ -35,6 +35,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         picked: Why these variants are in the bundle, where a search chose them.
         recipe: The recipe as TOML.
         tools: Package to version.
+        changed: What was done to the model itself, in words.
     """
 
     format: int = FORMAT
@@ -54,6 +55,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     picked: tuple[str, ...] = ()
     recipe: str = ""
     tools: dict[str, str] = {}
+    changed: str = ""
 
 
 def report_of(
@@ -97,6 +99,7 @@ def report_of(
         picked=tuple(picked),
         recipe=recipe,
         tools={"python": platform.python_version(), **manifest.lineage.tools},
+        changed=evidence.changed,
     )
 
 

@@ -108,6 +108,7 @@ class Evidence:
         layers: Errors per layer, where they were measured.
         histograms: Variant id to activations, of INT8 with calibrated ranges.
         perplexity: Of the best variant of a language model.
+        changed: What was done to the model itself, in words.
     """
 
     full_bytes: int = 0
@@ -115,3 +116,4 @@ class Evidence:
     layers: list[LayerErrors] = field(default_factory=list)
     histograms: dict[str, tuple[ActivationHistogram, ...]] = field(default_factory=dict)
     perplexity: float | None = None
+    changed: str = ""

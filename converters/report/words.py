@@ -23,11 +23,18 @@ _PLAIN = {
     "int4": "INT4 weights in blocks of 32",
 }
 
-_OTHERS = {"fp16": "weights in 16 bits", "pruned": "narrower layers, in 32 bits"}
+_OTHERS = {"fp16": "weights in 16 bits", "pruned": "narrower layers, in 32 bits",
+           "slim": "sliced, in 32 bits"}  # fmt: skip
 
 
 def method_of(precision: str, settings: Settings) -> str:
     """How a variant of that precision is made with these settings."""
+    text = _method_of(precision, settings)
+    is_sliced = settings.slim.is_wished and precision not in ("slim", "fp32")
+    return f"sliced, {text}" if is_sliced else text
+
+
+def _method_of(precision: str, settings: Settings) -> str:
     if precision == "int4":
         return f"INT4, {_INT4[settings.int4.algorithm]}"
     if precision.startswith("onnx-"):

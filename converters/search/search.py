@@ -31,7 +31,7 @@ from nearfar.bundle import Bundle, BundleWriter
 from nearfar.bundle.keys import SigningKey
 from nearfar.bundle.manifest import Manifest, Placement, QualityFigure, Variant
 from nearfar.bundle.writer import check_target
-from nearfar.errors import ConversionError
+from nearfar.errors import ConfigError, ConversionError
 from nearfar.units import format_bytes, format_ms
 
 #: Taken where nobody states one: a search needs to know what is bad.
@@ -78,13 +78,19 @@ def search_model(
 
     Raises:
         InvalidInput, BundleError: See `convert_model`.
-        ConfigError: A way does not exist.
+        ConfigError: A way does not exist, or slicing is wished.
         ConversionError: There is nothing to search, or no variant holds the gates.
     """
     reporter = reporter or Reporter()
     check_options(options)
     signing_key = SigningKey.load(options.sign) if options.sign is not None else None
     check_target(bundle_path.absolute(), replace=options.replace)
+    if options.settings.slim.is_wished:
+        raise ConfigError(
+            "A search makes variants of the whole model only, and slicing is wished",
+            field="slim",
+            fix="Slice first, with --keep-work; then search with the folder slim in the kept work",
+        )
     source = open_source(source_path, inputs=options.inputs, axes=options.axes,
                          allow_pickle=options.allow_pickle)  # fmt: skip
     for line in check_source(recipe, source) if recipe is not None else ():

@@ -101,16 +101,21 @@ def sentence_encoder(model: Any, pooling: Pooling) -> Any:
         def forward(self, *arrays: Any) -> Any:
             feeds = dict(zip(names, arrays))  # noqa: B905  (strict= breaks the tracer)
             hidden = self.model(**feeds).last_hidden_state  # (batch, tokens, width)
-            if pooling.mode == "cls":
-                vectors = hidden[:, 0]
-            else:
-                mask = feeds["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-                vectors = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
-            if pooling.normalise:
-                vectors = torch.nn.functional.normalize(vectors, p=2.0, dim=1)
-            return vectors
+            return pooled(hidden, feeds["attention_mask"], pooling)
 
     return SentenceEncoder().eval()
+
+
+def pooled(hidden: Any, attention_mask: Any, pooling: Pooling) -> Any:
+    """Token vectors (batch, tokens, width) to one vector for each text, as torch tensors."""
+    if pooling.mode == "cls":
+        vectors = hidden[:, 0]
+    else:
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        vectors = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+    if pooling.normalise:
+        vectors = load("torch").nn.functional.normalize(vectors, p=2.0, dim=1)
+    return vectors
 
 
 def export_encoder(encoder: Any, path: Path, *, max_length_tokens: int) -> None:

@@ -16,7 +16,12 @@ from converters.sources.gguf import (
     load_gguf_model,
     load_gguf_tokenizer,
 )
-from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
+from converters.sources.huggingface import (
+    HuggingFaceSource,
+    load_huggingface,
+    load_tokenizer,
+    open_huggingface,
+)
 from converters.steps.apart import give_back, run_apart
 from converters.steps.verify_generation import SourceLogits, source_logits, windows
 
@@ -61,6 +66,21 @@ def prepare_model(source: Source, folder: Path) -> PreparedModel:
         forget_vocabulary(source)
     allow_pickle = isinstance(source, HuggingFaceSource) and source.is_pickled
     return run_apart(open_and_prepare, source.path, folder, allow_pickle=allow_pickle)
+
+
+def prepare_sliced(source: HuggingFaceSource, token_windows: np.ndarray, path: Path) -> None:
+    """Write what a sliced model says about the first windows into `path`."""
+    size_bytes = sum(file.stat().st_size for file in source.weights)
+    if size_bytes < _APART_FROM_BYTES:
+        open_and_say(source.path, token_windows, path)
+    else:
+        run_apart(open_and_say, source.path, token_windows, path)
+
+
+def open_and_say(folder: Path, token_windows: np.ndarray, path: Path) -> None:
+    """As `prepare_sliced`, of a folder that is not open yet."""
+    source = open_huggingface(folder)
+    np.save(path, source_logits(load_huggingface(source), token_windows, "slim").logits)
 
 
 def open_and_prepare(path: Path, folder: Path, *, allow_pickle: bool) -> PreparedModel:

@@ -9,18 +9,16 @@ distillation: Hinton et al. 2015, arXiv:1503.02531), and the truth where labels 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from converters.libraries import load, quiet
 from converters.settings import PruneSettings
 from converters.sources.torch_module import TorchSource, TrainingData, run_module
+from converters.steps.training import SMALL, seeded
 from nearfar.errors import ConversionError
 
-#: Modules of up to this many weights train faster on one thread, and then the same on any machine.
-_SMALL = 1_000_000
 #: What torch-pruning and torch raise where a layer cannot get narrower by itself.
 _CANNOT_CUT = (
     RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
@@ -68,7 +66,7 @@ def prune_module(
     """
     torch = load("torch")
     before = _count(source.module)
-    with _seeded(torch, seed, before <= _SMALL):
+    with seeded(torch, seed, is_small=before <= SMALL):
         module = copy.deepcopy(source.module)
         try:
             _cut(module, source, settings)
@@ -260,17 +258,3 @@ def _check_outputs(source: TorchSource, outputs: Mapping[str, Any]) -> None:
 
 def _count(module: Any) -> int:
     return int(sum(parameter.numel() for parameter in module.parameters()))
-
-
-@contextmanager
-def _seeded(torch: Any, seed: int, is_small: bool) -> Iterator[None]:
-    """Randomness of our own, and as many threads as serve; both as before afterwards."""
-    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    torch.manual_seed(seed)
-    if is_small:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.random.set_rng_state(state)

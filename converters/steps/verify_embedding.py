@@ -120,7 +120,8 @@ class EmbeddingCheck:
         if is_gated and cosines.mean() < self._gates.min_mean_cosine:
             raise ConversionError(
                 f"The compressed model is far from {reference}: mean cosine {cosines.mean():.4f}",
-                fix="Leave this variant out with --variants",
+                fix="Leave this variant out with --variants; of a sliced model take less away, or "
+                "train longer; the limit is gates.min_mean_cosine",
             )
         truth = _neighbours(best, best)
         values = {

@@ -41,6 +41,19 @@ class SourceLogits:
     logits: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlicedTruth:
+    """What variants of a sliced model are held against.
+
+    Attributes:
+        logits: What the sliced model says about the first windows: its export must say the same.
+        whole_perplexity: Of the whole model, on all windows.
+    """
+
+    logits: SourceLogits
+    whole_perplexity: float
+
+
 class CachedLogits:
     """All logits of a token sequence, from a graph with a KV cache: onnxruntime-genai's or plain.
 
@@ -137,11 +150,24 @@ def source_logits(model: Any, token_windows: np.ndarray, name: str) -> SourceLog
     return SourceLogits(name=name, logits=logits)
 
 
+def source_perplexity(model: Any, token_windows: np.ndarray) -> float:
+    """Perplexity of a transformers model, as `verify_generation` measures it of variants."""
+    torch = load("torch")
+    losses = []
+    with torch.no_grad():
+        for window in token_windows:
+            logits = model(torch.from_numpy(window[None, :]), use_cache=False).logits[0]
+            losses.append(_losses(logits.float().numpy(), window))
+    return float(np.exp(np.mean(losses)))
+
+
 def verify_generation(
     folders: dict[str, Path],
     token_windows: np.ndarray,
     source: SourceLogits,
     gates: Gates,
+    *,
+    sliced: SlicedTruth | None = None,
 ) -> dict[str, tuple[QualityFigure, ...]]:
     """Measure all variants.
 
@@ -150,6 +176,7 @@ def verify_generation(
         token_windows: From `windows`.
         source: From `source_logits`.
         gates: What variants must reach.
+        sliced: Where variants are made of a sliced model: what they are held against beside.
 
     Returns:
         Variant id to figures.
@@ -160,7 +187,10 @@ def verify_generation(
     reference_id = next(iter(folders))
     figures: dict[str, tuple[QualityFigure, ...]] = {}
     best_tokens: list[np.ndarray] = []
-    reference_perplexity = 0.0
+    reference_perplexity = sliced.whole_perplexity if sliced is not None else 0.0
+    exports = dict.fromkeys(_EXACT, source)
+    if sliced is not None:
+        exports["slim"] = sliced.logits
     greedy: list[tuple[int, list[int]]] = []
     for variant_id, folder in folders.items():
         if variant_id == reference_id and len(folders) > 1:
@@ -172,30 +202,35 @@ def verify_generation(
             logits = model(window)
             losses.append(_losses(logits, window))
             top_tokens.append(logits.argmax(axis=-1))
-            if position < len(source.logits):
-                errors.append(float(np.abs(logits - source.logits[position]).max()))
+            truth = exports.get(variant_id)
+            if truth is not None and position < len(truth.logits):
+                errors.append(float(np.abs(logits - truth.logits[position]).max()))
         perplexity = float(np.exp(np.mean(losses)))
         scored = int(np.size(losses))
         found = [_figure("perplexity", perplexity, scored, source.name, higher=False)]
-        if variant_id == reference_id:
+        if variant_id in exports:
+            worst, truth = max(errors), exports[variant_id]
+            _gate(worst <= gates.max_logit_error, f"{variant_id}: logits differ by {worst:.3g}")
+            count = truth.logits.shape[0] * truth.logits.shape[1]
+            found.append(_figure("logit_max_abs_error", worst, count, truth.name, higher=False))
+        if variant_id == reference_id and (sliced is None or variant_id == "fp32"):
             reference_perplexity, best_tokens = perplexity, top_tokens
         else:
+            whole = reference_id if sliced is None or reference_id == "fp32" else source.name
             _gate(
                 perplexity <= gates.max_perplexity_ratio * reference_perplexity,
-                f"{variant_id}: perplexity {perplexity:.4g}, {reference_id} has "
+                f"{variant_id}: perplexity {perplexity:.4g}, {whole} has "
                 f"{reference_perplexity:.4g}",
             )
+        if variant_id == reference_id:
+            best_tokens = top_tokens
+        else:
             agreement = float(np.mean([a == b for a, b in zip(top_tokens, best_tokens)]))  # noqa: B905
             found[0] = _figure("perplexity", perplexity, scored, reference_id, higher=False)
             found.append(
                 _figure("top1_agreement", agreement, token_windows.size, reference_id, higher=True)
             )
             found.append(_greedy_agreement(model, greedy, reference_id))
-        if variant_id in _EXACT:
-            worst = max(errors)
-            _gate(worst <= gates.max_logit_error, f"{variant_id}: logits differ by {worst:.3g}")
-            count = source.logits.shape[0] * source.logits.shape[1]
-            found.append(_figure("logit_max_abs_error", worst, count, source.name, higher=False))
         figures[variant_id] = tuple(found)
         del model
     return figures

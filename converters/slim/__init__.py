@@ -1,0 +1,1 @@
+"""Transformers with fewer layers, attention heads and MLP channels, trained to say the same."""
