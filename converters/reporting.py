@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,13 +11,19 @@ from rich.text import Text
 
 
 class Step:
-    """One running step; `note` sets what its line says at the end."""
+    """One running step; `note` sets what its line says at the end, `tell` what it says now."""
 
     def __init__(self) -> None:
         self.detail = ""
+        self.show: Callable[[str], None] | None = None
 
     def note(self, detail: str) -> None:
         self.detail = detail
+
+    def tell(self, doing: str) -> None:
+        """Say what it is doing now, to somebody who watches."""
+        if self.show is not None:
+            self.show(doing)
 
 
 class Reporter:
@@ -49,7 +55,8 @@ class Reporter:
             yield step
             return
         if self._console.is_terminal:
-            with self._console.status(Text(title + self._left())):
+            with self._console.status(Text(title + self._left())) as status:
+                step.show = lambda doing: status.update(Text(f"{title}: {doing}{self._left()}"))
                 yield step
         else:
             # Logs and parent processes see at once what is being done.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from msgspec import structs, to_builtins
 
+from converters.awq.calibrate import calibrate, round_scaled
+from converters.awq.environment import Interpreter, ready, stated_versions
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
+from converters.reporting import Step
 from converters.settings import Int4Settings
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
@@ -23,7 +28,7 @@ from converters.steps.verify_generation import (
     verify_generation,
     windows,
 )
-from nearfar.bundle.manifest import EngineName, Manifest
+from nearfar.bundle.manifest import EngineName, Lineage, Manifest
 from nearfar.errors import ConversionError
 from nearfar.units import format_bytes
 
@@ -41,6 +46,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         ConversionError: A step refused or failed.
     """
     ids = shop.variant_ids(DEFAULT_VARIANTS, PRECISIONS)
+    awq = _calibrator(source, ids, shop)
     folder = shop.work / "hf"
     with shop.reporter.step("load the source, and run it on real text") as step:
         model = prepare_model(source, folder)
@@ -51,7 +57,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
 
     targets = {variant_id: shop.writer.folder / variant_id for variant_id in ids}
     with shop.reporter.step(f"build {' and '.join(ids)} for onnxruntime-genai") as step:
-        said = _build(source, folder, targets, shop)
+        said = _build(source, folder, targets, shop, awq, step)
         sizes = (f"{key} {format_bytes(_size(path))}" for key, path in targets.items())
         step.note(", ".join(sizes) + said)
     give_back()
@@ -72,7 +78,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         task="text-generation",
         description=shop.options.description,
         license=shop.options.license or source.license,
-        lineage=shop.lineage(source, *_TOOLS),
+        lineage=_lineage(source, shop, awq),
         context_length_tokens=_context_length(targets[ids[0]]),
         variants=shop.variants(
             ids,
@@ -84,7 +90,61 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     )
 
 
-def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Workshop) -> str:
+@dataclass(frozen=True, slots=True)
+class _Calibrator:
+    """What finds AWQ's scales.
+
+    Attributes:
+        versions: Of the packages in its environment.
+        interpreter: `None` where the result is in the cache.
+    """
+
+    versions: dict[str, str]
+    interpreter: Interpreter | None
+
+
+def _calibrator(source: Source, ids: tuple[str, ...], shop: Workshop) -> _Calibrator | None:
+    """AWQ's environment, before minutes of work; `None` where it is not used.
+
+    Raises:
+        ConversionError: It is not there and cannot be made.
+    """
+    int4 = shop.settings.int4
+    if "int4" not in ids or int4.algorithm != "awq" or int4.awq.scales == "none":
+        return None
+    versions = stated_versions()
+    if shop.cache.has("build-genai", _parts(source, "int4", int4, versions), tools=_TOOLS):
+        return _Calibrator(versions, None)
+    return _Calibrator(versions, ready(shop.options.cache, shop.reporter))
+
+
+def _lineage(source: Source, shop: Workshop, awq: _Calibrator | None) -> Lineage:
+    lineage = shop.lineage(source, *_TOOLS)
+    if awq is None:
+        return lineage
+    # Its torch and transformers are other ones; modelopt's version stands for them.
+    modelopt = {"nvidia-modelopt": awq.versions["nvidia-modelopt"]}
+    return structs.replace(lineage, tools={**lineage.tools, **modelopt})
+
+
+def _parts(
+    source: Source, precision: str, int4: Int4Settings, versions: dict[str, str]
+) -> dict[str, object]:
+    """What a folder of the model builder depends on."""
+    settings = to_builtins(int4) if precision == "int4" else ""
+    apart = versions if precision == "int4" else {}
+    return {"source": fingerprint(source), "precision": precision, "int4": settings,
+            "apart": apart}  # fmt: skip
+
+
+def _build(
+    source: Source,
+    folder: Path,
+    targets: dict[str, Path],
+    shop: Workshop,
+    awq: _Calibrator | None,
+    step: Step,
+) -> str:
     """Build what was not built before; see `build_genai` and `carry_blocks`.
 
     Returns:
@@ -94,38 +154,60 @@ def _build(source: Source, folder: Path, targets: dict[str, Path], shop: Worksho
     said: list[str] = []
 
     def parts(precision: str) -> dict[str, object]:
-        settings = to_builtins(int4) if precision == "int4" else ""
-        return {"source": fingerprint(source), "precision": precision, "int4": settings}
+        return _parts(source, precision, int4, awq.versions if awq else {})
 
-    def is_carried(precision: str) -> bool:
-        return precision == "int4" and int4.algorithm == "carry"
+    def is_ours(precision: str) -> bool:
+        return precision == "int4" and int4.algorithm in ("carry", "awq")
 
     built = {
         precision: target
         for precision, target in targets.items()
-        if not is_carried(precision)
+        if not is_ours(precision)
         and not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
     }
     if built:
         build_genai(folder, built, shop.work, int4.algorithm)
 
     def output(precision: str, target: Path) -> None:
-        make = partial(carry if is_carried(precision) else build, precision)
+        ours = scale if int4.algorithm == "awq" else carry
+        make = partial(ours if is_ours(precision) else build, precision)
         shop.cache.output("build-genai", parts(precision), target, make, tools=_TOOLS)
 
     def build(precision: str, target: Path) -> None:
         if built.get(precision) != target:  # an entry that turned out to be damaged, or `full`
             build_genai(folder, {precision: target}, shop.work, int4.algorithm)
 
-    def carry(_: str, target: Path) -> None:
-        assert isinstance(source, GgufSource)
+    def plain() -> Path:
         full = targets.get("fp32")
         if full is None:
             full = shop.work / "full"
             output("fp32", full)
-        done = carry_blocks(full, target, source, folder, int4)
+        return full
+
+    def carry(_: str, target: Path) -> None:
+        assert isinstance(source, GgufSource)
+        done = carry_blocks(plain(), target, source, folder, int4)
         said.append(f"{done.carried} of {done.carried + done.rounded} matrices have the file's own "
                     "blocks")  # fmt: skip
+
+    def scale(_: str, target: Path) -> None:
+        if awq is None:  # no scales
+            round_scaled(plain(), target, int4)
+            return
+        full = shop.work / "scaled"
+        interpreter = awq.interpreter or ready(shop.options.cache, shop.reporter)
+        model = shop.work / "scaled-hf"
+        limit = shop.settings.gates.max_logit_error
+        done = calibrate(folder, model, interpreter, int4, max_error=limit, step=step)
+        step.tell("build")
+        build_genai(model, {"fp32": full}, shop.work, int4.algorithm)
+        shutil.rmtree(model)
+        rounded = round_scaled(full, target, int4)
+        shutil.rmtree(full)
+        said.append(
+            f"{rounded.carried} matrices in 4 bits, AWQ scaled {done.scaled} of "
+            f"{done.scaled + done.unscaled}, logits differ by {done.max_error:.2g} before rounding"
+        )
 
     # Full precision comes first: blocks are carried into its graph.
     for precision, target in targets.items():

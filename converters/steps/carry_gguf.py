@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ _MODEL, _DATA = "model.onnx", "model.onnx.data"
 _PIECE = 4096
 _NODE = re.compile(r"/model/layers\.(\d+)/(\w+/\w+)/MatMul")
 
+Load = Callable[[], np.ndarray]
+Find = Callable[[str, Load], Blocks | None]
 
 #: Which of them have the same input and become one.
 _TOGETHER = ("mlp/gate_proj", "mlp/up_proj")
@@ -72,30 +75,49 @@ def carry_blocks(
             is checked to be the same number for number.
         settings: How exactly minima are kept.
     """
+    tensors = {tensor.name: tensor for tensor in source.reader.tensors}
+    reference = _Reference(weights)
+
+    def find(name: str, _: Load) -> Blocks | None:
+        return _blocks_of(name, tensors, reference)
+
+    return fill_graph(full, target, find, settings)
+
+
+def fill_graph(full: Path, target: Path, find: Find, settings: Int4Settings) -> Carried:
+    """Make a 4-bit folder of a full-precision one.
+
+    Args:
+        full: What the model builder wrote in full precision.
+        target: Folder to make.
+        find: Blocks for the matrix of a node, which it gets by its name and a function that loads
+            the matrix, shape (outputs, inputs); `None` gives it 8 bits. Asked for
+            ``/embed_tokens/`` where the table is not the head's.
+        settings: How exactly minima are kept.
+    """
     onnx = load("onnx")
     model = onnx.load(str(full / _MODEL), load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    tensors = {tensor.name: tensor for tensor in source.reader.tensors}
-    reference = _Reference(weights)
     editor = GraphEditor(onnx, model)
     carried = rounded = 0
     tables: dict[str, Blocks] = {}
     for nodes in _groups(model.graph, stored):
         found = []
         for node in nodes:
-            blocks = _blocks_of(node.name, tensors, reference)
+            own = partial(_array, onnx, stored[node.input[1]], full)
+            blocks = find(node.name, lambda load=own: load().T)  # type: ignore[misc]
             if blocks is None or not _fits(node, blocks, stored):
-                array = _array(onnx, stored[node.input[1]], full)
-                blocks, rounded = _rounded(array.T), rounded + 1
+                blocks, rounded = _rounded(own().T), rounded + 1
             else:
                 carried += 1
             found.append((node, blocks))
             tables[node.input[1]] = blocks
         _quantize(editor, found, settings)
     for gather, weight in _lookups(model.graph, stored):
-        blocks = tables.get(weight) or _blocks_of("/embed_tokens/", tensors, reference)
+        own = partial(_array, onnx, stored[weight], full)
+        blocks = tables.get(weight) or find("/embed_tokens/", own)
         if blocks is None or blocks.minima is not None:
-            blocks = _rounded(_array(onnx, stored[weight], full))
+            blocks = _rounded(own())
         editor.quantize_table(gather, weight, matrix_of(blocks, digits=0))
     editor.finish()
     for tensor in model.graph.initializer:
@@ -209,6 +231,12 @@ class _Reference:
         with self._open(str(self._files[name]), framework="numpy") as file:
             array: np.ndarray = file.get_tensor(name)
         return array
+
+
+def is_layer(name: str) -> bool:
+    """Whether a node of the model builder multiplies by one of a layer's matrices."""
+    match = _NODE.match(name)
+    return match is not None and match[2] in _PARTS
 
 
 def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blocks | None:
