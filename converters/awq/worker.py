@@ -217,7 +217,7 @@ def _fold(torch: Any, model: Any, groups: list[_Group]) -> dict[str, int]:
         export.fuse_prequant_layernorm(group.norm, [group.first.joint])
     for parent in list(model.modules()):
         for into, behind in (("v_proj", "o_proj"), ("up_proj", "down_proj")):
-            last = getattr(parent, behind, None)
+            last: Any = getattr(parent, behind, None)
             # An MLP without a gate has its activation function between the two.
             if not has_scale(last) or (into == "up_proj" and not hasattr(parent, "gate_proj")):
                 continue
