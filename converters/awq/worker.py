@@ -14,10 +14,12 @@ computes the same as before, which is measured here, and only its rounding gets 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
 import shutil
+import signal
 import struct
 import sys
 import warnings
@@ -147,6 +149,7 @@ class _Group:
             part = Part(place)
             if place == 0:
                 self.first = part
+            _let_go(linear.weight.data)
             linear.weight = linear.bias = None
             setattr(parent, name, part)
 
@@ -163,6 +166,26 @@ class _Group:
             if joint.bias is not None:
                 linear.bias = torch.nn.Parameter(joint.bias.data[at], requires_grad=False)
             setattr(parent, name, linear)
+
+
+def _let_go(tensor: Any) -> None:
+    """Give back the memory of a weight that was copied, if it is a mapped part of a file (Linux).
+
+    The mapping lives as long as any tensor in it, and so would the pages that were read. They are
+    as in the file, so they come back from there should anybody read them again.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if sys.platform != "linux" or start >= end:
+        return
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            place, _, rest = line.partition(" ")
+            first, last = (int(part, 16) for part in place.split("-"))
+            if first <= start and end <= last and rest.strip().endswith(".safetensors"):
+                libc = ctypes.CDLL(None)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)  # DONTNEED
 
 
 def _grouped(torch: Any, model: Any, tokens: Any) -> list[_Group]:
@@ -272,9 +295,6 @@ def _write(model: Any, source: Path, target: Path) -> None:
 def _end_with_parent() -> None:
     """Have the kernel end this process when the one that started it is killed (Linux)."""
     if sys.platform == "linux":
-        import ctypes
-        import signal
-
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
