@@ -77,7 +77,10 @@ def _calibrate(job: dict[str, Any], emit: Any) -> dict[str, Any]:
     passes = iter(("look at activations", "search for scales"))
 
     def loop(module: Any) -> None:
-        """Run the texts; the head is left out, its logits would be larger than the model."""
+        """Run the texts at once: for each run all weights are rounded eleven times.
+
+        The head is left out: its logits would be larger than the model.
+        """
         emit("progress", text=next(passes, "run the texts"))
         with torch.no_grad():
             module.base_model(input_ids=tokens, use_cache=False)
