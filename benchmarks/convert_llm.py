@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from benchmarks.convert_process import Conversion, convert
 from benchmarks.harness import Bar, Direction, Figure, Run, interleave, per_round
 from benchmarks.subjects import Begin, Part
 from converters import texts
+from converters.awq.environment import INTERPRETER_VARIABLE
 from nearfar.bundle import Bundle
 from nearfar.engines.devices import physical_cores
 from nearfar.errors import EngineError
@@ -32,6 +34,13 @@ variants = ["int4"]
 [settings.int4]
 algorithm = "rtn"
 """
+_AWQ = (
+    _RTN.replace('"rtn"', '"awq"')
+    + """
+[settings.int4.awq]
+scales = "{}"
+"""
+)
 #: The beginning of a text to go on with: a question would end at once without a chat template.
 _PROMPT_CHARACTERS = 300
 
@@ -55,9 +64,10 @@ def measure_llm(
         tokens: Length of each timed answer.
         run: Draws the order of the sides.
         begin: Shows progress.
-        quick: Leave INT8 out.
+        quick: Leave INT8 out, and AWQ, which is there where `INTERPRETER_VARIABLE` names modelopt.
     """
-    step = begin("language model: conversions", 3 - quick)
+    ways = () if quick or not os.environ.get(INTERPRETER_VARIABLE) else ("search", "none")
+    step = begin("language model: conversions", 3 - quick + len(ways))
     recipe = work / "rtn.toml"
     recipe.write_text(_RTN)
 
@@ -69,6 +79,11 @@ def measure_llm(
     first = made("best")
     eight = None if quick else made("eight", "--variants", "int8")
     by_rounding = made("rtn", "--recipe", str(recipe))
+    scaled = {}
+    for scales in ways:
+        recipe = work / f"awq-{scales}.toml"
+        recipe.write_text(_AWQ.format(scales))
+        scaled[scales] = made(f"awq-{scales}", "--recipe", str(recipe))
     best, rounded = first.bundle, by_rounding.bundle
     full = _perplexity(best, "fp32")
     lost, lost_rtn = _perplexity(best, "int4") - full, _perplexity(rounded, "int4") - full
@@ -102,6 +117,16 @@ def measure_llm(
         figures += [
             _one("SmolLM2 INT8: perplexity", _perplexity(int8, "int8")),
             _one("SmolLM2 INT8: size ÷ FP32", _size(int8, "int8") / _size(best, "fp32")),
+        ]
+    for scales, one in scaled.items():
+        name = "SmolLM2 INT4 AWQ" + ("" if scales == "search" else ", no scales")
+        figures += [
+            _one(f"{name}: perplexity", _perplexity(one.bundle, "int4")),
+            _one(f"{name}: size ÷ FP32", _size(one.bundle, "int4") / _size(best, "fp32")),
+            _one(
+                f"{name}: peak memory of a conversion ÷ size of FP32",
+                one.peak_bytes / _size(best, "fp32"),
+            ),
         ]
     return Part(tuple(bars), tuple(figures))
 

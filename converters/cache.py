@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _ENTRY = "entry.json"
 _OUTPUT = "output"
-_TEMPORARY = ".writing-"
+#: Folders that begin so are not whole yet.
+TEMPORARY = ".writing-"
 #: No step takes a day; what is older was left by a killed process.
 _STALE_AFTER_S = 86_400.0
 
@@ -176,7 +177,7 @@ class StepCache:
 
     def _store(self, folder: Path, made: Path | None, value: bytes) -> None:
         assert self.root is not None
-        temporary = self.root / (_TEMPORARY + secrets.token_hex(6))
+        temporary = self.root / (TEMPORARY + secrets.token_hex(6))
         try:
             temporary.mkdir(parents=True)
             files: dict[str, str] = {}
@@ -204,6 +205,11 @@ class StepCache:
             _remove_stale(self.root)
 
 
+def mark_entry(folder: Path) -> None:
+    """Make a folder below a cache's step one of its entries, so that it is shown and cleared."""
+    (folder / _ENTRY).write_bytes(msgspec.json.encode(_Entry()))
+
+
 def default_root() -> Path:
     """``nearfar/convert`` in the user's cache folder (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -229,7 +235,7 @@ def clear(root: Path) -> int:
     """
     size = sum(bytes_ for _, bytes_ in contents(root).values())
     for path in sorted(root.glob("*")):
-        is_ours = path.name.startswith(_TEMPORARY) or (
+        is_ours = path.name.startswith(TEMPORARY) or (
             path.is_dir() and all((entry / _ENTRY).is_file() for entry in path.iterdir())
         )
         if not is_ours:
@@ -279,7 +285,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_stale(root: Path) -> None:
-    for path in root.glob(_TEMPORARY + "*"):
+    for path in root.glob(TEMPORARY + "*"):
         try:
             if time.time() - path.stat().st_mtime > _STALE_AFTER_S:
                 shutil.rmtree(path, ignore_errors=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.awq.environment import SIZE_BYTES, TIME_S, is_made
+from converters.cache import default_root
 from converters.options import ConversionOptions
 from converters.recipes import bundle, embedding, text_generation
 from converters.recipes.base import Workshop
@@ -161,10 +163,29 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
     # Quantized GGUF weights have 4 to 5 bits; safetensors of language models have 16.
     full = source.path.stat().st_size * 6 if isinstance(source, GgufSource) else 0
     full = full or _weights(source.path) * 2
-    steps = [
+    int4 = options.settings.int4
+    is_scaled = "int4" in ids and int4.algorithm == "awq" and int4.awq.scales == "search"
+    steps = []
+    if is_scaled and not is_made(options.cache):
+        title = f"make an environment for nvidia-modelopt in {options.cache or default_root()}"
+        steps.append(PlannedStep(title, TIME_S, SIZE_BYTES))
+    steps += [
         _step("load the source", full, per_gib_s=16, start_s=4),
         _step("write safetensors", full, per_gib_s=4, disk=full),
         _step("run the source on real text", full, per_gib_s=10),
+        *(
+            [
+                _step(
+                    "find AWQ's scales",
+                    full,
+                    per_gib_s=60 * int4.awq.windows,
+                    start_s=15,
+                    disk=2 * full,
+                )
+            ]
+            if is_scaled
+            else []
+        ),
         _step(f"build {' and '.join(ids)}", full, per_gib_s=75 * len(ids), disk=full),
         _step("verify every variant", full * len(ids), per_gib_s=60),
     ]

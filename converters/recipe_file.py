@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from converters.awq.environment import stated_versions
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
 from converters.settings import Settings, Trial
@@ -299,6 +300,8 @@ def check_source(recipe: Recipe, source: Source) -> list[str]:
     if recipe.source.sha256 and recipe.source.sha256 != fingerprint(source):
         found.append(f"another source than the recipe's ({recipe.source.name})")
     here = tool_versions(*recipe.versions)
+    if "nvidia-modelopt" in recipe.versions:
+        here |= {"nvidia-modelopt": stated_versions()["nvidia-modelopt"]}
     found += [
         f"{name} is {here.get(name, 'not installed')}, the recipe's was {version}"
         for name, version in sorted(recipe.versions.items())

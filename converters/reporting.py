@@ -13,7 +13,7 @@ _LOGGED_EVERY_S = 30.0
 
 
 class Step:
-    """One running step; `note` sets what its line says at the end.
+    """One running step; `note` sets what its line says at the end, `tell` what it says now.
 
     Args:
         show: Told what is being done, as the step goes on.
@@ -27,11 +27,16 @@ class Step:
     def note(self, detail: str) -> None:
         self.detail = detail
 
+    def tell(self, doing: str) -> None:
+        """Say what is being done now, to somebody who watches."""
+        if self._show is not None:
+            self._show(doing)
+
     def progress(self, share: float) -> None:
         """Tell how far a long step is, and how long the rest takes at that pace."""
-        if self._show is not None and share > 0:
+        if share > 0:
             left_s = (time.monotonic() - self._started_s) * (1 - share) / share
-            self._show(f"{share:.0%}{_left(left_s)}")
+            self.tell(f"{share:.0%}{_left(left_s)}")
 
 
 class Reporter:

@@ -68,6 +68,20 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     accuracy_level: Literal[0, 1, 4] = 4
 
 
+class AwqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How ``awq`` finds its scales.
+
+    Attributes:
+        scales: ``search``: by AWQ, with nvidia-modelopt. ``none``: all are 1, which rounds to the
+            nearest in the same form, to compare with.
+        windows: How many texts of 512 tokens activations are looked at on; none of them is among
+            those that perplexity is measured on.
+    """
+
+    scales: Literal["search", "none"] = "search"
+    windows: Annotated[int, msgspec.Meta(ge=1, le=128)] = 4
+
+
 class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights of language models become 4 bits.
 
@@ -77,8 +91,9 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             8 bits. The others round, and are named as onnxruntime-genai's model builder names
             them: ``rtn`` to the nearest, ``k_quant`` with the best scale and zero point of each
             block, ``k_quant_last`` with the last matrix in 8 bits, ``k_quant_mixed`` with some
-            layers in 8 bits too (Q4_K_M elsewhere). ``auto`` is ``carry`` where it is possible,
-            else ``k_quant_mixed``.
+            layers in 8 bits too (Q4_K_M elsewhere). ``awq`` multiplies input channels by scales,
+            found on real text, before it rounds to the nearest; head and embedding get 8 bits.
+            ``auto`` is ``carry`` where it is possible, else ``k_quant_mixed``.
         exact_minima: For ``carry``: matrices whose minima (Q4_1, Q4_K) are kept beyond the zero
             points, for a little time in every token.
         minima_digits: How exactly, in digits of four bits; see `converters.steps.gguf_blocks`.
@@ -86,9 +101,12 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             19.65, 97 MB; one 16.09, 101 MB; two 16.04, 104 MB.
     """
 
-    algorithm: Literal["auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last"] = "auto"
+    algorithm: Literal[
+        "auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last", "awq"
+    ] = "auto"
     exact_minima: tuple[Matrix, ...] = get_args(Matrix)
     minima_digits: Annotated[int, msgspec.Meta(ge=0, le=3)] = 1
+    awq: AwqSettings = AwqSettings()
 
 
 class PruneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

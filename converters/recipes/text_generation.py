@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from msgspec import structs, to_builtins
 
+from converters.awq.calibrate import round_scaled
 from converters.recipe_file import fingerprint
 from converters.recipes import cached_text
+from converters.recipes.awq import Calibrator, calibrator, make_scaled, versions_of, with_modelopt
 from converters.recipes.base import Workshop, summary
 from converters.recipes.layers import Blame, blame_layers
 from converters.recipes.slim import SLIM, Slimmed, sliced_model
+from converters.reporting import Step
 from converters.settings import Int4Settings
 from converters.slim.corpus import generator_corpus
 from converters.sources.base import Source
@@ -55,6 +58,11 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
     """
     ids = shop.variant_ids(*variants_of(is_slim=shop.settings.slim.is_wished))
     int4 = resolved(source, shop.settings.int4, is_sliced=shop.settings.slim.is_wished)
+    versions = versions_of(ids, int4)
+    is_cached = bool(versions) and shop.cache.has(
+        "build-genai", _parts(source, "int4", int4, versions), tools=_TOOLS
+    )
+    awq = calibrator(versions, shop, is_cached=is_cached)
     folder = shop.work / "hf"
     with shop.reporter.step("load the source, and run it on real text") as step:
         model = prepare_model(source, folder)
@@ -74,7 +82,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
             if is_plain:
                 said = cached_text.make_cached(source, folder, own, shop, is_large=model.is_large)
             else:
-                said = _build(source, folder, own, shop, int4, slimmed)
+                said = _build(source, folder, own, shop, int4, slimmed, awq, step)
             sizes = (f"{key} {format_bytes(_size(path))}" for key, path in own.items())
             step.note(", ".join(sizes) + said)
         give_back()
@@ -119,7 +127,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
         task="text-generation",
         description=shop.options.description,
         license=shop.options.license or source.license,
-        lineage=shop.lineage(source, *tools),
+        lineage=with_modelopt(shop.lineage(source, *tools), awq),
         context_length_tokens=context_length,
         variants=cached_text.finished(variants, shop, context_length),
     )
@@ -157,6 +165,24 @@ def _sliced_truth(shop: Workshop, slimmed: Slimmed, token_windows: np.ndarray) -
     return SlicedTruth(logits=logits, whole_perplexity=perplexity)
 
 
+def _parts(
+    source: Source,
+    precision: str,
+    int4: Int4Settings,
+    versions: dict[str, str],
+    sliced_digest: str = "",
+) -> dict[str, object]:
+    """What a folder of the model builder depends on."""
+    parts: dict[str, object] = {"source": fingerprint(source), "precision": precision, "int4": ""}
+    if precision == "int4":
+        parts["int4"] = to_builtins(int4)
+        if versions:
+            parts["apart"] = versions
+    if sliced_digest and precision != "fp32":
+        parts[SLIM] = sliced_digest
+    return parts
+
+
 def _build(
     source: Source,
     folder: Path,
@@ -164,6 +190,8 @@ def _build(
     shop: Workshop,
     int4: Int4Settings,
     slimmed: Slimmed | None,
+    awq: Calibrator | None,
+    step: Step,
 ) -> str:
     """Build what was not built before; see `build_genai` and `carry_blocks`.
 
@@ -177,9 +205,8 @@ def _build(
         return slimmed is not None and variant != "fp32"
 
     def parts(precision: str) -> dict[str, object]:
-        settings = to_builtins(int4) if precision == "int4" else ""
-        made_of = {SLIM: sliced_digest} if is_sliced(precision) else {}
-        return {"source": fingerprint(source), "precision": precision, "int4": settings, **made_of}
+        versions = awq.versions if awq else {}
+        return _parts(source, precision, int4, versions, sliced_digest)
 
     def build_all(variants: dict[str, Path]) -> None:
         for sliced in (False, True):
@@ -192,34 +219,44 @@ def _build(
                 made_of = slimmed.source.path if slimmed is not None and sliced else folder
                 build_genai(made_of, chosen, shop.work, int4.algorithm)
 
-    def is_carried(precision: str) -> bool:
-        return precision == "int4" and int4.algorithm == "carry"
+    def is_ours(precision: str) -> bool:
+        return precision == "int4" and int4.algorithm in ("carry", "awq")
 
     built = {
         precision: target
         for precision, target in targets.items()
-        if not is_carried(precision)
+        if not is_ours(precision)
         and not shop.cache.has("build-genai", parts(precision), tools=_TOOLS)
     }
     build_all(built)
 
     def output(precision: str, target: Path) -> None:
-        make = partial(carry if is_carried(precision) else build, precision)
+        ours = scale if int4.algorithm == "awq" else carry
+        make = partial(ours if is_ours(precision) else build, precision)
         shop.cache.output("build-genai", parts(precision), target, make, tools=_TOOLS)
 
     def build(precision: str, target: Path) -> None:
         if built.get(precision) != target:  # an entry that turned out to be damaged, or `full`
             build_all({precision: target})
 
-    def carry(_: str, target: Path) -> None:
-        assert isinstance(source, GgufSource)
+    def plain() -> Path:
         full = targets.get("fp32")
         if full is None:
             full = shop.work / "full"
             output("fp32", full)
-        done = carry_blocks(full, target, source, folder, int4)
+        return full
+
+    def carry(_: str, target: Path) -> None:
+        assert isinstance(source, GgufSource)
+        done = carry_blocks(plain(), target, source, folder, int4)
         said.append(f"{done.carried} of {done.carried + done.rounded} matrices have the file's own "
                     "blocks")  # fmt: skip
+
+    def scale(_: str, target: Path) -> None:
+        if awq is None:  # no scales
+            round_scaled(plain(), target, int4)
+        else:
+            said.append(make_scaled(awq, folder, target, int4, shop, step))
 
     # Full precision comes first: blocks are carried into its graph.
     for precision, target in targets.items():
@@ -232,13 +269,19 @@ def resolved(source: Source, int4: Int4Settings, *, is_sliced: bool) -> Int4Sett
 
     Raises:
         ConversionError: Blocks shall be carried over, and the source has none.
-        ConfigError: They shall be carried into another model than the source.
+        ConfigError: They shall be carried into a sliced model, or AWQ shall scale one.
     """
     if is_sliced and int4.algorithm == "carry":
         raise ConfigError(
             "Blocks of a GGUF file cannot be carried into a sliced model, whose weights are others",
             field="int4.algorithm",
             fix="Use another algorithm, such as k_quant_mixed",
+        )
+    if is_sliced and int4.algorithm == "awq":
+        raise ConfigError(
+            "AWQ's scales are not looked for in a sliced model",
+            field="int4.algorithm",
+            fix="Use another algorithm, such as k_quant_mixed, or do not slice (slim)",
         )
     has_blocks = not is_sliced and isinstance(source, GgufSource) and can_carry(source)
     if int4.algorithm == "carry" and not has_blocks:

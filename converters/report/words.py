@@ -11,6 +11,7 @@ _INT4 = {
     "auto": "the file's own blocks where it has them, else k-quant with some layers in 8 bits",
     "carry": "the file's own blocks",
     "rtn": "rounded to the nearest",
+    "awq": "scaled by AWQ, then rounded to the nearest",
     "k_quant": "k-quant",
     "k_quant_last": "k-quant, the last matrix in 8 bits",
     "k_quant_mixed": "k-quant, some layers in 8 bits",

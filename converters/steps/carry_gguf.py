@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ _MODEL, _DATA = "model.onnx", "model.onnx.data"
 _PIECE = 4096
 _NODE = re.compile(r"/model/layers\.(\d+)/(\w+/\w+)/MatMul")
 
+Load = Callable[[], np.ndarray]
+Find = Callable[[str, Load], Blocks | None]
 
 #: Which of them have the same input and become one.
 _TOGETHER = ("mlp/gate_proj", "mlp/up_proj")
@@ -80,13 +83,34 @@ def carry_blocks(
         kind: Blocks, as GGUF names them, of matrices that the file does not have: ``Q8_0``, or of 4
             bits ``Q4_1``, but for a table that the embedding and the head share.
     """
+    tensors = {tensor.name: tensor for tensor in source.reader.tensors} if source else {}
+    reference = _Reference(weights)
+
+    def find(name: str, _: Load) -> Blocks | None:
+        return _blocks_of(name, tensors, reference)
+
+    return fill_graph(full, target, find, settings, kind=kind)
+
+
+def fill_graph(
+    full: Path, target: Path, find: Find, settings: Int4Settings, *, kind: str = "Q8_0"
+) -> Carried:
+    """Make a 4-bit folder of a full-precision one.
+
+    Args:
+        full: What the model builder wrote in full precision.
+        target: Folder to make.
+        find: Blocks for the matrix of a node, which it gets by its name and a function that loads
+            the matrix, shape (outputs, inputs); `None` gives it blocks of `kind`. Asked for
+            ``/embed_tokens/`` where the table is not the head's.
+        settings: How exactly minima are kept.
+        kind: As for `carry_blocks`.
+    """
     onnx = load("onnx")
     model = onnx.load(str(full / _MODEL), load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     turned = _turned(model.graph, stored)
     _declare_contrib(onnx, model)
-    tensors = {tensor.name: tensor for tensor in source.reader.tensors} if source else {}
-    reference = _Reference(weights)
     editor = GraphEditor(onnx, model)
     carried = rounded = 0
     tables: dict[str, Blocks] = {}
@@ -96,22 +120,22 @@ def carry_blocks(
             is_turned = node.input[1] in turned
             # What is stored takes the transposition's place; it may be the embedding's table too.
             node.input[1] = turned.get(node.input[1], node.input[1])
-            shape = _shape(stored[node.input[1]], is_turned=is_turned)
-            blocks = _blocks_of(node.name, tensors, reference)
-            if blocks is None or not _fits(node, blocks, shape):
-                array = _array(onnx, stored[node.input[1]], full)
-                array = array.T if is_turned else array
+            tensor = stored[node.input[1]]
+            own = partial(_matrix, onnx, tensor, full, is_turned=is_turned)
+            blocks = find(node.name, own)
+            if blocks is None or not _fits(node, blocks, _shape(tensor, is_turned=is_turned)):
                 is_table = "lm_head" in node.name
-                blocks, rounded = _rounded(array.T, "Q8_0" if is_table else kind), rounded + 1
+                blocks, rounded = _rounded(own(), "Q8_0" if is_table else kind), rounded + 1
             else:
                 carried += 1
             found.append((node, blocks))
             tables[node.input[1]] = blocks
         _quantize(editor, found, settings)
     for gather, weight in _lookups(model.graph, stored):
-        blocks = tables.get(weight) or _blocks_of("/embed_tokens/", tensors, reference)
+        own = partial(_matrix, onnx, stored[weight], full, is_turned=True)
+        blocks = tables.get(weight) or find("/embed_tokens/", own)
         if blocks is None or blocks.minima is not None:
-            blocks = _rounded(_array(onnx, stored[weight], full))
+            blocks = _rounded(own())
         editor.quantize_table(gather, weight, matrix_of(blocks, digits=0))
     editor.finish()
     for tensor in model.graph.initializer:
@@ -214,9 +238,10 @@ def _rounded(array: np.ndarray, kind: str = "Q8_0") -> Blocks:
     return blocks
 
 
-def _array(onnx: Any, tensor: Any, folder: Path) -> np.ndarray:
+def _matrix(onnx: Any, tensor: Any, folder: Path, *, is_turned: bool) -> np.ndarray:
+    """Shape (outputs, inputs), as tables and transposed matrices are stored."""
     array: np.ndarray = onnx.numpy_helper.to_array(tensor, str(folder))
-    return array
+    return array if is_turned else array.T
 
 
 def can_carry(source: GgufSource) -> bool:
@@ -246,6 +271,12 @@ class _Reference:
         with self._open(str(self._files[name]), framework="numpy") as file:
             array: np.ndarray = file.get_tensor(name)
         return array
+
+
+def is_layer(name: str) -> bool:
+    """Whether a node of the model builder multiplies by one of a layer's matrices."""
+    match = _NODE.match(name)
+    return match is not None and match[2] in _PARTS
 
 
 def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blocks | None:

@@ -1,0 +1,1 @@
+"""4 bits by AWQ: scales are found by ``nvidia-modelopt``, in an environment of its own."""
