@@ -17,7 +17,7 @@ from converters.awq.calibrate import WINDOW_TOKENS, calibrate, calibration_windo
 from converters.awq.environment import INTERPRETER_VARIABLE, VERSIONS, Interpreter
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
-from converters.recipes import text_generation
+from converters.recipes import awq as recipe
 from converters.reporting import Step
 from converters.settings import AwqSettings, Int4Settings, Settings
 from converters.steps.gguf_blocks import BLOCK, matrix_of
@@ -95,7 +95,7 @@ def test_a_language_model_gets_scaled_blocks(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     worker(tmp_path, monkeypatch, SCALE)
-    monkeypatch.setattr(text_generation, "ready", lambda root, reporter: HERE)
+    monkeypatch.setattr(recipe, "ready", lambda root, reporter: HERE)
     options = ConversionOptions(measure=False, golden=False, settings=Settings(int4=AWQ))
     bundle = convert_model(tiny_llama, tmp_path / "tiny", options)
     fp32, int4 = ({f.metric: f.value for f in v.quality} for v in bundle.manifest.variants)
