@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from nearfar.errors import ConfigError
 
-#: What a server's process reads of a TLS connection at once, as long as asyncio's layer does it (see
-#: `nearfar.tls`). Its 256 KiB are allocated and zeroed for each connection, idle or not (299 kB each
-#: instead of about 70); smaller ones cost large messages more turns of the loop (1 MiB: a fifth more
-#: processor time at 32 KiB, two thirds at 16).
+#: What a server's process reads of a TLS connection at once, as long as asyncio's layer does it:
+#: see `nearfar.tls`. Its 256 KiB are allocated and zeroed for each connection, idle or not (299 kB
+#: each instead of about 70); smaller ones cost large messages more turns of the loop (1 MiB: a
+#: fifth more processor time at 32 KiB, two thirds at 16).
 TLS_BUFFER_BYTES = 32 * 1024
 
 #: ``auto`` takes uvloop where it is installed.
