@@ -21,6 +21,7 @@ from converters.recipe_file import (
     Recipe,
     changed_files,
     check_source,
+    in_short,
     recipe_of,
     write_recipe,
 )
@@ -121,10 +122,12 @@ def convert_model(
             if changed
             else "✓ the files are those that the recipe states, by their SHA-256"
         )
+    made = [variant.id for variant in bundle.manifest.variants]
+    reporter.say(f"✓ recipe: {in_short(shop.settings_found, made)}")
     if save_recipe is not None:
         done = replace(options, settings=shop.settings_found)
         write_recipe(recipe_of(source, done, bundle, save_recipe), save_recipe)
-        reporter.say(f"✓ the recipe is in {save_recipe}")
+        reporter.say(f"✓ the whole recipe is in {save_recipe}")
     return bundle
 
 

@@ -10,9 +10,10 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -282,6 +283,21 @@ def to_toml(recipe: Recipe) -> str:
     lines.append("# nearfar convert MODEL -o BUNDLE --recipe THIS_FILE")
     _emit("", msgspec.to_builtins(recipe), lines)
     return "\n".join(lines) + "\n"
+
+
+def in_short(settings: Settings, variants: Sequence[str]) -> str:
+    """What a conversion did, in a line: its variants, and every setting that is not a default."""
+    parts = [f"variants = {_value(variants)}"]
+
+    def compare(table: str, found: dict[str, Any], usual: dict[str, Any]) -> None:
+        for key, value in found.items():
+            if isinstance(value, dict):
+                compare(f"{table}{key}.", value, usual.get(key) or {})
+            elif value != usual.get(key):
+                parts.append(f"{table}{key} = {_value(value)}")
+
+    compare("", msgspec.to_builtins(settings), msgspec.to_builtins(Settings()))
+    return ", ".join(parts)
 
 
 def check_source(recipe: Recipe, source: Source) -> list[str]:

@@ -22,6 +22,7 @@ from converters.recipe_file import (
     RecipeBundle,
     RecipeSource,
     RecipeSteps,
+    in_short,
     read_recipe,
     to_toml,
 )
@@ -220,3 +221,10 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(model: Path, capsys):
 def test_without_an_output_nothing_is_converted(model: Path, capsys):
     assert nearfar_convert(model) == 2
     assert "-o FOLDER" in capsys.readouterr().err
+
+
+def test_what_was_done_is_said_in_a_line():
+    settings = Settings(seed=7, int8=Int8Settings(keep=("Conv_1",)))
+    said = in_short(settings, ("fp32", "int8"))
+    assert said == 'variants = ["fp32", "int8"], seed = 7, int8.keep = ["Conv_1"]'
+    assert in_short(Settings(), ("fp32",)) == 'variants = ["fp32"]'
