@@ -95,14 +95,24 @@ def board(
         CloudUnavailable: It cannot be reached; or it is away, and the device can answer instead.
         DeadlineExceeded, SecurityError, ConfigError: As `connect`.
     """
+    if attempt.decision.fallback != "edge":
+        yield Connect(request.deadline, (name,))
+        return
     now_s = time.monotonic()
-    if attempt.decision.fallback == "edge" and worth_waiting_until_s(core, (name,), now_s) <= now_s:
+    until_s = worth_waiting_until_s(core, (name,), now_s)
+    if until_s > now_s:
+        try:
+            yield Connect(Deadline(min(until_s, request.deadline.at_s)), (name,))
+        except DeadlineExceeded:
+            request.deadline.check("cloud")
+        else:
+            return
+    else:
         yield Connect(Deadline(), (name,), is_waited=False)
-        raise CloudUnavailable(
-            f"There is no connection to the cloud {name!r} yet",
-            fix="The device answers until there is one; nearfar doctor says what is wrong",
-        )
-    yield Connect(request.deadline, (name,))
+    raise CloudUnavailable(
+        f"There is no connection to the cloud {name!r} yet",
+        fix="The device answers until there is one; nearfar doctor says what is wrong",
+    )
 
 
 def worth_waiting_until_s(core: Core, names: Sequence[str], now_s: float) -> float:

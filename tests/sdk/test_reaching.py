@@ -55,6 +55,21 @@ def test_a_cloud_that_says_nothing_is_waited_for_a_moment_once(client, mode):
     assert client._link.reaching_since_s is not None  # the first attempt, still under way
 
 
+def test_a_connection_that_was_begun_a_moment_later_is_not_waited_for_without_end(
+    client, monkeypatch
+):
+    """The loop begins to connect after the caller has begun to wait, and its moment ends later."""
+    ended = reaching.worth_waiting_until_s
+    monkeypatch.setattr(
+        reaching,
+        "worth_waiting_until_s",
+        lambda core, names, now_s: max(ended(core, names, now_s), now_s + 0.02),
+    )
+    started_s = time.monotonic()
+    assert client.infer("tiny", X, mode="prefer_cloud").route.path == "cloud → edge"
+    assert time.monotonic() - started_s < CONNECTING_S / 4
+
+
 def test_a_cloud_that_refused_is_connected_to_beside_the_next_requests(client, mute, monkeypatch):
     monkeypatch.setattr(reaching, "PATIENCE_S", CONNECTING_S)
     mute.close()  # nothing listens there any more
