@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 #: TCP, TLS, websocket, secure channel, authentication and the list of models, together. Six round
 #: trips: 5 s bears a bad mobile link; a dead one is noticed soon enough to answer on the device.
 CONNECT_TIMEOUT_S = 5.0
+#: How long closing waits for what was cancelled, and how often it cancels.
+_CANCEL_S, _MOST_CANCELS = 0.2, 5
 #: Between measurements of the round trip on a connection in use.
 _RTT_INTERVAL_S = 5.0
 _RTT_TIMEOUT_S = 10.0
@@ -255,9 +257,14 @@ class CloudLink:
         """Close all connections; idempotent. Open requests fail with `Cancelled`."""
         self._is_closed = True
         tasks = [task for task in (self._keeper, self._connecting) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # uvloop may lose a cancellation that comes while a connection is made: once more, then.
+        for _ in range(_MOST_CANCELS):
+            pending = [task for task in tasks if not task.done()]
+            if not pending:
+                break
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=_CANCEL_S)
         connections = [c for c in (self._connection, *self._draining) if c is not None]
         self._connection, self._draining = None, []
         await asyncio.gather(*(c.close() for c in connections), return_exceptions=True)
