@@ -1,11 +1,11 @@
 """The established TLS connection of a websocket, with a fraction of asyncio's calls.
 
 asyncio keeps TLS in a layer of its own between socket and protocol (`asyncio.sslproto`). Here it
-goes on to make handshakes, check certificates and close in good order. But it spends some fifty
-calls and several copies on whatever comes or goes, which for a message of 1 KiB is as much as all
-our cryptography. `DirectTls` stands in for it while a connection does nothing but carry data: it
-drives the same `ssl.SSLObject` over the same buffers, and steps aside for good as soon as
-something else happens: TLS's own close, an end of file, `close()` of the transport.
+goes on to make handshakes, check certificates and close in good order. But whatever comes or goes
+passes it with its bookkeeping and its copies; what that costs stands in
+docs/explanation/performance.md. `DirectTls` stands in for it while a connection does nothing but
+carry data: it drives the same `ssl.SSLObject` over the same buffers, and steps aside for good as
+soon as something else happens: TLS's own close, an end of file, `close()` of the transport.
 
 It reaches for attributes of asyncio's layer that are not documented, and have been the same since
 Python 3.11. Where they are not as expected (Python 3.10, uvloop), the connection stays as it is.

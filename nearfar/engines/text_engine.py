@@ -9,6 +9,7 @@ cancellation is seen. A cancellation also ends what is being computed.
 
 from __future__ import annotations
 
+import abc
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -72,7 +73,7 @@ class Decoding(Protocol):
 _Model = TypeVar("_Model")
 
 
-class TextEngine(Generic[_Model]):
+class TextEngine(abc.ABC, Generic[_Model]):
     """Generates text with a model of some library. Thread-safe.
 
     Subclasses set `_model` and `execution_provider`, and begin an answer in `_begin`.
@@ -102,8 +103,9 @@ class TextEngine(Generic[_Model]):
         self._piece_tokens = PREFILL_LEAST_TOKENS
         self._model: _Model | None = None
 
+    @abc.abstractmethod
     def _begin(self, model: _Model, prompt_tokens: int, options: GenerationOptions) -> Decoding:
-        raise NotImplementedError
+        """Start an answer; `prompt_tokens` are to follow."""
 
     def count_prompt_tokens(self, prompt: Prompt) -> int:
         """Number of tokens the prompt becomes, chat template included.
