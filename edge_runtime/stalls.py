@@ -21,7 +21,7 @@ import msgspec
 from nearfar.engines.liveness import Sample, life, sample
 from nearfar.engines.slots import Slot, SlotGate
 from nearfar.errors import EngineError
-from nearfar.patience import Patience, Silence
+from nearfar.patience import Life, Patience, Silence
 from nearfar.units import format_ms
 
 Phase = Literal["batch", "prompt", "token"]
@@ -36,6 +36,8 @@ _POLLS = 20
 #: Calls that ended leave their entry behind; beyond so many the list is cleared of them.
 _MOST_ENDED = 256
 _JOIN_S = 5.0
+#: No thread has this id.
+NOBODY = 0
 
 
 class Stall(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +48,7 @@ class Stall(msgspec.Struct, frozen=True, kw_only=True):
         phase: What it did: a ``batch``, a ``prompt`` until the first token, or a ``token``.
         silent_ms: For how long, when that was noticed.
         limit_ms: From when on it was suspicious.
-        life: What its threads did: ``still``, ``alive`` or ``unknown``.
+        life: What its threads did, a value of `nearfar.patience.Life`.
     """
 
     model: str
@@ -76,7 +78,8 @@ class Followed:
         limit_s: Silence that is suspicious.
         is_cold: See `Patience`.
         began_s: When it began.
-        thread: Gives the native id of the thread that makes the call.
+        thread: Gives the native id of the thread that makes the call; `None` until that has got
+            to it, `NOBODY` where it is not known.
         on_stall: Told once that it has stalled, in the watch's thread.
     """
 
@@ -106,8 +109,10 @@ class Followed:
         thread, on_stall = self._thread, self._on_stall
         if thread is None or on_stall is None:
             return
-        after = sample(thread())
-        found = life(self._before, after)
+        native_id = thread()
+        # A thread that waits for a processor before it makes the call says nothing of the engine.
+        after = None if native_id is None else sample(native_id)
+        found = Life.UNSEEN if native_id is None else life(self._before, after)
         self._before = after
         if not self.silence.look(now_s, found):
             return
@@ -269,5 +274,6 @@ class Polled:
         return one
 
 
-def _native_id(ident: int) -> int | None:
-    return next((one.native_id for one in threading.enumerate() if one.ident == ident), None)
+def _native_id(ident: int) -> int:
+    found = next((one.native_id for one in threading.enumerate() if one.ident == ident), None)
+    return NOBODY if found is None else found

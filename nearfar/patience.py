@@ -28,7 +28,8 @@ class Life(enum.Enum):
 
     ALIVE = "alive"
     STILL = "still"
-    UNKNOWN = "unknown"  # nothing here tells, as with work on a GPU
+    UNSEEN = "unseen"  # its thread has yet to get to it, or was not looked at twice
+    UNKNOWN = "unknown"  # nothing here tells: another system, or a kernel that does not count
 
 
 class Patience(msgspec.Struct, frozen=True, gc=False):
@@ -74,7 +75,7 @@ class Silence:
 
         Args:
             now_s: Monotonic time.
-            life: What its threads did since the last look; `Life.UNKNOWN` at the first.
+            life: What its threads did since the last look; `Life.UNSEEN` at the first.
         """
         late_s = now_s - self.due_s
         if late_s > LATE_S:

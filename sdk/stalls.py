@@ -28,6 +28,8 @@ COLD_MS = 1300.0
 #: How far beyond its usual pauses a cloud's silence is suspicious, and beyond p99 a device's at
 #: most: with the time that looking takes, less than half a second.
 PAUSE_MARGIN_MS = 400.0
+#: And at least: on a busy machine the threads of a process wait so long for each other.
+DEVICE_MARGIN_MS = 200.0
 
 
 def patience(known: Knowledge, request: Request, *, so_far: str = "") -> Patience:
@@ -76,5 +78,6 @@ def _after_ms(silence: tuple[Quantiles, bool] | None) -> float:
         return COLD_MS
     quantiles, is_measured = silence
     after_ms = suspicious_after_ms(quantiles, is_measured=True)
+    after_ms = max(after_ms, quantiles[4] + DEVICE_MARGIN_MS)
     after_ms = min(after_ms, quantiles[4] + PAUSE_MARGIN_MS)
     return after_ms if is_measured else max(after_ms, COLD_MS)

@@ -34,16 +34,15 @@ class Sample(msgspec.Struct, frozen=True):
     is_busy: bool
 
 
-def sample(native_id: int | None, tasks: Path = _TASKS) -> Sample | None:
+def sample(native_id: int, tasks: Path = _TASKS) -> Sample | None:
     """Look at one thread, and at all that Python did not start: engines have threads of their own.
 
     Args:
-        native_id: The thread that called the engine, see `threading.get_native_id`; `None` when it
-            is not known.
+        native_id: The thread that called the engine, see `threading.get_native_id`.
         tasks: Where the kernel tells of threads.
 
     Returns:
-        `None` where the kernel does not tell.
+        `None` where the kernel does not tell of that thread.
     """
     python = {thread.native_id for thread in threading.enumerate()}
     used: dict[int, int] = {}
@@ -70,8 +69,10 @@ def sample(native_id: int | None, tasks: Path = _TASKS) -> Sample | None:
 
 def life(before: Sample | None, after: Sample | None) -> Life:
     """What threads did between two looks at them."""
-    if before is None or after is None:
+    if after is None:
         return Life.UNKNOWN
+    if before is None:
+        return Life.UNSEEN
     if after.is_busy or any(
         used - before.used_ns.get(task, 0) >= LEAST_NS for task, used in after.used_ns.items()
     ):

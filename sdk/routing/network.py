@@ -21,6 +21,10 @@ USUAL_WEIGHT = 0.05
 DELAY_WEIGHT = 0.3
 # A transfer tells the bandwidth when it takes longer than this part of the round trip.
 TELLING = 0.25
+# And when it is longer than a packet, and moves faster than the slowest of links (50 kbit/s): what
+# else an answer waited for is no matter of its bytes.
+PACKET_BYTES = 1_448
+SLOWEST_MS_PER_BYTE = 8.0 / 50.0
 # What a process on the same machine takes; keeps ratios finite.
 SHORTEST_DELAY_MS = 0.01
 
@@ -92,10 +96,11 @@ class LinkLatency:
             return
         self._silence = 1.0
         moving_ms = network_ms - self.delay_ms
-        if self._is_assumed and self.is_measured and moving_ms > TELLING * self.delay_ms:
+        tells = transferred_bytes > PACKET_BYTES and moving_ms > TELLING * self.delay_ms
+        if tells and self._is_assumed and self.is_measured:
             # The first one says where the bandwidth is, not that today is unusual.
             self._is_assumed = False
-            self.ms_per_byte = moving_ms / max(transferred_bytes, 1.0)
+            self.ms_per_byte = min(moving_ms / transferred_bytes, SLOWEST_MS_PER_BYTE)
             return
         self.is_measured = True
         level = self.level.at(now_s)

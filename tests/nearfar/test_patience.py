@@ -52,6 +52,17 @@ def test_where_nothing_tells_a_known_run_is_not_waited_for_and_a_first_one_is():
     )
 
 
+def test_what_was_looked_at_once_is_looked_at_again_before_it_is_given_up():
+    silence = Silence(0.3, is_cold=False, began_s=0.0)
+    for _ in range(2):
+        assert not silence.look(silence.due_s, Life.UNSEEN)
+    assert silence.due_s == pytest.approx(0.3 + WINDOW_S)
+    assert silence.look(silence.due_s, Life.STILL)
+    # A thread that never gets to it is nobody's answer either.
+    never = Silence(0.3, is_cold=False, began_s=0.0)
+    assert stalls_after_s(never, Life.UNSEEN) == pytest.approx(ALIVE_FACTOR * 0.3)
+
+
 def test_what_falls_silent_after_it_was_busy_is_noticed_at_the_next_look():
     silence = Silence(0.5, is_cold=False, began_s=0.0)
     for _ in range(4):

@@ -150,21 +150,20 @@ def test_the_slow_cloud_gets_less(far, clouds):
 
 def test_a_cloud_that_would_be_late_is_not_drawn(far, clouds):
     def slow(session, message, tensors):
-        yield 0.25
+        yield 0.9
         yield from answer_infer(session, message, tensors)
 
     clouds.us.behaviour = slow
     for _ in range(40):
-        if not clouds.us.saw(wire.Infer):
+        # The balancer forgets, or it would not ask there often enough for a prediction.
+        far._known.endpoint("us")._loads.clear()
+        if len(clouds.us.saw(wire.Infer)) < 4:
             far.infer("tensor", X)
-    assert clouds.us.saw(wire.Infer)
-    for _ in range(6):
-        far.infer("tensor", X)
-    # However the balancer's memory has faded: the prediction says that it would be late.
     far._known.endpoint("us")._loads.clear()
     asked = len(clouds.us.saw(wire.Infer))
+    assert asked == 4
     for _ in range(10):
-        assert far.infer("tensor", X, deadline_ms=120).route.endpoint == "eu"
+        assert far.infer("tensor", X, deadline_ms=600).route.endpoint == "eu"
     assert len(clouds.us.saw(wire.Infer)) == asked
 
 

@@ -10,7 +10,7 @@ from nearfar.generation import GenerationOptions, Prompt
 from nearfar.units import Deadline
 from sdk.requests import Request, prompt_size
 from sdk.routing import Observation, Predictor, RequestSize
-from sdk.stalls import COLD_MS, PAUSE_MARGIN_MS, patience, pause_limit_s
+from sdk.stalls import COLD_MS, DEVICE_MARGIN_MS, PAUSE_MARGIN_MS, patience, pause_limit_s
 
 PROMPT, OPTIONS = Prompt(text="The tide"), GenerationOptions(max_new_tokens=32)
 BATCH = Request(
@@ -58,10 +58,11 @@ def test_before_anything_is_known_silence_is_noticed_below_a_second_and_a_half()
         assert found.first_s == found.token_s == COLD_MS / 1000 < 1.5
 
 
-def test_what_was_measured_is_suspicious_50_to_500_ms_beyond_it():
+def test_what_was_measured_is_suspicious_well_beyond_it_and_within_half_a_second():
     found = patience(knowing(answered()), BATCH)
     assert not found.is_cold
-    assert 0.070 <= found.first_s <= 0.520
+    margins = DEVICE_MARGIN_MS / 1000, PAUSE_MARGIN_MS / 1000
+    assert 0.020 + margins[0] <= found.first_s <= 0.020 + margins[1] + 0.005 < 0.5
 
 
 def test_sizes_that_nobody_has_seen_are_not_known_well():
@@ -81,8 +82,8 @@ def test_sizes_that_nobody_has_seen_are_not_known_well():
 def test_prompts_and_tokens_are_known_apart():
     found = patience(knowing(answered(request=TEXT)), TEXT)
     assert not found.is_cold
-    assert 0.150 <= found.first_s <= 0.600
-    assert 0.080 <= found.token_s <= 0.530
+    assert 0.300 <= found.first_s <= 0.600
+    assert 0.230 <= found.token_s <= 0.530
 
 
 def test_an_answer_that_goes_on_is_read_like_a_prompt():

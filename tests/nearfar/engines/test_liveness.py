@@ -44,7 +44,7 @@ def test_where_nothing_tells_nothing_is_known(tmp_path):
     known = Sample({WORKER: 0}, is_busy=False)
     assert sample(WORKER, tmp_path / "none") is None
     assert sample(WORKER, tmp_path) is None  # it has ended
-    assert life(None, known) is Life.UNKNOWN
+    assert life(None, known) is Life.UNSEEN  # one look says nothing yet
     assert life(known, None) is Life.UNKNOWN
 
 
