@@ -19,6 +19,8 @@ LINK_HALF_LIFE_S = 10.0
 # How fast the usual time per byte follows the level: over tens of transfers.
 USUAL_WEIGHT = 0.05
 DELAY_WEIGHT = 0.3
+# A round trip that is so many times the usual one is no accident when it comes twice in a row.
+LONGER = 1.5
 # A transfer tells the bandwidth when it takes longer than this part of the round trip.
 TELLING = 0.25
 # And when it is longer than a packet, and moves faster than the slowest of links (50 kbit/s): what
@@ -35,6 +37,7 @@ class LinkLatency:
     __slots__ = (
         "_busy_until_s",
         "_is_assumed",
+        "_longer",
         "_silence",
         "_silent_s",
         "delay_ms",
@@ -55,6 +58,8 @@ class LinkLatency:
         self._silent_s = 0.0
         #: Whether nothing has told the bandwidth yet.
         self._is_assumed = True
+        # After an answer that was long: its round trip, and the usual one until then.
+        self._longer: tuple[float, float] | None = None
 
     def recall(self, ms_per_byte: float) -> None:
         """Begin with what an earlier run knew of the bandwidth."""
@@ -109,17 +114,27 @@ class LinkLatency:
         part = transfer_ms / forecast_ms
         # A short transfer says little about bandwidth: the level then learns what it expects.
         cause = 1.0
-        if transfer_ms > 0:
+        if transferred_bytes > PACKET_BYTES:
             cause += part * (max(network_ms - self.delay_ms, 0.0) / transfer_ms - 1.0)
         self.level.observe(network_ms / forecast_ms, now_s=now_s, cause=cause)
-        left_ms = max(network_ms - transfer_ms, 0.0)
-        self.delay_ms += DELAY_WEIGHT * (1.0 - part) ** 2 * (left_ms - self.delay_ms)
+        self._learn_delay(max(network_ms - transfer_ms, 0.0), 1.0 - part)
         # No round trip takes longer than a whole answer did.
         self.delay_ms = max(min(self.delay_ms, network_ms), SHORTEST_DELAY_MS)
         # The usual time per byte follows slowly, and the level is told from it.
         moved = self.level.value**USUAL_WEIGHT
         self.ms_per_byte *= moved
         self.level.value /= moved
+
+    def _learn_delay(self, left_ms: float, part: float) -> None:
+        """Learn from what bytes do not explain; the round trip had that part in the forecast."""
+        before, self._longer = self._longer, None
+        usual_ms = self.delay_ms if before is None else before[1]
+        if part > 0.5 and left_ms > LONGER * usual_ms:
+            if before is not None:
+                self.delay_ms = min(left_ms, before[0])
+                return
+            self._longer = left_ms, usual_ms
+        self.delay_ms += DELAY_WEIGHT * part**2 * (left_ms - self.delay_ms)
 
     def observe_late(self, ratio: float, transferred_bytes: float, *, now_s: float) -> None:
         """Learn from a request that was given up.
