@@ -250,6 +250,40 @@ def test_the_link_is_learned_from_round_trips_and_large_transfers() -> None:
     assert predictor.predict("cloud", "m", SMALL, now_s=30).network_ms < 25
 
 
+@pytest.mark.parametrize(("before_ms", "after_ms"), [(1, 60), (25, 60), (25, 250), (250, 25)])
+def test_a_round_trip_that_jumps_is_learned_within_three_answers(before_ms, after_ms) -> None:
+    rng = random.Random(1)
+    small, large = RequestSize(upload_bytes=200), RequestSize(upload_bytes=150_000)
+    predictor = Predictor()
+    for call in range(50):
+        seen = cloud_call(before_ms * rng.gauss(1, 0.03) + 5)
+        predictor.observe("cloud", "m", small, seen, now_s=0.3 * call)
+    for call in range(3):
+        seen = cloud_call(after_ms * rng.gauss(1, 0.03) + 5)
+        predictor.observe("cloud", "m", small, seen, now_s=15 + 0.3 * call)
+    found = predictor.predict("cloud", "m", small, now_s=16)
+    assert found.network_ms == pytest.approx(after_ms, rel=0.35)
+    # Which says nothing of the bandwidth: 150 kB take 120 ms more, as was assumed.
+    assert predictor.predict("cloud", "m", large, now_s=16).network_ms < 2 * after_ms + 250
+
+
+def test_one_long_round_trip_is_an_accident() -> None:
+    predictor = Predictor()
+    small = RequestSize(upload_bytes=200)
+    for call in range(60):
+        predictor.observe("cloud", "m", small, cloud_call(1000 if call == 40 else 25), now_s=call)
+    assert predictor.predict("cloud", "m", small, now_s=60).network_ms == pytest.approx(20, rel=0.1)
+
+
+def test_a_small_first_answer_that_is_slow_does_not_tell_the_bandwidth() -> None:
+    predictor = Predictor()
+    predictor.observe_round_trip(1, now_s=0)
+    for call in range(3):
+        predictor.observe("cloud", "m", RequestSize(upload_bytes=64), cloud_call(905), now_s=call)
+    large = predictor.predict("cloud", "m", RequestSize(upload_bytes=150_000), now_s=3)
+    assert large.network_ms < 3000
+
+
 def test_a_ping_measures_the_round_trip() -> None:
     predictor = Predictor()
     predictor.seed("cloud", "m", [figure(5)])
