@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# How long an example takes is the machine's affair: tests prove what comes out, not how fast.
+settings.register_profile("nearfar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nearfar")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from nearfar.engines.base import CancelToken
 from nearfar.errors import DeadlineExceeded
 from sdk.due import _FIRST_LEAD_S, _MAX_ENDED, _MAX_LEAD_S, DeadlineWatch
-from tests.sdk.test_hedged_calls import X, both, cloud  # noqa: F401 (fixtures)
+from tests.support.two_routes import X
 
 
 def wait_until(holds, within_s: float = 5.0) -> None:
@@ -95,7 +95,7 @@ def test_many_threads_are_each_stopped_at_their_own_time():
     assert order.index(4) < order.index(0)
 
 
-def test_a_device_that_computes_past_the_deadline_is_stopped_there(both):  # noqa: F811
+def test_a_device_that_computes_past_the_deadline_is_stopped_there(both):
     both.device.pause_s = 5.0
     started_s = time.monotonic()
     with pytest.raises(DeadlineExceeded) as caught:
