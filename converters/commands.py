@@ -62,13 +62,15 @@ def convert(
         str,
         typer.Option(
             help="Comma-separated. Default: int4,fp32 for language models, int8,fp32 for "
-            "sentence encoders, the file's own precision for ONNX.",
+            "sentence encoders and Hugging Face classifiers, the file's own precision for ONNX.",
             show_default=False,
         ),
     ] = "",
     labels: Annotated[
         Path | None,
-        typer.Option(help="ONNX: class names, one a line or a JSON list.", show_default=False),
+        typer.Option(
+            help="Classifiers: class names, one a line or a JSON list.", show_default=False
+        ),
     ] = None,
     preprocessing: Annotated[
         str | None,
@@ -81,7 +83,7 @@ def convert(
         Path | None,
         typer.Option(
             help="ONNX: .npz with real inputs to verify with, and with the right classes as "
-            "labels; of models that hear, a .wav.",
+            "labels; of models that hear, a .wav; of classifiers of images and sounds, a folder.",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from converters.awq.environment import SIZE_BYTES, TIME_S, is_made
 from converters.cache import default_root
 from converters.options import ConversionOptions
-from converters.recipes import bundle, embedding, text_generation
+from converters.recipes import bundle, classifier, embedding, text_generation
 from converters.recipes.base import Workshop
 from converters.recipes.onnx_model import variants_of
 from converters.settings import SlimSettings
@@ -93,6 +93,8 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
         return _plan_bundle(source, options)
     if isinstance(source, HuggingFaceSource) and source.task == "embedding":
         return _plan_encoder(source, options)
+    if isinstance(source, HuggingFaceSource) and source.task == "classification":
+        return _plan_classifier(source, options)
     return _plan_language_model(source, options)
 
 
@@ -155,6 +157,20 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
     if cut is not None:
         steps.insert(1, _slicing(cut, options.settings.slim, full))
     return _finished(ids, steps, _sizes(full, _SIZE, cut), options)
+
+
+def _plan_classifier(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
+    ids = _ids(options, classifier.DEFAULT_VARIANTS, variants_of("fp32", is_pruned=False)[1])
+    full = _weights(source.path)
+    steps = [
+        _step("load the source", full, per_gib_s=20, start_s=8),
+        _step("export to ONNX and compare with torch", full, per_gib_s=120, start_s=6, disk=full),
+        _step("optimise the graph", full, per_gib_s=60, disk=full),
+    ]
+    if "int8" in ids:
+        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
+    return _finished(ids, steps, lambda name: full * _SIZE[name], options)
 
 
 def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:

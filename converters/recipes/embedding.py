@@ -20,7 +20,7 @@ from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.slim.corpus import encoder_corpus
-from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
+from converters.sources.huggingface import HuggingFaceSource, load_huggingface
 from converters.sources.onnx_file import io_specs
 from converters.steps.export_encoder import (
     OUTPUT,
@@ -32,6 +32,7 @@ from converters.steps.export_encoder import (
 from converters.steps.gate import UNFUSED, quality_drop
 from converters.steps.optimise import slim
 from converters.steps.reduce_embedding import Projection, fit, reduced_encoder, space_of
+from converters.steps.tokenizer_file import write_tokenizer
 from converters.steps.verify_embedding import EmbeddingCheck, check_short, may_mix
 from nearfar.bundle.manifest import (
     EngineName,
@@ -60,7 +61,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     ids = shop.variant_ids(*variants_of(is_slim=shop.settings.slim.is_wished))
     pooling = read_pooling(source)
     with shop.reporter.step("read the tokenizer") as step:
-        tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
+        tokenizer = write_tokenizer(source.path, shop.writer.file(_TOKENIZER))
         step.note(f"{pooling.mode} pooling")
 
     @lru_cache(maxsize=1)
@@ -396,16 +397,3 @@ def _mixed_sliced(
 def _with_width(spec: TensorSpec, width: int) -> TensorSpec:
     # Quantizing can lose the static width; it is known from having run the model.
     return TensorSpec(name=spec.name, datatype=spec.datatype, shape=(-1, width))
-
-
-def _write_tokenizer(source: HuggingFaceSource, target: Path) -> Path:
-    """``tokenizer.json`` without its own lengths: the manifest says where texts are cut."""
-    tokenizer = load_tokenizer(source.path).backend_tokenizer
-    padding = tokenizer.padding or {}
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    kept = {key: padding[key] for key in ("pad_id", "pad_token", "pad_type_id") if key in padding}
-    if kept:
-        tokenizer.enable_padding(**kept)
-    tokenizer.save(str(target), pretty=False)
-    return target

@@ -25,6 +25,7 @@ from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
 from converters.steps.quantize import store_fp16
+from converters.steps.raw_samples import raw_samples
 from converters.steps.verify_stream import (
     known_stream,
     recordings,
@@ -41,8 +42,10 @@ from converters.steps.verify_tensors import (
 )
 from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     EngineName,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     Manifest,
     Preprocessing,
     QualityFigure,
@@ -72,6 +75,7 @@ class Meaning:
     labels: tuple[str, ...] = ()
     label_output: str | None = None
     preprocessing: Preprocessing | None = None
+    multi_label: bool = False
 
 
 def build(
@@ -82,6 +86,8 @@ def build(
     examples: Sequence[Feeds] = (),
     tools: Sequence[str] = (),
     pruned: OnnxSource | None = None,
+    meaning: Meaning | None = None,
+    default: Sequence[str] = (),
 ) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
 
@@ -93,14 +99,17 @@ def build(
         tools: Packages that made the model, for the lineage.
         pruned: The model made narrower: what the variants ``pruned`` and ``int8`` are made of.
             All are compared with `source`.
+        meaning: What goes in and comes out, where the source says so; `None` finds it out.
+        default: Variants that are made when nobody says; none: those of `variants_of`.
 
     Raises:
         ConversionError: A step refused or failed.
     """
     own = source.precision
     shop.evidence.full_bytes = source.full_bytes
-    ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
-    meaning = _meaning(source, shop)
+    usual, possible = variants_of(own, is_pruned=pruned is not None)
+    ids = shop.variant_ids(default or usual, possible)
+    meaning = meaning or _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
     first = _bare(source, samples[:1])[0]
     full = _optimised(source, samples, shop)
@@ -176,6 +185,7 @@ def build(
         preprocessing=meaning.preprocessing,
         labels=meaning.labels,
         label_output=meaning.label_output,
+        multi_label=meaning.multi_label,
         variants=variants,
     )
 
@@ -196,10 +206,7 @@ def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
         labels, preprocessing = _read_magika(magika)
     else:
         preprocessing = known_stream(source)
-    if isinstance(options.labels, Path):
-        labels = _read_labels(options.labels)
-    elif options.labels is not None:
-        labels = options.labels
+    labels = stated_labels(shop) or labels
     if options.preprocessing is not None:
         preprocessing = _read_preprocessing(options.preprocessing, source, shop)
     task = options.task or ("classification" if labels else "tensor")
@@ -246,6 +253,16 @@ def _read_magika(path: Path) -> tuple[tuple[str, ...], HeadTailPreprocessing]:
             fix="Remove the file, and give --labels and --preprocessing instead",
         ) from exc
     return labels, spec
+
+
+def stated_labels(shop: Workshop) -> tuple[str, ...]:
+    """Class names that a person gave; empty where nobody did.
+
+    Raises:
+        ConversionError: The file is no list of labels.
+    """
+    stated = shop.options.labels
+    return _read_labels(stated) if isinstance(stated, Path) else stated or ()
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
@@ -354,7 +371,7 @@ def _drop(
     figures = verify_tensors(
         source.path, {"trial": path}, samples,
         source_name="source", label_output=meaning.label_output, min_top1_agreement=0.0,
-        as_written=as_written,
+        as_written=as_written, multi_label=meaning.multi_label,
     )["trial"]  # fmt: skip
     if isinstance(meaning.preprocessing, StreamPreprocessing):
         figures += stream_agreement(source.path, path, samples, meaning.preprocessing, "source")
@@ -368,11 +385,16 @@ def _samples(
     if isinstance(meaning.preprocessing, StreamPreprocessing):
         heard, kind = recordings(shop.options.samples, meaning.preprocessing, shop.settings.seed)
         return windows_of(source.path, source.inputs, heard, meaning.preprocessing), kind
+    spec = meaning.preprocessing
+    stated = shop.options.samples
+    if isinstance(spec, (ImagePreprocessing, AudioPreprocessing)) and (
+        stated is None or stated.suffix != ".npz"
+    ):
+        return raw_samples(stated, spec, meaning.labels, shop.settings.seed)
     if shop.options.samples is not None:
         return stored_samples(shop.options.samples, source.inputs), "samples"
     if examples:
         return list(examples), "examples"
-    spec = meaning.preprocessing
     if isinstance(spec, HeadTailPreprocessing):
         batch = max(1, source.inputs[0].shape[0])
         return file_samples(source.inputs[0].name, spec, batch=batch), "real files"
@@ -445,6 +467,7 @@ def _verified(
         "is_unfused": is_unfused,
         "stream": to_builtins(stream),
         "as_written": variant_id in TENSORRT_IDS,
+        "multi_label": meaning.multi_label,
     }
 
     def verify() -> tuple[QualityFigure, ...]:
@@ -452,6 +475,7 @@ def _verified(
             source.path, {variant_id: path}, samples,
             source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
             is_unfused=is_unfused, as_written=variant_id in TENSORRT_IDS,
+            multi_label=meaning.multi_label,
         )[variant_id]  # fmt: skip
         if stream is not None:
             figures += stream_agreement(source.path, path, samples, stream, source.label)

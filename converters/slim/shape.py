@@ -156,6 +156,12 @@ def plan_cut(source: Source, settings: SlimSettings) -> Cut:
             fix="Give a Hugging Face folder or a GGUF file, or leave slim out; PyTorch modules are "
             "made narrower with --prune",
         )
+    if source.task == "classification":
+        raise ConfigError(
+            f"{source.path} is a classifier, and sliced are language models and sentence encoders",
+            field="slim",
+            fix="Leave slim out; classifiers get smaller by --variants int8",
+        )
     layout = layout_of(str(source.config.get("model_type")))
     return cut_of(shape_of(source.config, layout), layout, settings)
 
