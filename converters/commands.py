@@ -122,8 +122,8 @@ def convert(
         int | None,
         typer.Option(
             metavar="N",
-            help="Language models and encoders: how many layers go, those that change least; "
-            "variants slim, int8 and int4 are then made of what is left, trained again.",
+            help="Transformers, one's own in PyTorch too: how many layers go, those that change "
+            "least; variants slim, int8 and int4 are then made of what is left, trained again.",
             show_default=False,
         ),
     ] = None,
@@ -139,8 +139,8 @@ def convert(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Language models and encoders: share of each layer's MLP channels that stays, "
-            "such as 0.8.",
+            help="Transformers, one's own in PyTorch too: share of each layer's MLP channels that "
+            "stays, such as 0.8.",
             show_default=False,
         ),
     ] = None,
@@ -155,8 +155,8 @@ def convert(
     train: Annotated[
         str | None,
         typer.Option(
-            help="PyTorch: what the pruned model is trained on, inputs or (inputs, labels), as "
-            "package.module:function or an .npz. Default: the example inputs. Sliced models: a "
+            help="PyTorch: what a pruned or sliced module is trained on, inputs or (inputs, "
+            "labels), as package.module:function or an .npz. Default: the example inputs. Sliced models: a "
             "text file with an empty line between two texts. Default: Python's documentation.",
             show_default=False,
         ),

@@ -100,7 +100,7 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
 
 def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     own = source.precision
-    ids = _ids(options, *variants_of(own, is_pruned=False))
+    ids = _ids(options, *variants_of(own))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
     if "int8" in ids and own != "int8":
@@ -111,9 +111,11 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
 
 def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
     prune = options.settings.prune
-    ids = _ids(options, *variants_of("fp32", is_pruned=bool(prune.ratio)))
+    settings = options.settings.slim
+    narrow = "slim" if settings.is_wished else "pruned" if prune.ratio else ""
+    ids = _ids(options, *variants_of("fp32", narrow=narrow))
     full = source.weights_bytes
-    left = (1 - prune.ratio) ** 2
+    left: float = (1 - prune.ratio) ** 2
     steps = [
         _step("export to ONNX and compare with torch", full, per_gib_s=100, start_s=6, disk=full),
         _step("optimise the graph", full, per_gib_s=60, disk=full),
@@ -122,12 +124,21 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
         # How long an epoch takes depends on the data, which is not read for a plan.
         title = f"prune and train for {prune.recovery_epochs} epochs"
         steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
+    if settings.is_wished:
+        # How much of the module the layers are is not looked at for a plan.
+        left = settings.keep_mlp
+        title = f"slice the layers, and train for {settings.recovery_steps} steps"
+        steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
     if "int8" in ids:
         steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
-    sizes = {"fp32": full, "pruned": full * left,
-             **{name: full * left * _SIZE[name] for name in ("fp16", "int8")}}  # fmt: skip
-    return _finished(ids, steps, lambda name: sizes[name], options)
+
+    def size(name: str) -> float:
+        if name in ("fp32", narrow):
+            return full if name == "fp32" else full * left
+        return full * left * _SIZE[name]
+
+    return _finished(ids, steps, size, options)
 
 
 def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
@@ -160,7 +171,7 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
 
 
 def _plan_classifier(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
-    ids = _ids(options, classifier.DEFAULT_VARIANTS, variants_of("fp32", is_pruned=False)[1])
+    ids = _ids(options, classifier.DEFAULT_VARIANTS, variants_of("fp32")[1])
     full = _weights(source.path)
     steps = [
         _step("load the source", full, per_gib_s=20, start_s=8),

@@ -88,6 +88,7 @@ def build(
     pruned: OnnxSource | None = None,
     meaning: Meaning | None = None,
     default: Sequence[str] = (),
+    narrow_id: str = "pruned",
 ) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
 
@@ -97,17 +98,18 @@ def build(
         shop: Where and how.
         examples: Inputs to verify with where no samples were given.
         tools: Packages that made the model, for the lineage.
-        pruned: The model made narrower: what the variants ``pruned`` and ``int8`` are made of.
+        pruned: The model made narrower: what the variants `narrow_id` and ``int8`` are made of.
             All are compared with `source`.
         meaning: What goes in and comes out, where the source says so; `None` finds it out.
         default: Variants that are made when nobody says; none: those of `variants_of`.
+        narrow_id: Id of the narrower model in full precision.
 
     Raises:
         ConversionError: A step refused or failed.
     """
     own = source.precision
     shop.evidence.full_bytes = source.full_bytes
-    usual, possible = variants_of(own, is_pruned=pruned is not None)
+    usual, possible = variants_of(own, narrow=narrow_id if pruned is not None else "")
     ids = shop.variant_ids(default or usual, possible)
     meaning = meaning or _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
@@ -124,8 +126,8 @@ def build(
             _copy(source, paths[own])
         else:
             shutil.copyfile(full, paths[own])
-    if "pruned" in ids and pruned is not None:
-        shutil.copyfile(narrow or pruned.path, paths["pruned"])
+    if narrow_id in ids and pruned is not None:
+        shutil.copyfile(narrow or pruned.path, paths[narrow_id])
     if "fp16" in ids and own == "fp32":
         with shop.reporter.step("store weights in 16 bits"):
             store_fp16(base, paths["fp16"])
@@ -148,7 +150,7 @@ def build(
     blames: dict[str, Blame] = {
         one: partial(blame_layers, shop, one, base, paths[one], lambda: calibration)
         for one in ids
-        if one not in (own, "pruned")
+        if one not in (own, narrow_id)
     }
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
         quality = {}
@@ -190,10 +192,15 @@ def build(
     )
 
 
-def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(variants that are made when nobody says, variants that can be made) of a precision."""
-    if is_pruned:
-        return ("pruned", own), (own, "pruned", "fp16", "int8", *TENSORRT_IDS)
+def variants_of(own: str, *, narrow: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(variants that are made when nobody says, variants that can be made) of a precision.
+
+    Args:
+        own: The source's precision.
+        narrow: Id of a narrower model that others are made of; "" without one.
+    """
+    if narrow:
+        return (narrow, own), (own, narrow, "fp16", "int8", *TENSORRT_IDS)
     return (own,), (own, "fp16", "int8", *TENSORRT_IDS) if own == "fp32" else (own,)
 
 
