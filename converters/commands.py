@@ -82,8 +82,9 @@ def convert(
     samples: Annotated[
         Path | None,
         typer.Option(
-            help="ONNX: .npz with real inputs to verify with, and with the right classes as "
-            "labels; of models that hear, a .wav; of classifiers of images and sounds, a folder.",
+            help="Real inputs to verify and calibrate with. ONNX: .npz, with the right classes as "
+            "labels; models that hear: .wav; classifiers of images and sounds: a folder; encoders "
+            "and classifiers of texts: one text a line, or .jsonl.",
             show_default=False,
         ),
     ] = None,
@@ -156,8 +157,9 @@ def convert(
         str | None,
         typer.Option(
             help="PyTorch: what a pruned or sliced module is trained on, inputs or (inputs, "
-            "labels), as package.module:function or an .npz. Default: the example inputs. Sliced models: a "
-            "text file with an empty line between two texts. Default: Python's documentation.",
+            "labels), as package.module:function or an .npz. Default: the example inputs. Sliced "
+            "models: a text file with an empty line between two texts. Default: Python's "
+            "documentation.",
             show_default=False,
         ),
     ] = None,

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from msgspec import to_builtins
 
 from converters.cache import digest_of_arrays, digest_of_path
+from converters.own_texts import read_texts
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
@@ -34,6 +36,7 @@ from converters.steps.verify_stream import (
     windows_of,
 )
 from converters.steps.verify_tensors import (
+    LABELS,
     Feeds,
     file_samples,
     stored_samples,
@@ -398,6 +401,8 @@ def _samples(
         stated is None or stated.suffix != ".npz"
     ):
         return raw_samples(stated, spec, meaning.labels, shop.settings.seed)
+    if isinstance(spec, TextPreprocessing) and stated is not None and stated.suffix != ".npz":
+        return _own_samples(shop.writer.folder / spec.tokenizer, spec, stated, meaning), "texts"
     if shop.options.samples is not None:
         return stored_samples(shop.options.samples, source.inputs), "samples"
     if examples:
@@ -408,6 +413,22 @@ def _samples(
     if isinstance(spec, TextPreprocessing):
         return _text_samples(shop.writer.folder / spec.tokenizer, spec), "real passages"
     return synthetic_samples(source.inputs, shop.settings.seed), _SYNTHETIC
+
+
+def _own_samples(
+    tokenizer: Path, spec: TextPreprocessing, path: Path, meaning: Meaning
+) -> list[Feeds]:
+    """A person's texts, with their right classes where all have one."""
+    from nearfar.processing.text import TextEncoder
+
+    encode = TextEncoder(tokenizer, spec)
+    own = read_texts(path, meaning.labels)
+    known = [one.label for one in own if one.label is not None]
+    feeds = [encode([one.text]) for one in own]
+    if len(known) == len(own):
+        for feed, label in zip(feeds, known):  # noqa: B905
+            feed[LABELS] = np.array([label])
+    return feeds
 
 
 def _text_samples(tokenizer: Path, spec: TextPreprocessing) -> list[Feeds]:
