@@ -18,6 +18,7 @@ from cloud_runtime.executor import InferOutcome, InferWork, ModelExecutor, Ticke
 from cloud_runtime.relay import TokenRelay
 from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     HeadTailPreprocessing,
     Manifest,
     StreamPreprocessing,
@@ -147,6 +148,9 @@ class ServedModel:
             windows = SignalWindows(manifest, rate.sample_rate_hz)
             windows.add(np.zeros(rate.window_samples, np.float32))
             self._model.infer(windows.feeds() or {})
+        elif isinstance(manifest.preprocessing, AudioPreprocessing):
+            silence = np.zeros((1, manifest.preprocessing.min_samples), np.float32)
+            self._model.infer({manifest.preprocessing.input: silence})
         else:
             self._model.infer({spec.name: _zeros(spec) for spec in manifest.inputs})
 

@@ -62,13 +62,15 @@ def convert(
         str,
         typer.Option(
             help="Comma-separated. Default: int4,fp32 for language models, int8,fp32 for "
-            "sentence encoders, the file's own precision for ONNX.",
+            "sentence encoders and Hugging Face classifiers, the file's own precision for ONNX.",
             show_default=False,
         ),
     ] = "",
     labels: Annotated[
         Path | None,
-        typer.Option(help="ONNX: class names, one a line or a JSON list.", show_default=False),
+        typer.Option(
+            help="Classifiers: class names, one a line or a JSON list.", show_default=False
+        ),
     ] = None,
     preprocessing: Annotated[
         str | None,
@@ -80,8 +82,9 @@ def convert(
     samples: Annotated[
         Path | None,
         typer.Option(
-            help="ONNX: .npz with real inputs to verify with, and with the right classes as "
-            "labels; of models that hear, a .wav.",
+            help="Real inputs to verify and calibrate with. ONNX: .npz, with the right classes as "
+            "labels; models that hear: .wav; classifiers of images and sounds: a folder; encoders "
+            "and classifiers of texts: one text a line, or .jsonl.",
             show_default=False,
         ),
     ] = None,
@@ -120,8 +123,8 @@ def convert(
         int | None,
         typer.Option(
             metavar="N",
-            help="Language models and encoders: how many layers go, those that change least; "
-            "variants slim, int8 and int4 are then made of what is left, trained again.",
+            help="Transformers, one's own in PyTorch too: how many layers go, those that change "
+            "least; variants slim, int8 and int4 are then made of what is left, trained again.",
             show_default=False,
         ),
     ] = None,
@@ -137,8 +140,8 @@ def convert(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Language models and encoders: share of each layer's MLP channels that stays, "
-            "such as 0.8.",
+            help="Transformers, one's own in PyTorch too: share of each layer's MLP channels that "
+            "stays, such as 0.8.",
             show_default=False,
         ),
     ] = None,
@@ -153,9 +156,10 @@ def convert(
     train: Annotated[
         str | None,
         typer.Option(
-            help="PyTorch: what the pruned model is trained on, inputs or (inputs, labels), as "
-            "package.module:function or an .npz. Default: the example inputs. Sliced models: a "
-            "text file with an empty line between two texts. Default: Python's documentation.",
+            help="PyTorch: what a pruned or sliced module is trained on, inputs or (inputs, "
+            "labels), as package.module:function or an .npz. Default: the example inputs. Sliced "
+            "models: a text file with an empty line between two texts. Default: Python's "
+            "documentation.",
             show_default=False,
         ),
     ] = None,

@@ -18,9 +18,10 @@ class ConversionOptions:
         version: The bundle's semantic version.
         task: `None` finds it out from the source.
         variants: Ids of the variants to make, such as ``int4``; empty takes the task's default.
-        labels: Class names of an ONNX classifier, or a file with them: one a line, or a JSON list.
+        labels: Class names of a classifier, or a file with them: one a line, or a JSON list.
         preprocessing: JSON text, or a file with it, in the form the manifest has.
-        samples: ``.npz`` with real inputs to verify an ONNX model with, one row each.
+        samples: ``.npz`` with real inputs to verify an ONNX model with, one row each; of models
+            that see or hear, a folder with images or WAV files; of those that read, a text file.
         inputs: Example inputs of a PyTorch module: ``package.module:function`` or an ``.npz``;
             `None` takes ``example_inputs`` beside the factory.
         axes: Its free sizes, such as ``batch=0,tokens=1``; `None` frees the first axis.

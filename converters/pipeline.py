@@ -132,7 +132,14 @@ def convert_model(
 
 
 def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
-    from converters.recipes import bundle, embedding, onnx_model, text_generation, torch_module
+    from converters.recipes import (
+        bundle,
+        classifier,
+        embedding,
+        onnx_model,
+        text_generation,
+        torch_module,
+    )
     from converters.sources.bundle import BundleSource
     from converters.sources.gguf import GgufSource
     from converters.sources.huggingface import HuggingFaceSource
@@ -153,6 +160,8 @@ def _recipe(source: Source, name: str, shop: Workshop) -> Manifest:
         )
     if isinstance(source, HuggingFaceSource) and task == "embedding":
         return embedding.build(source, name, shop)
+    if isinstance(source, HuggingFaceSource) and task == "classification":
+        return classifier.build(source, name, shop)
     assert isinstance(source, (GgufSource, HuggingFaceSource))
     return text_generation.build(source, name, shop)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from converters.awq.environment import SIZE_BYTES, TIME_S, is_made
 from converters.cache import default_root
 from converters.options import ConversionOptions
-from converters.recipes import bundle, embedding, text_generation
+from converters.recipes import bundle, classifier, embedding, text_generation
 from converters.recipes.base import Workshop
 from converters.recipes.onnx_model import variants_of
 from converters.settings import SlimSettings
@@ -93,12 +93,14 @@ def plan(source: Source, options: ConversionOptions) -> Plan:
         return _plan_bundle(source, options)
     if isinstance(source, HuggingFaceSource) and source.task == "embedding":
         return _plan_encoder(source, options)
+    if isinstance(source, HuggingFaceSource) and source.task == "classification":
+        return _plan_classifier(source, options)
     return _plan_language_model(source, options)
 
 
 def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     own = source.precision
-    ids = _ids(options, *variants_of(own, is_pruned=False))
+    ids = _ids(options, *variants_of(own))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
     if "int8" in ids and own != "int8":
@@ -109,9 +111,11 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
 
 def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
     prune = options.settings.prune
-    ids = _ids(options, *variants_of("fp32", is_pruned=bool(prune.ratio)))
+    settings = options.settings.slim
+    narrow = "slim" if settings.is_wished else "pruned" if prune.ratio else ""
+    ids = _ids(options, *variants_of("fp32", narrow=narrow))
     full = source.weights_bytes
-    left = (1 - prune.ratio) ** 2
+    left: float = (1 - prune.ratio) ** 2
     steps = [
         _step("export to ONNX and compare with torch", full, per_gib_s=100, start_s=6, disk=full),
         _step("optimise the graph", full, per_gib_s=60, disk=full),
@@ -120,12 +124,21 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
         # How long an epoch takes depends on the data, which is not read for a plan.
         title = f"prune and train for {prune.recovery_epochs} epochs"
         steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
+    if settings.is_wished:
+        # How much of the module the layers are is not looked at for a plan.
+        left = settings.keep_mlp
+        title = f"slice the layers, and train for {settings.recovery_steps} steps"
+        steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
     if "int8" in ids:
         steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
-    sizes = {"fp32": full, "pruned": full * left,
-             **{name: full * left * _SIZE[name] for name in ("fp16", "int8")}}  # fmt: skip
-    return _finished(ids, steps, lambda name: sizes[name], options)
+
+    def size(name: str) -> float:
+        if name in ("fp32", narrow):
+            return full if name == "fp32" else full * left
+        return full * left * _SIZE[name]
+
+    return _finished(ids, steps, size, options)
 
 
 def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
@@ -155,6 +168,20 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
     if cut is not None:
         steps.insert(1, _slicing(cut, options.settings.slim, full))
     return _finished(ids, steps, _sizes(full, _SIZE, cut), options)
+
+
+def _plan_classifier(source: HuggingFaceSource, options: ConversionOptions) -> Plan:
+    ids = _ids(options, classifier.DEFAULT_VARIANTS, variants_of("fp32")[1])
+    full = _weights(source.path)
+    steps = [
+        _step("load the source", full, per_gib_s=20, start_s=8),
+        _step("export to ONNX and compare with torch", full, per_gib_s=120, start_s=6, disk=full),
+        _step("optimise the graph", full, per_gib_s=60, disk=full),
+    ]
+    if "int8" in ids:
+        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
+    return _finished(ids, steps, lambda name: full * _SIZE[name], options)
 
 
 def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from converters.awq.environment import stated_versions
+from converters.cache import digest_of_path
 from converters.libraries import tool_versions
 from converters.options import ConversionOptions
 from converters.settings import Settings, Trial
@@ -175,7 +176,7 @@ def options_of(recipe: Recipe, path: Path) -> ConversionOptions:
     steps = recipe.convert
     samples = path.parent / steps.samples if steps.samples else None
     stated = steps.samples_sha256
-    if samples is not None and stated and sha256_file(samples) != stated:
+    if samples is not None and stated and _sha256_of(samples) != stated:
         raise ConversionError(
             f"{samples} holds other samples than those of recipe {path}",
             fix="Bring the old file back, or take samples_sha256 out of the recipe",
@@ -213,7 +214,7 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
     samples = samples_sha256 = preprocessing = ""
     if options.samples is not None:
         samples = Path(os.path.relpath(options.samples, path.absolute().parent)).as_posix()
-        samples_sha256 = sha256_file(options.samples)
+        samples_sha256 = _sha256_of(options.samples)
     if options.preprocessing is not None:
         preprocessing = msgspec.json.encode(manifest.preprocessing).decode()
     return Recipe(
@@ -244,6 +245,11 @@ def recipe_of(source: Source, options: ConversionOptions, bundle: Bundle, path: 
         versions=manifest.lineage.tools,
         files=_hashes(bundle),
     )
+
+
+def _sha256_of(samples: Path) -> str:
+    """Of a folder that of names and contents together."""
+    return digest_of_path(samples) if samples.is_dir() else sha256_file(samples)
 
 
 def _inputs_from(stated: str, folder: Path) -> str | None:

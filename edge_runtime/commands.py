@@ -126,14 +126,14 @@ def run(
     """
     from edge_runtime import EdgeRuntime
     from nearfar.bundle import BundleStore
-    from nearfar.bundle.manifest import HeadTailPreprocessing, TextPreprocessing
+    from nearfar.bundle.manifest import BYTES_PREPROCESSING, TextPreprocessing
 
     with EdgeRuntime(BundleStore(models, trusted_keys=trusted_key or None)) as runtime:
         manifest = runtime.describe(model).manifest
         if manifest.task == "text-generation":
             _answer(runtime, model, " ".join(inputs), max_new_tokens)
             return
-        if isinstance(manifest.preprocessing, HeadTailPreprocessing):
+        if isinstance(manifest.preprocessing, BYTES_PREPROCESSING):
             data = [_read(Path(name)) for name in inputs]
             result = runtime.infer(model, form="bytes", items=data)
         elif isinstance(manifest.preprocessing, TextPreprocessing):

@@ -6,6 +6,7 @@ Reads the state of the edge runtime and of the cloud link; waits for nothing and
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
-from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
+from nearfar.bundle.manifest import HeadTailPreprocessing, ImagePreprocessing, Manifest
 from nearfar.errors import DeadlineExceeded, InvalidInput, NearfarError
 from sdk.requests import TASK_OF_METHOD, Request
 from sdk.results import ModelInfo, RouteName
@@ -371,6 +372,9 @@ class Knowledge:
             if isinstance(features, HeadTailPreprocessing):
                 width = features.head_bytes + features.tail_bytes
                 size = msgspec.structs.replace(size, input_elements=width * request.rows)
+            elif isinstance(features, ImagePreprocessing):
+                elements = math.prod(features.shape) * request.rows
+                size = msgspec.structs.replace(size, input_elements=elements)
         return size
 
     def learn(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from nearfar.bundle.manifest import (
-    HeadTailPreprocessing,
+    BYTES_PREPROCESSING,
     Manifest,
     StreamPreprocessing,
     TensorSpec,
@@ -413,7 +413,7 @@ def _check_items(request: Request, manifest: Manifest) -> None:
             field="model",
             fix="Use stream_audio()",
         )
-    wants_bytes = isinstance(preprocessing, HeadTailPreprocessing)
+    wants_bytes = isinstance(preprocessing, BYTES_PREPROCESSING)
     if wants_bytes and request.form != "bytes":
         raise InvalidInput(
             f"Model {manifest.name!r} takes bytes, and data is text",

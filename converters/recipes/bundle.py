@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from converters import texts
+from converters.own_texts import judged_texts
 from converters.recipes import embedding, onnx_model
 from converters.recipes.base import Workshop
 from converters.sources.bundle import BundleSource
@@ -103,7 +103,7 @@ def _embedding(
     full = source.path / source.full.entry
     tokenizer = source.path / spec.tokenizer
     shop.evidence.full_bytes = full.stat().st_size
-    passages = texts.passages(shop.settings.passages)
+    passages = judged_texts(shop.options.samples, shop.settings.passages)
     check = EmbeddingCheck(tokenizer, spec, shop.settings.gates, passages)
     with shop.reporter.step(f"run {source.full.id} on {check.samples} passages"):
         best = check.vectors(full)

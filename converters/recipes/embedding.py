@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from converters import texts
 from converters.cache import digest_of_arrays
+from converters.own_texts import calibration_texts, judged_texts
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
@@ -20,7 +20,7 @@ from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
 from converters.slim.corpus import encoder_corpus
-from converters.sources.huggingface import HuggingFaceSource, load_huggingface, load_tokenizer
+from converters.sources.huggingface import HuggingFaceSource, load_huggingface
 from converters.sources.onnx_file import io_specs
 from converters.steps.export_encoder import (
     OUTPUT,
@@ -32,6 +32,7 @@ from converters.steps.export_encoder import (
 from converters.steps.gate import UNFUSED, quality_drop
 from converters.steps.optimise import slim
 from converters.steps.reduce_embedding import Projection, fit, reduced_encoder, space_of
+from converters.steps.tokenizer_file import write_tokenizer
 from converters.steps.verify_embedding import EmbeddingCheck, check_short, may_mix
 from nearfar.bundle.manifest import (
     EngineName,
@@ -60,7 +61,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     ids = shop.variant_ids(*variants_of(is_slim=shop.settings.slim.is_wished))
     pooling = read_pooling(source)
     with shop.reporter.step("read the tokenizer") as step:
-        tokenizer = _write_tokenizer(source, shop.writer.file(_TOKENIZER))
+        tokenizer = write_tokenizer(source.path, shop.writer.file(_TOKENIZER))
         step.note(f"{pooling.mode} pooling")
 
     @lru_cache(maxsize=1)
@@ -98,7 +99,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         base = _full(shop, narrow, sliced, limit, name=SLIM)
     assert base is not None
     count, limits = shop.settings.passages, shop.settings.gates
-    check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
+    judged = judged_texts(shop.options.samples, count)
+    check = EmbeddingCheck(tokenizer, preprocessing, limits, judged)
     kept = shop.work / "source.npy"
     parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
@@ -156,7 +158,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         if not shop.accept("int8", quality["int8"], blame=blame):
             ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
     if compiled.ids:
-        trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
+        trial_texts = calibration_texts(shop.options.samples, count)
+        trial = EmbeddingCheck(tokenizer, preprocessing, limits, trial_texts)
         judge = _judge(trial, truth_of, as_written=True)
         elsewhere = compiled.make(trial.batches, judge)
         with shop.reporter.step(f"verify for TensorRT on {check.samples} passages") as step:
@@ -242,7 +245,7 @@ def _projection(
     """How vectors become shorter, found on texts that nothing is judged on."""
     settings = shop.settings.embedding
     with shop.reporter.step(f"shorten vectors to {settings.dimensions} numbers") as step:
-        passages = texts.calibration_passages(settings.passages)
+        passages = calibration_texts(shop.options.samples, settings.passages)
         check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates, passages)
         found = fit(settings, check.source_vectors(encoder))
         step.note(f"{settings.method} keeps {found.kept:.1%} of their squared length")
@@ -279,7 +282,10 @@ def compress(
     count = shop.settings.passages
     path = shop.writer.file("int8/model.onnx")
     trial = EmbeddingCheck(
-        tokenizer, preprocessing, shop.settings.gates, texts.calibration_passages(count)
+        tokenizer,
+        preprocessing,
+        shop.settings.gates,
+        calibration_texts(shop.options.samples, count),
     )
     make_int8(
         shop,
@@ -310,7 +316,7 @@ def blame_int8(
     """Finds the layers where ``int8/model.onnx`` errs, on single texts that it is not judged on."""
 
     def feeds() -> list[dict[str, np.ndarray]]:
-        passages = texts.calibration_passages(shop.settings.passages)
+        passages = calibration_texts(shop.options.samples, shop.settings.passages)
         check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates, passages)
         return [{name: rows[:1] for name, rows in batch.items()} for batch in check.batches]
 
@@ -396,16 +402,3 @@ def _mixed_sliced(
 def _with_width(spec: TensorSpec, width: int) -> TensorSpec:
     # Quantizing can lose the static width; it is known from having run the model.
     return TensorSpec(name=spec.name, datatype=spec.datatype, shape=(-1, width))
-
-
-def _write_tokenizer(source: HuggingFaceSource, target: Path) -> Path:
-    """``tokenizer.json`` without its own lengths: the manifest says where texts are cut."""
-    tokenizer = load_tokenizer(source.path).backend_tokenizer
-    padding = tokenizer.padding or {}
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    kept = {key: padding[key] for key in ("pad_id", "pad_token", "pad_type_id") if key in padding}
-    if kept:
-        tokenizer.enable_padding(**kept)
-    tokenizer.save(str(target), pretty=False)
-    return target

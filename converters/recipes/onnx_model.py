@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from msgspec import to_builtins
 
 from converters.cache import digest_of_arrays, digest_of_path
+from converters.own_texts import read_texts
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
 from converters.recipes.int8 import make_int8
@@ -25,6 +27,7 @@ from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
 from converters.steps.quantize import store_fp16
+from converters.steps.raw_samples import raw_samples
 from converters.steps.verify_stream import (
     known_stream,
     recordings,
@@ -33,6 +36,7 @@ from converters.steps.verify_stream import (
     windows_of,
 )
 from converters.steps.verify_tensors import (
+    LABELS,
     Feeds,
     file_samples,
     stored_samples,
@@ -41,8 +45,10 @@ from converters.steps.verify_tensors import (
 )
 from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     EngineName,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     Manifest,
     Preprocessing,
     QualityFigure,
@@ -72,6 +78,7 @@ class Meaning:
     labels: tuple[str, ...] = ()
     label_output: str | None = None
     preprocessing: Preprocessing | None = None
+    multi_label: bool = False
 
 
 def build(
@@ -82,6 +89,9 @@ def build(
     examples: Sequence[Feeds] = (),
     tools: Sequence[str] = (),
     pruned: OnnxSource | None = None,
+    meaning: Meaning | None = None,
+    default: Sequence[str] = (),
+    narrow_id: str = "pruned",
 ) -> Manifest:
     """Optimise, quantize if wished, verify and measure an ONNX model.
 
@@ -91,16 +101,20 @@ def build(
         shop: Where and how.
         examples: Inputs to verify with where no samples were given.
         tools: Packages that made the model, for the lineage.
-        pruned: The model made narrower: what the variants ``pruned`` and ``int8`` are made of.
+        pruned: The model made narrower: what the variants `narrow_id` and ``int8`` are made of.
             All are compared with `source`.
+        meaning: What goes in and comes out, where the source says so; `None` finds it out.
+        default: Variants that are made when nobody says; none: those of `variants_of`.
+        narrow_id: Id of the narrower model in full precision.
 
     Raises:
         ConversionError: A step refused or failed.
     """
     own = source.precision
     shop.evidence.full_bytes = source.full_bytes
-    ids = shop.variant_ids(*variants_of(own, is_pruned=pruned is not None))
-    meaning = _meaning(source, shop)
+    usual, possible = variants_of(own, narrow=narrow_id if pruned is not None else "")
+    ids = shop.variant_ids(default or usual, possible)
+    meaning = meaning or _meaning(source, shop)
     samples, kind = _samples(source, meaning, shop, examples)
     first = _bare(source, samples[:1])[0]
     full = _optimised(source, samples, shop)
@@ -115,8 +129,8 @@ def build(
             _copy(source, paths[own])
         else:
             shutil.copyfile(full, paths[own])
-    if "pruned" in ids and pruned is not None:
-        shutil.copyfile(narrow or pruned.path, paths["pruned"])
+    if narrow_id in ids and pruned is not None:
+        shutil.copyfile(narrow or pruned.path, paths[narrow_id])
     if "fp16" in ids and own == "fp32":
         with shop.reporter.step("store weights in 16 bits"):
             store_fp16(base, paths["fp16"])
@@ -139,7 +153,7 @@ def build(
     blames: dict[str, Blame] = {
         one: partial(blame_layers, shop, one, base, paths[one], lambda: calibration)
         for one in ids
-        if one not in (own, "pruned")
+        if one not in (own, narrow_id)
     }
     with shop.reporter.step(f"verify on {len(samples)} {kind}") as step:
         quality = {}
@@ -176,14 +190,20 @@ def build(
         preprocessing=meaning.preprocessing,
         labels=meaning.labels,
         label_output=meaning.label_output,
+        multi_label=meaning.multi_label,
         variants=variants,
     )
 
 
-def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(variants that are made when nobody says, variants that can be made) of a precision."""
-    if is_pruned:
-        return ("pruned", own), (own, "pruned", "fp16", "int8", *TENSORRT_IDS)
+def variants_of(own: str, *, narrow: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(variants that are made when nobody says, variants that can be made) of a precision.
+
+    Args:
+        own: The source's precision.
+        narrow: Id of a narrower model that others are made of; "" without one.
+    """
+    if narrow:
+        return (narrow, own), (own, narrow, "fp16", "int8", *TENSORRT_IDS)
     return (own,), (own, "fp16", "int8", *TENSORRT_IDS) if own == "fp32" else (own,)
 
 
@@ -196,10 +216,7 @@ def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:
         labels, preprocessing = _read_magika(magika)
     else:
         preprocessing = known_stream(source)
-    if isinstance(options.labels, Path):
-        labels = _read_labels(options.labels)
-    elif options.labels is not None:
-        labels = options.labels
+    labels = stated_labels(shop) or labels
     if options.preprocessing is not None:
         preprocessing = _read_preprocessing(options.preprocessing, source, shop)
     task = options.task or ("classification" if labels else "tensor")
@@ -246,6 +263,16 @@ def _read_magika(path: Path) -> tuple[tuple[str, ...], HeadTailPreprocessing]:
             fix="Remove the file, and give --labels and --preprocessing instead",
         ) from exc
     return labels, spec
+
+
+def stated_labels(shop: Workshop) -> tuple[str, ...]:
+    """Class names that a person gave; empty where nobody did.
+
+    Raises:
+        ConversionError: The file is no list of labels.
+    """
+    stated = shop.options.labels
+    return _read_labels(stated) if isinstance(stated, Path) else stated or ()
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
@@ -354,7 +381,7 @@ def _drop(
     figures = verify_tensors(
         source.path, {"trial": path}, samples,
         source_name="source", label_output=meaning.label_output, min_top1_agreement=0.0,
-        as_written=as_written,
+        as_written=as_written, multi_label=meaning.multi_label,
     )["trial"]  # fmt: skip
     if isinstance(meaning.preprocessing, StreamPreprocessing):
         figures += stream_agreement(source.path, path, samples, meaning.preprocessing, "source")
@@ -368,17 +395,40 @@ def _samples(
     if isinstance(meaning.preprocessing, StreamPreprocessing):
         heard, kind = recordings(shop.options.samples, meaning.preprocessing, shop.settings.seed)
         return windows_of(source.path, source.inputs, heard, meaning.preprocessing), kind
+    spec = meaning.preprocessing
+    stated = shop.options.samples
+    if isinstance(spec, (ImagePreprocessing, AudioPreprocessing)) and (
+        stated is None or stated.suffix != ".npz"
+    ):
+        return raw_samples(stated, spec, meaning.labels, shop.settings.seed)
+    if isinstance(spec, TextPreprocessing) and stated is not None and stated.suffix != ".npz":
+        return _own_samples(shop.writer.folder / spec.tokenizer, spec, stated, meaning), "texts"
     if shop.options.samples is not None:
         return stored_samples(shop.options.samples, source.inputs), "samples"
     if examples:
         return list(examples), "examples"
-    spec = meaning.preprocessing
     if isinstance(spec, HeadTailPreprocessing):
         batch = max(1, source.inputs[0].shape[0])
         return file_samples(source.inputs[0].name, spec, batch=batch), "real files"
     if isinstance(spec, TextPreprocessing):
         return _text_samples(shop.writer.folder / spec.tokenizer, spec), "real passages"
     return synthetic_samples(source.inputs, shop.settings.seed), _SYNTHETIC
+
+
+def _own_samples(
+    tokenizer: Path, spec: TextPreprocessing, path: Path, meaning: Meaning
+) -> list[Feeds]:
+    """A person's texts, with their right classes where all have one."""
+    from nearfar.processing.text import TextEncoder
+
+    encode = TextEncoder(tokenizer, spec)
+    own = read_texts(path, meaning.labels)
+    known = [one.label for one in own if one.label is not None]
+    feeds = [encode([one.text]) for one in own]
+    if len(known) == len(own):
+        for feed, label in zip(feeds, known):  # noqa: B905
+            feed[LABELS] = np.array([label])
+    return feeds
 
 
 def _text_samples(tokenizer: Path, spec: TextPreprocessing) -> list[Feeds]:
@@ -445,6 +495,7 @@ def _verified(
         "is_unfused": is_unfused,
         "stream": to_builtins(stream),
         "as_written": variant_id in TENSORRT_IDS,
+        "multi_label": meaning.multi_label,
     }
 
     def verify() -> tuple[QualityFigure, ...]:
@@ -452,6 +503,7 @@ def _verified(
             source.path, {variant_id: path}, samples,
             source_name=source.label, label_output=meaning.label_output, min_top1_agreement=gate,
             is_unfused=is_unfused, as_written=variant_id in TENSORRT_IDS,
+            multi_label=meaning.multi_label,
         )[variant_id]  # fmt: skip
         if stream is not None:
             figures += stream_agreement(source.path, path, samples, stream, source.label)

@@ -9,6 +9,8 @@ from msgspec import to_builtins
 
 from converters.recipes import onnx_model
 from converters.recipes.base import Workshop
+from converters.recipes.slim import SLIM
+from converters.slim.module import slim_module
 from converters.sources.onnx_file import OnnxSource, open_onnx
 from converters.sources.torch_module import TorchSource, TrainingData, open_training, run_module
 from converters.steps.export_module import export_module
@@ -16,6 +18,7 @@ from converters.steps.prune import prune_module
 from converters.steps.verify_tensors import Feeds
 from nearfar.bundle.manifest import Manifest
 
+_TOOLS = ("torch", "onnxscript")
 _PRUNE_TOOLS = ("torch", "torch-pruning", "onnxscript")
 
 
@@ -43,16 +46,24 @@ def build(source: TorchSource, name: str, shop: Workshop) -> Manifest:
     Raises:
         ConversionError: A step refused or failed.
     """
+    is_sliced = shop.settings.slim.is_wished
     is_pruned = bool(shop.settings.prune.ratio)
     stated = shop.options.train
-    data = open_training(source, stated) if is_pruned and stated is not None else None
+    is_trained = is_pruned or is_sliced
+    data = open_training(source, stated) if is_trained and stated is not None else None
     path = shop.work / "exported.onnx"
     with shop.reporter.step("export to ONNX and compare with torch") as step:
         step.note(f"differs by {export_module(source, path):.1e} of the largest output")
-    pruned = _pruned(source, data, shop) if is_pruned else None
-    tools = ("torch", "onnxscript") if pruned is None else _PRUNE_TOOLS
+    narrow = _pruned(source, data, shop) if is_pruned else None
+    narrow = _sliced(source, data, shop) if is_sliced else narrow
     return onnx_model.build(
-        _exported(source, path), name, shop, examples=_rows(source), tools=tools, pruned=pruned
+        _exported(source, path),
+        name,
+        shop,
+        examples=_rows(source),
+        tools=_PRUNE_TOOLS if is_pruned else _TOOLS,
+        pruned=narrow,
+        narrow_id=SLIM if is_sliced else "pruned",
     )
 
 
@@ -87,6 +98,38 @@ def _pruned(source: TorchSource, data: TrainingData | None, shop: Workshop) -> E
         }
         shop.cache.output("prune", parts, path, make, tools=_PRUNE_TOOLS)
     return _exported(source, path)
+
+
+def _sliced(source: TorchSource, data: TrainingData | None, shop: Workshop) -> ExportedSource:
+    """The module with fewer layers and channels, trained, as ONNX."""
+    settings, seed = shop.settings.slim, shop.settings.seed
+    path = shop.work / "slim.onnx"
+    said = path.with_suffix(".txt")
+    with shop.reporter.step("slice the layers, and train what is left") as step:
+
+        def make(target: Path) -> None:
+            made = slim_module(
+                source, settings, seed, data,
+                lambda done, _: step.progress(done / settings.recovery_steps),
+            )  # fmt: skip
+            outputs = run_module(made.module, source.inputs)
+            target.mkdir()
+            export_module(replace(source, module=made.module, outputs=outputs), target / path.name)
+            (target / said.name).write_text(made.said, encoding="utf-8")
+
+        parts = {
+            "source": source.digest(),
+            "axes": sorted(f"{name}.{axis}={size}" for (name, axis), size in source.axes.items()),
+            "settings": to_builtins(settings),
+            "seed": seed,
+            "data": data.digest() if data is not None else "",
+        }
+        folder = shop.work / SLIM
+        shop.cache.output("slim-module", parts, folder, make, tools=_TOOLS)
+        facts = (folder / said.name).read_text(encoding="utf-8")
+        step.note(facts)
+    shop.evidence.changed = f"{SLIM} and what is made of it: {facts}"
+    return _exported(source, folder / path.name)
 
 
 def _rows(source: TorchSource) -> list[Feeds]:

@@ -57,6 +57,8 @@ def candidates(source: Source) -> tuple[Trial, ...]:
     if isinstance(source, (GgufSource, HuggingFaceSource)):
         if isinstance(source, HuggingFaceSource) and source.task == "embedding":
             return _ENCODER
+        if isinstance(source, HuggingFaceSource) and source.task == "classification":
+            return _TENSORS if source.modality == "image" else _ENCODER
         carry = isinstance(source, GgufSource) and can_carry(source)
         return (_CARRY, *_TEXT) if carry else _TEXT
     if isinstance(source, BundleSource):

@@ -119,11 +119,11 @@ def recover(
     started_s, done = time.monotonic(), 0
     order: list[int] = []
     try:
-        while (progress := _progress(settings, done, started_s)) < 1:
+        while (progress := progress_of(settings, done, started_s)) < 1:
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             feeds = _tensors(batches[order.pop()])
             for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(progress, done, settings)
+                group["lr"] = settings.learning_rate * schedule(progress, done, settings)
             loss = loss_of(student, teacher, feeds)
             optimiser.zero_grad()
             loss.backward()
@@ -153,7 +153,7 @@ def _trained(student: Any) -> list[Any]:
     return [parameter for parameter in student.parameters() if parameter.requires_grad]
 
 
-def _progress(settings: SlimSettings, done: int, started_s: float) -> float:
+def progress_of(settings: SlimSettings, done: int, started_s: float) -> float:
     """Share of the training that is over, by steps or by time."""
     share = done / settings.recovery_steps
     if settings.recovery_limit_s is not None:
@@ -161,7 +161,7 @@ def _progress(settings: SlimSettings, done: int, started_s: float) -> float:
     return share
 
 
-def _schedule(progress: float, done: int, settings: SlimSettings) -> float:
+def schedule(progress: float, done: int, settings: SlimSettings) -> float:
     """Factor of the learning rate: up in a line, down to nothing along a cosine."""
     rising = max(1, round(_WARM_UP * settings.recovery_steps))
     return min(1.0, (done + 1) / rising) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -153,8 +153,13 @@ def plan_cut(source: Source, settings: SlimSettings) -> Cut:
         raise ConfigError(
             f"{source.path} is not a transformer whose layers are known, so it cannot be sliced",
             field="slim",
-            fix="Give a Hugging Face folder or a GGUF file, or leave slim out; PyTorch modules are "
-            "made narrower with --prune",
+            fix="Give a Hugging Face folder, a GGUF file or a PyTorch module, or leave slim out",
+        )
+    if source.task == "classification":
+        raise ConfigError(
+            f"{source.path} is a classifier, and sliced are language models and sentence encoders",
+            field="slim",
+            fix="Leave slim out; classifiers get smaller by --variants int8",
         )
     layout = layout_of(str(source.config.get("model_type")))
     return cut_of(shape_of(source.config, layout), layout, settings)
@@ -166,8 +171,20 @@ def check_slim(source: Source, options: ConversionOptions) -> Cut | None:
     Raises:
         ConfigError: See `plan_cut`; or a variant is wished that is not made of sliced models.
     """
+    from converters.slim.module import check_module
+    from converters.sources.torch_module import TorchSource
+
     settings = options.settings.slim
     if not settings.is_wished:
+        return None
+    if isinstance(source, TorchSource):
+        check_module(source, settings)
+        if options.settings.prune.ratio:
+            raise ConfigError(
+                "A module is pruned or sliced, not both at once",
+                field="slim",
+                fix="Leave one of --prune and --drop-layers, --keep-mlp out",
+            )
         return None
     plain = [one for one in options.variants or () if one.startswith("onnx-")]
     if plain:

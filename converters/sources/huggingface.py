@@ -10,6 +10,7 @@ from typing import Any
 
 from converters.libraries import load, quiet
 from converters.sources.base import Source, find_wheel, sha256_file, spdx
+from converters.sources.classifier import Modality, check_classifier, modality_of
 from converters.sources.weights import check_weights
 from nearfar.bundle.manifest import Task
 from nearfar.bundle.paths import path_problem
@@ -35,12 +36,14 @@ class HuggingFaceSource(Source):
         task: What the architecture is for.
         weights: The safetensors files; the pickles where those were allowed.
         is_pickled: Whether they are pickles.
+        modality: What a classifier is given; `None` for other models.
     """
 
     config: dict[str, Any]
     task: Task
     weights: tuple[Path, ...]
     is_pickled: bool = False
+    modality: Modality | None = None
 
     @property
     def architecture(self) -> str:
@@ -73,6 +76,9 @@ def open_huggingface(path: Path, *, allow_pickle: bool = False) -> HuggingFaceSo
             f"{path / 'config.json'} asks for Python code of its own (auto_map), which is not run",
             fix="Convert a model whose architecture is part of transformers",
         )
+    task, modality = _task(path, config)
+    if modality is not None:
+        check_classifier(path, config, modality)
     weights = _weights(path, allow_pickle=allow_pickle)
     wheel = find_wheel(path)
     return HuggingFaceSource(
@@ -80,9 +86,10 @@ def open_huggingface(path: Path, *, allow_pickle: bool = False) -> HuggingFaceSo
         title=_title(path, config),
         license=_card_license(path) or (wheel.license if wheel else ""),
         config=config,
-        task=_task(path, config),
+        task=task,
         weights=weights,
         is_pickled=weights[0].suffix == ".bin",
+        modality=modality,
     )
 
 
@@ -94,11 +101,10 @@ def load_huggingface(source: HuggingFaceSource) -> Any:
     """
     torch = load("torch")
     transformers = load("transformers")
-    is_generator = source.task == "text-generation"
-    factory = transformers.AutoModelForCausalLM if is_generator else transformers.AutoModel
+    is_classifier = source.task == "classification"
     try:
         with quiet():
-            model = factory.from_pretrained(
+            model, report = _factory(source, transformers).from_pretrained(
                 str(source.path),
                 dtype=torch.float32,
                 # Plain attention exports to plain operators, which every engine can fuse.
@@ -107,6 +113,8 @@ def load_huggingface(source: HuggingFaceSource) -> Any:
                 weights_only=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=is_classifier,  # they are named below
             )
     except Exception as exc:  # the library's own errors have no common base
         if source.is_pickled and "Weights only load failed" in str(exc):
@@ -121,8 +129,42 @@ def load_huggingface(source: HuggingFaceSource) -> Any:
             f"({exc})",
             fix="Check the folder's files, or use a newer transformers",
         ) from exc
+    if is_classifier:
+        _check_head(source, report)
     check_weights(model, source.path.name)
     return model.eval()
+
+
+def _factory(source: HuggingFaceSource, transformers: Any) -> Any:
+    if source.task == "text-generation":
+        return transformers.AutoModelForCausalLM
+    if source.modality is None:
+        return transformers.AutoModel
+    return {
+        "text": transformers.AutoModelForSequenceClassification,
+        "image": transformers.AutoModelForImageClassification,
+        "audio": transformers.AutoModelForAudioClassification,
+    }[source.modality]
+
+
+def _check_head(source: HuggingFaceSource, report: dict[str, Any]) -> None:
+    """Refuse a classifier with weights that were not in the files: they would be random ones."""
+    mismatched = sorted(report.get("mismatched_keys") or ())
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ConversionError(
+            f"{source.path / 'config.json'} does not fit the weights: {name!r} has the shape "
+            f"{list(stored)}, and id2label and the other settings ask for {list(wanted)}",
+            fix="Give id2label one name for each output of the head, or bring back the config.json "
+            "that was saved with these weights",
+        )
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise ConversionError(
+            f"{source.weights[0]} has no weight {missing[0]!r}, so this is no trained "
+            f"{source.architecture}",
+            fix="Fine-tune the model for its classes first, and convert what save_pretrained wrote",
+        )
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -223,15 +265,19 @@ def _check_safetensors(file: Path) -> None:
         raise ConversionError(f"{file} holds no tensors", fix="Fetch the file again")
 
 
-def _task(path: Path, config: dict[str, Any]) -> Task:
+def _task(path: Path, config: dict[str, Any]) -> tuple[Task, Modality | None]:
     architecture = str((config.get("architectures") or ["?"])[0])
     if architecture.endswith("ForCausalLM"):
-        return "text-generation"
+        return "text-generation", None
     if str(config.get("model_type")) in ENCODERS and architecture.endswith(("Model", "MaskedLM")):
-        return "embedding"
+        return "embedding", None
+    modality = modality_of(path, config)
+    if modality is not None:
+        return "classification", modality
     raise ConversionError(
-        f"{path} has the architecture {architecture!r}, which is not supported",
-        fix="Supported are language models (…ForCausalLM) and sentence encoders of the types "
+        f"{path / 'config.json'} has the architecture {architecture!r}, which is not supported",
+        fix="Supported are language models (…ForCausalLM), classifiers of texts, images and sounds "
+        "(…ForSequenceClassification, …ForImageClassification), and sentence encoders of the types "
         + ", ".join(sorted(ENCODERS)),
     )
 

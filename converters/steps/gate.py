@@ -17,7 +17,7 @@ UNFUSED = "_unfused"
 NOTICEABLE = 0.01
 
 #: The figure that speaks for a task, and what a lossless variant has.
-_SHARES = ("recall_at_10", "top1_agreement")
+_SHARES = ("recall_at_10", "top1_agreement", "labels_agreement")
 
 
 #: As much more is lost by a CPU's kernels than by the graph as it is written when they saturate:

@@ -13,11 +13,14 @@ from msgspec import json, structs
 
 from converters import texts
 from converters.libraries import quiet
+from converters.steps.raw_samples import feeds_of, made_up
 from converters.steps.verify_stream import recordings, windows_of
 from converters.steps.verify_tensors import synthetic_samples
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     Golden,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     Manifest,
     StreamPreprocessing,
     TextPreprocessing,
@@ -40,6 +43,8 @@ from nearfar.engines.selection import why_not
 from nearfar.errors import ConversionError, EngineError, InvalidInput
 
 CASES = 4
+#: Of one array in an archive, with the outputs of a case.
+_NPZ_BYTES = 16 << 10
 _CPU = "CPUExecutionProvider"
 _BYTES = (
     b'{"name": "nearfar", "route": "edge", "bytes": [1, 2, 3], "sealed": true}\n' * 8,
@@ -132,6 +137,11 @@ def _cases(manifest: Manifest, writer: BundleWriter, seed: int, best: Path) -> l
         windows = windows_of(best, manifest.inputs, heard, spec)
         step = max(1, len(windows) // CASES)
         return windows[step // 2 :: step][:CASES]
+    elif isinstance(spec, (ImagePreprocessing, AudioPreprocessing)):
+        found = [feeds_of(data, spec) for data in made_up(spec, seed, CASES)]
+        # Fewer of large images: golden data has a limit.
+        size = sum(array.nbytes for array in found[0].values())
+        return found[: max(1, MAX_GOLDEN_BYTES // (size + _NPZ_BYTES))]
     else:
         return synthetic_samples(manifest.inputs, seed)[:CASES]
     wanted = {one.name for one in manifest.inputs}

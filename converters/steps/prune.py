@@ -79,7 +79,7 @@ def prune_module(
                 fix="Name the layers that shall stay as they are (prune.keep), or leave --prune "
                 "out",
             ) from exc
-        _check_outputs(source, outputs)
+        check_outputs(source, outputs)
         after = _count(module)
         if after >= before:
             raise ConversionError(
@@ -188,8 +188,8 @@ def _recover(
                 continue  # batch norm has no variance of one row
             given = {name: tensor[picked] for name, tensor in inputs.items()}
             with torch.no_grad():
-                wanted = _tensors(teacher(**given))
-            loss = _loss(_tensors(module(**given)), wanted, None if labels is None
+                wanted = floats_of(teacher(**given))
+            loss = distance(floats_of(module(**given)), wanted, None if labels is None
                          else labels[picked])  # fmt: skip
             optimiser.zero_grad()
             loss.backward()
@@ -208,7 +208,7 @@ def _recover(
     return mean
 
 
-def _loss(found: list[Any], wanted: list[Any], labels: Any) -> Any:
+def distance(found: list[Any], wanted: list[Any], labels: Any) -> Any:
     """How far outputs are from the teacher's; the first output is also held against labels."""
     torch = load("torch")
     functional = torch.nn.functional
@@ -239,19 +239,25 @@ def _are_probabilities(tensor: Any) -> bool:
     return bool(torch.allclose(tensor.sum(-1), torch.ones(()), atol=1e-3))
 
 
-def _tensors(made: Any) -> list[Any]:
+def floats_of(made: Any) -> list[Any]:
+    """Outputs of a module that are no whole numbers, in their order."""
     if isinstance(made, Mapping):
         made = [value for value in made.values() if value is not None]
     values = list(made) if isinstance(made, (tuple, list)) else [made]
     return [value for value in values if value.is_floating_point()]
 
 
-def _check_outputs(source: TorchSource, outputs: Mapping[str, Any]) -> None:
+def check_outputs(source: TorchSource, outputs: Mapping[str, Any], done: str = "pruning") -> None:
+    """Refuse a module whose outputs got another shape.
+
+    Raises:
+        ConversionError: One did; names it.
+    """
     for name, array in source.outputs.items():
         if outputs[name].shape != array.shape:
             raise ConversionError(
                 f"Output {name!r} of {source.spec} became {list(outputs[name].shape)} from "
-                f"{list(array.shape)} by pruning",
+                f"{list(array.shape)} by {done}",
                 fix="Name the layer that makes it in prune.keep",
             )
 

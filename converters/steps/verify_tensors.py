@@ -26,6 +26,11 @@ _MAX_FILES_SEEN = 4000
 #: Beside the inputs of a sample: the right classes, by their number.
 LABELS = "labels"
 
+#: Of classifiers with one class to an input, and with several.
+_AGREEMENTS = ("top1_agreement", "labels_agreement")
+#: From where a class is true of an input, where several may be.
+_TRUE_FROM = 0.5
+
 Feeds = dict[str, np.ndarray]
 
 
@@ -160,6 +165,7 @@ def verify_tensors(
     min_top1_agreement: float,
     is_unfused: bool = False,
     as_written: bool = False,
+    multi_label: bool = False,
 ) -> dict[str, tuple[QualityFigure, ...]]:
     """Run everything through the source and the variants.
 
@@ -172,10 +178,12 @@ def verify_tensors(
         min_top1_agreement: Gate for classifiers; a share.
         is_unfused: Also judge the graphs as they are written, see `open_session`.
         as_written: Judge them only so: for graphs that will run elsewhere.
+        multi_label: Whether any number of classes may be true, each from a score of 0.5 on.
 
     Returns:
         Variant id to figures: ``max_abs_error``, ``relative_error``, and ``top1_agreement`` for
-        classifiers; ``accuracy`` and ``f1_macro`` too, where samples bring `LABELS`.
+        classifiers (``labels_agreement`` where several classes may be true); ``accuracy`` and
+        ``f1_macro`` too, where samples bring `LABELS`.
 
     Raises:
         ConversionError: NaN, or a variant that is not the same model.
@@ -188,10 +196,14 @@ def verify_tensors(
         for suffix in ("", UNFUSED) if is_unfused else ("",):
             session = open_session(path, is_unfused=bool(suffix) or as_written)
             outputs = [run(session, feeds, name=variant_id) for feeds in samples]
-            found += _compared(outputs, truth, source_name, label_output, suffix)
-            if label_output is not None and all(LABELS in feeds for feeds in samples):
+            found += _compared(outputs, truth, source_name, label_output, suffix, multi_label)
+            if (
+                label_output is not None
+                and not multi_label
+                and all(LABELS in feeds for feeds in samples)
+            ):
                 found += _right(outputs, samples, source_name, label_output, suffix)
-        agreements = [f.value for f in found if f.metric.startswith("top1_agreement")]
+        agreements = [f.value for f in found if f.metric.startswith(_AGREEMENTS)]
         if agreements and max(agreements) < min_top1_agreement:
             raise ConversionError(
                 f"Variant {variant_id} gives the source's answer in {max(agreements):.0%} of "
@@ -208,6 +220,7 @@ def _compared(
     source_name: str,
     label_output: str | None,
     suffix: str,
+    multi_label: bool,
 ) -> list[QualityFigure]:
     worst, same, total, lost, power = 0.0, 0, 0, 0.0, 0.0
     for found, expected in zip(outputs, truth):  # noqa: B905
@@ -219,9 +232,13 @@ def _compared(
                 lost += float(np.square(difference).sum())
                 power += float(np.square(wide).sum())
         if label_output is not None:
-            choice = found[label_output].argmax(axis=-1)
-            same += int((choice == expected[label_output].argmax(axis=-1)).sum())
-            total += choice.size
+            one, other = found[label_output], expected[label_output]
+            if multi_label:
+                agree = ((one >= _TRUE_FROM) == (other >= _TRUE_FROM)).all(axis=-1)
+            else:
+                agree = one.argmax(axis=-1) == other.argmax(axis=-1)
+            same += int(agree.sum())
+            total += agree.size
     relative = float(np.sqrt(lost / power)) if power else float(lost > 0)
     made = [
         _figure("max_abs_error" + suffix, worst, len(truth), source_name, higher=False),
@@ -229,9 +246,8 @@ def _compared(
     ]
     if label_output is not None:
         agreement = same / max(1, total)
-        made.insert(
-            0, _figure("top1_agreement" + suffix, agreement, total, source_name, higher=True)
-        )
+        metric = _AGREEMENTS[multi_label] + suffix
+        made.insert(0, _figure(metric, agreement, total, source_name, higher=True))
     return made
 
 

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     FileEntry,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     Manifest,
     StreamPreprocessing,
     TensorSpec,
@@ -31,6 +33,10 @@ _MAX_AXIS = 2**31 - 1
 _MAX_HEAD_TAIL = 1 << 20
 #: Windows and states of signals likewise; also the highest sample rate, in Hz.
 _MAX_STREAM = 1 << 20
+#: An image is allocated per request, four bytes to a pixel and channel.
+_MAX_SIDE = 1 << 13
+#: A sound too: three hours of 24 kHz.
+_MAX_SOUND = 1 << 28
 
 
 def manifest_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -175,6 +181,39 @@ def _task_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
     elif isinstance(preprocessing, StreamPreprocessing):
         names = [spec.name for spec in manifest.inputs]
         yield from stream_problems(preprocessing, names, list(outputs))
+    elif isinstance(preprocessing, (ImagePreprocessing, AudioPreprocessing)):
+        names = [spec.name for spec in manifest.inputs]
+        if names != [preprocessing.input]:
+            yield "preprocessing.input", f"is {preprocessing.input!r}, the inputs are {names}"
+        if isinstance(preprocessing, ImagePreprocessing):
+            yield from _image_problems(preprocessing)
+        else:
+            yield from _audio_problems(preprocessing)
+
+
+def _image_problems(image: ImagePreprocessing) -> Iterator[tuple[str, str]]:
+    sides = (*image.resize, *(image.crop or ()))
+    if len(image.resize) not in (1, 2) or not all(1 <= side <= _MAX_SIDE for side in sides):
+        yield "preprocessing.resize", f"and crop must be one or two sizes in 1..{_MAX_SIDE}"
+        return
+    if image.crop is None and len(image.resize) == 1:
+        yield "preprocessing.crop", "is missing, but resize says the shorter side only"
+    elif image.crop is not None:
+        height, width = image.resize[0], image.resize[-1]
+        if image.crop[0] > height or image.crop[1] > width:
+            yield "preprocessing.crop", f"{image.crop} is larger than what it is cut out of"
+    for name, numbers in (("mean", image.mean), ("std", image.std)):
+        if len(numbers) != len(image.channels) or not all(map(math.isfinite, numbers)):
+            yield f"preprocessing.{name}", f"must be {len(image.channels)} finite numbers"
+    if not math.isfinite(image.scale) or not all(image.std):
+        yield "preprocessing.std", "has a zero, or scale is not finite"
+
+
+def _audio_problems(sound: AudioPreprocessing) -> Iterator[tuple[str, str]]:
+    if not 1 <= sound.sample_rate_hz <= _MAX_STREAM:
+        yield "preprocessing.sample_rate_hz", f"is not in 1..{_MAX_STREAM}"
+    if not 1 <= sound.min_samples <= sound.max_samples <= _MAX_SOUND:
+        yield "preprocessing.min_samples", f"and max_samples must rise in 1..{_MAX_SOUND}"
 
 
 def stream_problems(

@@ -126,7 +126,68 @@ class StreamPreprocessing(
     rate_input: str | None = None
 
 
-Preprocessing = Union[TextPreprocessing, HeadTailPreprocessing, StreamPreprocessing]
+class ImagePreprocessing(msgspec.Struct, frozen=True, kw_only=True, tag="image", tag_field="kind"):
+    """An encoded image (JPEG, PNG, …) to FP32 pixels of shape (1, channels, height, width).
+
+    A pixel becomes ``(value * scale - mean) / std``, for each channel.
+
+    Attributes:
+        input: Name of the input.
+        resize: Height and width, whatever the image's; or one number: the length that its shorter
+            side gets, the longer one in proportion.
+        crop: Height and width that are cut out of the middle; `None` leaves all of it, which one
+            number in `resize` does not allow.
+        resample: Filter for resizing, as Pillow calls it.
+        scale: What values of 0 to 255 are multiplied by.
+        mean: Subtracted, one number for each channel.
+        std: Divided by, likewise.
+        channels: Order of the channels; ``L`` is grey.
+    """
+
+    input: str
+    resize: tuple[int, ...]
+    crop: tuple[int, int] | None = None
+    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bilinear"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    channels: Literal["RGB", "BGR", "L"] = "RGB"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width that the model is given."""
+        height, width = self.crop or (self.resize[0], self.resize[-1])
+        return len(self.channels), height, width
+
+
+class AudioPreprocessing(msgspec.Struct, frozen=True, kw_only=True, tag="audio", tag_field="kind"):
+    """A WAV file to FP32 samples of shape (1, samples), the mean of its channels.
+
+    Attributes:
+        input: Name of the input.
+        sample_rate_hz: The rate that the file must have.
+        normalize: Whether each file is given mean 0 and variance 1.
+        min_samples: Shorter files are refused.
+        max_samples: Longer files are refused.
+    """
+
+    input: str
+    sample_rate_hz: int
+    normalize: bool = False
+    min_samples: int = 1
+    max_samples: int = 1 << 20
+
+
+Preprocessing = Union[
+    TextPreprocessing,
+    HeadTailPreprocessing,
+    StreamPreprocessing,
+    ImagePreprocessing,
+    AudioPreprocessing,
+]
+
+#: Kinds whose raw input is a byte string.
+BYTES_PREPROCESSING = (HeadTailPreprocessing, ImagePreprocessing, AudioPreprocessing)
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True):
@@ -307,6 +368,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         files: Files shared by all variants (tokenizer, licence, labels).
         labels: Class names in output order, for classification.
         label_output: Output tensor that holds class scores, for classification.
+        multi_label: Whether any number of classes may be true of one input: each score then speaks
+            for its own class, from 0.5 on with a yes.
         embedding_output: Output tensor that holds the vectors, for embeddings.
         context_length_tokens: Prompt and answer together, for text generation.
         mixed_routes: Whether vectors of different variants may be compared (embeddings).
@@ -329,6 +392,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
     label_output: str | None = None
+    multi_label: bool = False
     embedding_output: str | None = None
     context_length_tokens: int | None = None
     mixed_routes: bool = False

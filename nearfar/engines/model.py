@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nearfar.bundle.manifest import Manifest, StreamPreprocessing, TextPreprocessing, Variant
+from nearfar.bundle.manifest import (
+    AudioPreprocessing,
+    ImagePreprocessing,
+    Manifest,
+    StreamPreprocessing,
+    TextPreprocessing,
+    Variant,
+)
 from nearfar.engines.base import (
     CancelToken,
     Engine,
@@ -188,6 +195,16 @@ def _preprocessor(bundle: Bundle, engine: TensorEngine | None) -> _Preprocess | 
             return {name: encoded[name] for name in names}
 
         return encode
+    if isinstance(spec, ImagePreprocessing):
+        from nearfar.processing.image import pixels_of
+
+        image = spec
+        return lambda items: {image.input: pixels_of(_only_bytes(items), image)}
+    if isinstance(spec, AudioPreprocessing):
+        from nearfar.processing.audio import samples_of
+
+        sound = spec
+        return lambda items: {sound.input: samples_of(_only_bytes(items), sound)}
 
     from nearfar.processing import head_tail
 
@@ -201,7 +218,11 @@ def _preprocessor(bundle: Bundle, engine: TensorEngine | None) -> _Preprocess | 
     dtype = numpy_of(tensor.datatype)
 
     def extract(items: Sequence[str | bytes]) -> dict[str, np.ndarray]:
-        rows = [head_tail.features(bytes(item), spec) for item in items if isinstance(item, bytes)]
+        rows = [head_tail.features(item, spec) for item in _only_bytes(items)]
         return {tensor.name: np.stack(rows).astype(dtype, copy=False)}
 
     return extract
+
+
+def _only_bytes(items: Sequence[str | bytes]) -> list[bytes]:
+    return [item for item in items if isinstance(item, bytes)]

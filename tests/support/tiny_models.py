@@ -96,6 +96,91 @@ def write_tiny_bert(path: Path, *, pooling: str = "mean", kind: str = "Bert") ->
     return path
 
 
+def write_tiny_text_classifier(
+    path: Path,
+    *,
+    labels: tuple[str, ...] = ("calm", "glad", "sad"),
+    kind: str = "Bert",
+    **config: Any,
+) -> Path:
+    """A folder with a one-layer classifier of texts whose answers differ from text to text."""
+    import torch
+    import transformers
+
+    path.mkdir(parents=True)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "max_position_embeddings": 130,
+    }  # fmt: skip
+    model_config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY_SIZE, id2label=dict(enumerate(labels)), **(sizes | config)
+    )
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(model_config)
+    ids = torch.randint(3, VOCABULARY_SIZE, (64, 20))
+    _spread(model, model.classifier, input_ids=ids)
+    model.save_pretrained(str(path))
+    write_tokenizer(path, special=("[PAD]", "[CLS]", "[SEP]"))
+    return path
+
+
+def _spread(model: Any, head: Any, **inputs: Any) -> None:
+    """Give a random head weights with which every class is the answer to something."""
+    import torch
+
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+        scale = 2 / logits.std(dim=0)
+        head.bias.copy_((head.bias - logits.mean(dim=0)) * scale)
+        head.weight.mul_(scale[:, None])
+
+
+def write_tiny_image_classifier(path: Path) -> Path:
+    """A folder with a small ResNet for pictures of 32 pixels, cut out of 40."""
+    import torch
+    import transformers
+
+    path.mkdir(parents=True)
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+        id2label=dict(enumerate(("cat", "dog", "elk", "fox"))),
+    )  # fmt: skip
+    model = transformers.ResNetForImageClassification(config).eval()
+    _spread(model, model.classifier[1], pixel_values=torch.randn(64, 3, 4, 4).repeat(1, 1, 8, 8))
+    model.save_pretrained(str(path))
+    settings = {
+        "image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+        "crop_pct": 0.8, "do_normalize": True, "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.25, 0.3], "resample": 3,
+    }  # fmt: skip
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def write_tiny_audio_classifier(path: Path) -> Path:
+    """A folder with a one-layer wav2vec 2.0 for two words."""
+    import torch
+    import transformers
+
+    path.mkdir(parents=True)
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        conv_dim=(16, 16, 16), conv_stride=(5, 4, 4), conv_kernel=(10, 8, 4),
+        num_feat_extract_layers=3, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        classifier_proj_size=16, mask_time_prob=0.0, id2label={0: "no", 1: "yes"},
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForSequenceClassification(config).eval()
+    time = torch.arange(4000) * torch.rand(32, 1)
+    _spread(model, model.classifier, input_values=torch.sin(time) + 0.2 * torch.randn(32, 4000))
+    model.save_pretrained(str(path))
+    transformers.Wav2Vec2FeatureExtractor(
+        sampling_rate=8000, do_normalize=True, return_attention_mask=False
+    ).save_pretrained(str(path))
+    return path
+
+
 def write_tiny_gguf(path: Path, *, kind: str = "F32") -> Path:
     """A GGUF file with a one-layer Llama and a byte-level BPE tokenizer.
 
