@@ -101,8 +101,8 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     ids = _ids(options, *variants_of(own, is_pruned=False))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
-    if "int8" in ids and own != "int8":
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    if own == "fp32":
+        steps += _compressing(ids, full)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
     return _finished(ids, steps, lambda name: full * _SIZE[name] / _SIZE[own], options)
 
@@ -120,11 +120,10 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
         # How long an epoch takes depends on the data, which is not read for a plan.
         title = f"prune and train for {prune.recovery_epochs} epochs"
         steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
-    if "int8" in ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps += _compressing(ids, full)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
-    sizes = {"fp32": full, "pruned": full * left,
-             **{name: full * left * _SIZE[name] for name in ("fp16", "int8")}}  # fmt: skip
+    sizes = {name: full * left * share for name, share in _SIZE.items()}
+    sizes |= {"fp32": full, "pruned": full * left}
     return _finished(ids, steps, lambda name: sizes[name], options)
 
 
@@ -133,7 +132,7 @@ def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
     full, there = source.full.size_bytes, source.bundle.size_bytes()
     steps = [_step("take the variants over", there, per_gib_s=4, disk=there)]
     if ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+        steps += _compressing(ids, full)
         steps.append(_step("verify", full * (1 + len(ids)), per_gib_s=60))
     planned = _finished(ids, steps, lambda name: full * _SIZE[name], options)
     return Plan(planned.variants, planned.steps, planned.bundle_bytes + there)
@@ -149,8 +148,7 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
         _step("optimise the graph", full, per_gib_s=40, disk=full),
         _step("run the source on real passages", full, per_gib_s=40),
     ]
-    if "int8" in ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps += _compressing(ids, full)
     steps.append(_step("verify every variant", full * len(ids), per_gib_s=40))
     if cut is not None:
         steps.insert(1, _slicing(cut, options.settings.slim, full))
@@ -192,6 +190,15 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
     if cut is not None:
         steps.insert(3, _slicing(cut, options.settings.slim, full))
     return _finished(ids, steps, _sizes(full, _SIZE_TEXT, cut), options)
+
+
+def _compressing(ids: tuple[str, ...], full: float) -> list[PlannedStep]:
+    """The steps that make variants of a graph in full precision."""
+    return [
+        _step(f"quantize to {name.upper()}", full, per_gib_s=40, disk=full)
+        for name in ("int8", "int4")
+        if name in ids
+    ]
 
 
 def _slicing(cut: Cut, settings: SlimSettings, full: float) -> PlannedStep:

@@ -14,7 +14,7 @@ from converters import texts
 from converters.cache import digest_of_arrays
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
-from converters.recipes.int8 import make_int8
+from converters.recipes.int8 import make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
@@ -43,6 +43,8 @@ from nearfar.bundle.manifest import (
 )
 
 DEFAULT_VARIANTS = ("int8", "fp32")
+#: What is made of the graph in full precision and runs in ONNX Runtime.
+COMPRESSED = ("int8", "int4")
 #: Vectors of a sliced model are others than the whole one's, so they are not put side by side
 #: unless somebody asks for it.
 SLIM_VARIANTS = ("int8", SLIM)
@@ -147,14 +149,14 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         whole.cache_clear()
         return vectors
 
-    if "int8" in ids:
-        quality["int8"] = compress(
-            shop, base, best, check, tokenizer, preprocessing, reference, long=far,
+    for one in [one for one in COMPRESSED if one in ids]:
+        quality[one] = compress(
+            shop, one, base, best, check, tokenizer, preprocessing, reference, long=far,
             truth_of=truth_of,
         )  # fmt: skip
-        blame = blame_int8(shop, base, tokenizer, preprocessing)
-        if not shop.accept("int8", quality["int8"], blame=blame):
-            ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
+        blame = blame_compressed(shop, one, base, tokenizer, preprocessing)
+        if not shop.accept(one, quality[one], blame=blame):
+            ids = tuple(variant_id for variant_id in ids if variant_id != one)
     if compiled.ids:
         trial = EmbeddingCheck(tokenizer, preprocessing, limits, texts.calibration_passages(count))
         judge = _judge(trial, truth_of, as_written=True)
@@ -212,7 +214,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
 
 def variants_of(*, is_slim: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are made when nobody says, variants that can be made)."""
-    possible = ("int8", "fp32", *TENSORRT_IDS)
+    possible = (*COMPRESSED, "fp32", *TENSORRT_IDS)
     return (SLIM_VARIANTS, (*possible, SLIM)) if is_slim else (DEFAULT_VARIANTS, possible)
 
 
@@ -251,6 +253,7 @@ def _projection(
 
 def compress(
     shop: Workshop,
+    variant_id: str,
     full: Path,
     best: np.ndarray,
     check: EmbeddingCheck,
@@ -261,10 +264,11 @@ def compress(
     long: tuple[np.ndarray, str] | None = None,
     truth_of: Callable[[EmbeddingCheck], np.ndarray] | None = None,
 ) -> tuple[QualityFigure, ...]:
-    """Make ``int8/model.onnx`` and compare it.
+    """Make ``int8/model.onnx``, or another of `COMPRESSED`, and compare it.
 
     Args:
         shop: Where and how.
+        variant_id: Which.
         full: FP32 model.
         best: Its vectors of the passages of `check`.
         check: What the variant is judged on.
@@ -277,21 +281,23 @@ def compress(
         ConversionError: It cannot be made, or is not the same model.
     """
     count = shop.settings.passages
-    path = shop.writer.file("int8/model.onnx")
+    path = shop.writer.file(f"{variant_id}/model.onnx")
     trial = EmbeddingCheck(
         tokenizer, preprocessing, shop.settings.gates, texts.calibration_passages(count)
     )
-    make_int8(
+    make = make_int4 if variant_id == "int4" else make_int8
+    make(
         shop,
         full,
         path,
         calibration=trial.batches,
         judge=_judge(trial, truth_of or (lambda one: one.vectors(full))),
     )
-    has_kernels = shop.settings.int8.method != "weights"
-    with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
+    has_kernels = variant_id == "int8" and shop.settings.int8.method != "weights"
+    with shop.reporter.step(f"verify {variant_id} on {check.samples} passages") as step:
         # The model is judged on the graph as it is written, where a CPU's kernels may saturate.
-        with explained("int8", blame_int8(shop, full, tokenizer, preprocessing)):
+        blame = blame_compressed(shop, variant_id, full, tokenizer, preprocessing)
+        with explained(variant_id, blame):
             found = check.against_reference(
                 check.vectors(path), best, reference, is_gated=not has_kernels
             )
@@ -304,17 +310,22 @@ def compress(
     return found
 
 
-def blame_int8(
-    shop: Workshop, full: Path, tokenizer: Path, preprocessing: TextPreprocessing
+def blame_compressed(
+    shop: Workshop,
+    variant_id: str,
+    full: Path,
+    tokenizer: Path,
+    preprocessing: TextPreprocessing,
 ) -> Blame:
-    """Finds the layers where ``int8/model.onnx`` errs, on single texts that it is not judged on."""
+    """Finds the layers where a variant errs, on single texts that it is not judged on."""
 
     def feeds() -> list[dict[str, np.ndarray]]:
         passages = texts.calibration_passages(shop.settings.passages)
         check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates, passages)
         return [{name: rows[:1] for name, rows in batch.items()} for batch in check.batches]
 
-    return partial(blame_layers, shop, "int8", full, shop.writer.file("int8/model.onnx"), feeds)
+    path = shop.writer.file(f"{variant_id}/model.onnx")
+    return partial(blame_layers, shop, variant_id, full, path, feeds)
 
 
 def measured(

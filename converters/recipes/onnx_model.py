@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
-from converters.recipes.int8 import make_int8
+from converters.recipes.int8 import make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
@@ -121,15 +121,17 @@ def build(
         with shop.reporter.step("store weights in 16 bits"):
             store_fp16(base, paths["fp16"])
     calibration = samples
-    if ("int8" in ids and own != "int8") or "trt-int8" in compiled.ids:
+    makers = {"int8": make_int8, "int4": make_int4}
+    rounded = [one for one in makers if one in ids and one != own]
+    if rounded or "trt-int8" in compiled.ids:
         is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
         samples, calibration = _split(source, samples, kind, meaning, shop, is_static=is_static)
     calibration = _bare(source, calibration)
-    if "int8" in ids and own != "int8":
-        make_int8(
+    for one in rounded:
+        makers[one](
             shop,
             base,
-            paths["int8"],
+            paths[one],
             calibration=calibration,
             judge=partial(_drop, source, calibration, meaning),
         )
@@ -183,8 +185,8 @@ def build(
 def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are made when nobody says, variants that can be made) of a precision."""
     if is_pruned:
-        return ("pruned", own), (own, "pruned", "fp16", "int8", *TENSORRT_IDS)
-    return (own,), (own, "fp16", "int8", *TENSORRT_IDS) if own == "fp32" else (own,)
+        return ("pruned", own), (own, "pruned", "fp16", "int8", "int4", *TENSORRT_IDS)
+    return (own,), (own, "fp16", "int8", "int4", *TENSORRT_IDS) if own == "fp32" else (own,)
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:

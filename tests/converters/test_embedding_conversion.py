@@ -119,3 +119,15 @@ def test_the_gate_counts_lost_neighbours_and_leaves_a_poor_variant_out(tiny_bert
     (recall,) = [f for f in bundle.variant("int8").quality if f.metric == "recall_at_10"]
     assert 0.1 <= recall.value < 1.0
     assert recall.samples == 64
+
+
+def test_a_sentence_encoder_gets_four_bits(bundle: Bundle, tmp_path: Path):
+    options = ConversionOptions(variants=("int4",), measure=False, settings=Settings(passages=64))
+    added = convert_model(bundle.path, tmp_path / "added", options)
+    assert [variant.id for variant in added.manifest.variants] == ["fp32", "int8", "int4"]
+    found = {figure.metric: figure.value for figure in added.variant("int4").quality}
+    assert 0.9 < found["cosine_mean"] < 0.9999
+    (first,) = vectors(added, "int4", ["hello world"])
+    (exact,) = vectors(added, "fp32", ["hello world"])
+    assert first @ exact > 0.9
+    assert added.variant("int4").size_bytes < added.variant("fp32").size_bytes / 2
