@@ -11,6 +11,7 @@ from converters.cache import default_root
 from converters.options import ConversionOptions
 from converters.recipes import bundle, embedding, text_generation
 from converters.recipes.base import Workshop
+from converters.recipes.int8 import HALVES
 from converters.recipes.onnx_model import variants_of
 from converters.settings import SlimSettings
 from converters.slim.shape import Cut, check_slim
@@ -25,7 +26,7 @@ from converters.sources.torch_module import TorchSource
 #: VNNI cores. From SmolLM2-135M (0.5 GiB), all-MiniLM-L6-v2 (0.08 GiB) and magika (0.003 GiB);
 #: other machines and models are easily two times off.
 _SIZE = {
-    "fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22,
+    "fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.3, "int4": 0.22,
     "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-int8": 0.3,
 }  # fmt: skip
 _SIZE_TEXT = {
@@ -194,7 +195,12 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
 
 def _compressing(ids: tuple[str, ...], full: float) -> list[PlannedStep]:
     """The steps that make variants of a graph in full precision."""
-    return [
+    halves = [
+        _step(f"store weights as {name.upper()}", full, per_gib_s=10, disk=full / 2)
+        for name in HALVES
+        if name in ids
+    ]
+    return halves + [
         _step(f"quantize to {name.upper()}", full, per_gib_s=40, disk=full)
         for name in ("int8", "int4")
         if name in ids

@@ -11,6 +11,7 @@ import msgspec
 from converters import texts
 from converters.recipes import embedding, onnx_model
 from converters.recipes.base import Workshop
+from converters.recipes.int8 import COMPRESSED
 from converters.sources.bundle import BundleSource
 from converters.sources.onnx_file import OnnxSource, open_onnx
 from converters.steps.verify_embedding import EmbeddingCheck, may_mix
@@ -18,10 +19,10 @@ from nearfar.bundle.manifest import Manifest, TextPreprocessing, Variant
 from nearfar.errors import ConversionError
 
 #: What can be made of an FP32 variant.
-POSSIBLE = ("int8", "int4")
+POSSIBLE = COMPRESSED
 #: Of `ConversionOptions`: nobody said otherwise, so the bundle keeps its own.
 _UNSTATED_VERSION = "1.0.0"
-_ORDER = ("fp32", "fp16", "int8", "int4")
+_ORDER = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from converters import texts
 from converters.cache import digest_of_arrays
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
-from converters.recipes.int8 import make_int4, make_int8
+from converters.recipes.int8 import COMPRESSED, HALVES, make_half, make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
@@ -43,8 +43,6 @@ from nearfar.bundle.manifest import (
 )
 
 DEFAULT_VARIANTS = ("int8", "fp32")
-#: What is made of the graph in full precision and runs in ONNX Runtime.
-COMPRESSED = ("int8", "int4")
 #: Vectors of a sliced model are others than the whole one's, so they are not put side by side
 #: unless somebody asks for it.
 SLIM_VARIANTS = ("int8", SLIM)
@@ -282,17 +280,20 @@ def compress(
     """
     count = shop.settings.passages
     path = shop.writer.file(f"{variant_id}/model.onnx")
-    trial = EmbeddingCheck(
-        tokenizer, preprocessing, shop.settings.gates, texts.calibration_passages(count)
-    )
-    make = make_int4 if variant_id == "int4" else make_int8
-    make(
-        shop,
-        full,
-        path,
-        calibration=trial.batches,
-        judge=_judge(trial, truth_of or (lambda one: one.vectors(full))),
-    )
+    if variant_id in HALVES:
+        make_half(shop, full, path, variant_id)
+    else:
+        trial = EmbeddingCheck(
+            tokenizer, preprocessing, shop.settings.gates, texts.calibration_passages(count)
+        )
+        make = make_int4 if variant_id == "int4" else make_int8
+        make(
+            shop,
+            full,
+            path,
+            calibration=trial.batches,
+            judge=_judge(trial, truth_of or (lambda one: one.vectors(full))),
+        )
     has_kernels = variant_id == "int8" and shop.settings.int8.method != "weights"
     with shop.reporter.step(f"verify {variant_id} on {check.samples} passages") as step:
         # The model is judged on the graph as it is written, where a CPU's kernels may saturate.

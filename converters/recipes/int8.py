@@ -1,4 +1,5 @@
-"""INT8 and INT4 of an ONNX graph, with as many nodes kept as the quality gate needs."""
+"""Fewer bits for an ONNX graph: 16 as they are, 8 and 4 with as many nodes kept as the quality gate
+needs."""
 
 from __future__ import annotations
 
@@ -14,14 +15,35 @@ from converters.recipes.base import Workshop
 from converters.report.evidence import ActivationHistogram, LayerErrors
 from converters.report.words import method_of
 from converters.steps.activations import histograms
-from converters.steps.quantize import Int8Quantizer
+from converters.steps.quantize import Int8Quantizer, store_half
 from converters.steps.quantize_int4 import Int4Quantizer
+from converters.steps.round_weights import Half
 from converters.steps.sensitivity import Choice, Damage, NodeQuantizer, choose, rank
 from nearfar.errors import ConversionError
 
 _TOOLS = ("onnx", "onnxruntime", "numpy")
+#: Variants whose weights are stored in 16 bits.
+HALVES: tuple[Half, ...] = ("fp16", "bf16")
+#: What is made of a graph in full precision and runs in ONNX Runtime.
+COMPRESSED = (*HALVES, "int8", "int4")
 #: What is chosen is judged on other inputs afterwards, where it may do a little worse.
 _MARGIN = 0.8
+
+
+def make_half(shop: Workshop, source: Path, target: Path, kind: Half) -> None:
+    """Store weights in 16 bits, with a line of progress.
+
+    Raises:
+        ConversionError: The model has none.
+    """
+    with shop.reporter.step(f"store weights as {kind.upper()}"):
+        shop.cache.output(
+            f"store-{kind}",
+            {"source": digest_of_path(source)},
+            target,
+            lambda path: store_half(source, path, kind),
+            tools=("onnx", "numpy"),
+        )
 
 
 def make_int8(

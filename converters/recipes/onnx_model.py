@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
-from converters.recipes.int8 import make_int4, make_int8
+from converters.recipes.int8 import COMPRESSED, HALVES, make_half, make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
@@ -24,7 +24,6 @@ from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
-from converters.steps.quantize import store_fp16
 from converters.steps.verify_stream import (
     known_stream,
     recordings,
@@ -117,9 +116,9 @@ def build(
             shutil.copyfile(full, paths[own])
     if "pruned" in ids and pruned is not None:
         shutil.copyfile(narrow or pruned.path, paths["pruned"])
-    if "fp16" in ids and own == "fp32":
-        with shop.reporter.step("store weights in 16 bits"):
-            store_fp16(base, paths["fp16"])
+    for half in HALVES:
+        if half in ids and own == "fp32":
+            make_half(shop, base, paths[half], half)
     calibration = samples
     makers = {"int8": make_int8, "int4": make_int4}
     rounded = [one for one in makers if one in ids and one != own]
@@ -185,8 +184,8 @@ def build(
 def variants_of(own: str, *, is_pruned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are made when nobody says, variants that can be made) of a precision."""
     if is_pruned:
-        return ("pruned", own), (own, "pruned", "fp16", "int8", "int4", *TENSORRT_IDS)
-    return (own,), (own, "fp16", "int8", "int4", *TENSORRT_IDS) if own == "fp32" else (own,)
+        return ("pruned", own), (own, "pruned", *COMPRESSED, *TENSORRT_IDS)
+    return (own,), (own, *COMPRESSED, *TENSORRT_IDS) if own == "fp32" else (own,)
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:

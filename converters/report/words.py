@@ -24,8 +24,12 @@ _PLAIN = {
     "int4": "INT4 weights in blocks of 32",
 }
 
-_OTHERS = {"fp16": "weights in 16 bits", "pruned": "narrower layers, in 32 bits",
-           "slim": "sliced, in 32 bits"}  # fmt: skip
+_OTHERS = {
+    "fp16": "weights in 16 bits",
+    "bf16": "weights in 16 bits (BF16)",
+    "pruned": "narrower layers, in 32 bits",
+    "slim": "sliced, in 32 bits",
+}
 
 
 def method_of(precision: str, settings: Settings) -> str:

@@ -12,7 +12,7 @@ from converters.libraries import load, quiet
 from converters.settings import Int8Settings
 from converters.sources.onnx_file import stored_tensors
 from converters.steps.quantize_static import OPERATORS, Calibrated, calibrate, quantize_static
-from converters.steps.round_weights import halve_weights
+from converters.steps.round_weights import Half, halve_weights
 from converters.steps.weight_blocks import LEAST_WEIGHTS, Blocks, quantize_blocks
 from converters.tensorrt.graph import nodes_below
 from nearfar.errors import ConversionError
@@ -153,17 +153,20 @@ def _refused(exc: Exception) -> ConversionError:
     )
 
 
-def store_fp16(source: Path, target: Path) -> None:
+def store_half(source: Path, target: Path, kind: Half) -> None:
     """Write the model with its weights in 16 bits; they are computed with in 32.
 
+    So it runs wherever ONNX Runtime does: the CPU provider of 1.31 has no BF16 kernel for `MatMul`,
+    `Gemm`, `Add`, `Mul` or activations, but `Cast`.
+
     Raises:
-        ConversionError: It has no weights worth it.
+        ConversionError: It has no weights worth it, or cannot say it.
     """
     onnx = load("onnx")
     model = onnx.load(str(source))
-    if not halve_weights(model, least_weights=LEAST_WEIGHTS):
+    if not halve_weights(model, least_weights=LEAST_WEIGHTS, kind=kind):
         raise ConversionError(
-            "The model has no large weights to store in 16 bits",
-            fix="Leave the fp16 variant out: --variants fp32",
+            f"The model has no large weights to store as {kind.upper()}, or an opset below 13",
+            fix=f"Leave the {kind} variant out: --variants fp32",
         )
     onnx.save(model, str(target))

@@ -121,13 +121,17 @@ def test_the_gate_counts_lost_neighbours_and_leaves_a_poor_variant_out(tiny_bert
     assert recall.samples == 64
 
 
-def test_a_sentence_encoder_gets_four_bits(bundle: Bundle, tmp_path: Path):
-    options = ConversionOptions(variants=("int4",), measure=False, settings=Settings(passages=64))
+def test_a_sentence_encoder_gets_four_and_sixteen_bits(bundle: Bundle, tmp_path: Path):
+    wished = ("int4", "bf16")
+    options = ConversionOptions(variants=wished, measure=False, settings=Settings(passages=64))
     added = convert_model(bundle.path, tmp_path / "added", options)
-    assert [variant.id for variant in added.manifest.variants] == ["fp32", "int8", "int4"]
+    ids = [variant.id for variant in added.manifest.variants]
+    assert ids == ["fp32", "bf16", "int8", "int4"]
     found = {figure.metric: figure.value for figure in added.variant("int4").quality}
-    assert 0.9 < found["cosine_mean"] < 0.9999
+    assert 0.9 < found["cosine_mean"] < 1
     (first,) = vectors(added, "int4", ["hello world"])
     (exact,) = vectors(added, "fp32", ["hello world"])
     assert first @ exact > 0.9
+    (half,) = vectors(added, "bf16", ["hello world"])
+    assert half @ exact > 0.999
     assert added.variant("int4").size_bytes < added.variant("fp32").size_bytes / 2
