@@ -103,7 +103,7 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
     if own == "fp32":
-        steps += _compressing(ids, full)
+        steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
     return _finished(ids, steps, lambda name: full * _SIZE[name] / _SIZE[own], options)
 
@@ -121,7 +121,7 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
         # How long an epoch takes depends on the data, which is not read for a plan.
         title = f"prune and train for {prune.recovery_epochs} epochs"
         steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
-    steps += _compressing(ids, full)
+    steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
     sizes = {name: full * left * share for name, share in _SIZE.items()}
     sizes |= {"fp32": full, "pruned": full * left}
@@ -133,7 +133,7 @@ def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
     full, there = source.full.size_bytes, source.bundle.size_bytes()
     steps = [_step("take the variants over", there, per_gib_s=4, disk=there)]
     if ids:
-        steps += _compressing(ids, full)
+        steps += _compressing(ids, full, options)
         steps.append(_step("verify", full * (1 + len(ids)), per_gib_s=60))
     planned = _finished(ids, steps, lambda name: full * _SIZE[name], options)
     return Plan(planned.variants, planned.steps, planned.bundle_bytes + there)
@@ -149,7 +149,7 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
         _step("optimise the graph", full, per_gib_s=40, disk=full),
         _step("run the source on real passages", full, per_gib_s=40),
     ]
-    steps += _compressing(ids, full)
+    steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * len(ids), per_gib_s=40))
     if cut is not None:
         steps.insert(1, _slicing(cut, options.settings.slim, full))
@@ -193,14 +193,24 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
     return _finished(ids, steps, _sizes(full, _SIZE_TEXT, cut), options)
 
 
-def _compressing(ids: tuple[str, ...], full: float) -> list[PlannedStep]:
+def _compressing(
+    ids: tuple[str, ...], full: float, options: ConversionOptions
+) -> list[PlannedStep]:
     """The steps that make variants of a graph in full precision."""
+    is_smooth = options.settings.int8.smooth is not None
     halves = [
         _step(f"store weights as {name.upper()}", full, per_gib_s=10, disk=full / 2)
         for name in HALVES
         if name in ids
     ]
-    return halves + [
+    smoothed = [
+        _step("move what is hard to round into weights", full, per_gib_s=60, disk=full)
+        for name in ("int8", "trt-int8")
+        if name in ids and is_smooth
+    ]
+    if options.settings.optimise.fuse:
+        halves.insert(0, _step("fuse operators for ONNX Runtime", full, per_gib_s=60, disk=full))
+    return [*halves, *smoothed] + [
         _step(f"quantize to {name.upper()}", full, per_gib_s=40, disk=full)
         for name in ("int8", "int4")
         if name in ids

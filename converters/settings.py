@@ -15,6 +15,21 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Index = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 
 
+class OptimiseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is done to a graph before it is compressed.
+
+    Attributes:
+        fuse: Whether variants in 32 and 16 bits get ONNX Runtime's own operators (`Attention`,
+            `SkipLayerNormalization`, `BiasGelu`); nothing else runs them. A session makes most of
+            these when it loads a model: all-MiniLM-L6-v2 takes 1.04 times as long with them as
+            without, which is noise.
+        model_type: Whose graph it is like, as onnxruntime.transformers names them.
+    """
+
+    fuse: bool = False
+    model_type: Literal["bert", "vit", "swin", "clip", "bart", "conformer"] = "bert"
+
+
 class CalibrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How ``static`` INT8 finds the range of every activation, and what it is made for.
 
@@ -49,6 +64,8 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             all-MiniLM-L6-v2, ten nearest of 1,024 passages kept: 0.9735 and 0.9670.
         per_channel: ``dynamic`` and ``static``: one scale for each output channel of a weight.
         calibration: For ``static``.
+        smooth: ``dynamic`` and ``static``: SmoothQuant's alpha; how much of what is hard to round
+            moves from activations into the weights of products. `None` moves nothing.
         symmetric: ``weights``: whether blocks have no zero point.
         block_size: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two
             AVX-512 VNNI cores: mean cosine to FP32, share of the ten nearest texts kept, median
@@ -65,6 +82,7 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tables: Literal["row", "tensor"] = "row"
     per_channel: bool = True
     calibration: CalibrationSettings = CalibrationSettings()
+    smooth: _Share | None = None
     symmetric: bool = True
     block_size: Literal[16, 32, 64, 128, 256] = 128
     accuracy_level: Literal[0, 1, 4] = 4
@@ -289,6 +307,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 20240607
     passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 128
+    optimise: OptimiseSettings = OptimiseSettings()
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
     prune: PruneSettings = PruneSettings()

@@ -14,6 +14,7 @@ from converters import texts
 from converters.cache import digest_of_arrays
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
+from converters.recipes.fuse import fused
 from converters.recipes.int8 import COMPRESSED, HALVES, make_half, make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.slim import SLIM, Slimmed, sliced_model
@@ -100,6 +101,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
     count, limits = shop.settings.passages, shop.settings.gates
     check = EmbeddingCheck(tokenizer, preprocessing, limits, texts.passages(count))
     kept = shop.work / "source.npy"
+    served = None if full is None else fused(shop, full, check.batches)
     parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
         shop.cache.output(
@@ -112,9 +114,9 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
 
     reference = "fp32" if "fp32" in ids else source.label
     best, quality = truth, {}
-    if full is not None:
+    if served is not None:
         with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
-            best = check.vectors(full)
+            best = check.vectors(served)
             quality["fp32"] = check.against_source(best, truth, source.label)
             if long is not None:
                 quality["fp32"] += check.against_long(best, long, source.label)
@@ -148,11 +150,13 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         return vectors
 
     for one in [one for one in COMPRESSED if one in ids]:
+        is_fused = one in HALVES and slimmed is None and served is not None
+        made_from = served if is_fused and served is not None else base
         quality[one] = compress(
-            shop, one, base, best, check, tokenizer, preprocessing, reference, long=far,
+            shop, one, made_from, best, check, tokenizer, preprocessing, reference, long=far,
             truth_of=truth_of,
         )  # fmt: skip
-        blame = blame_compressed(shop, one, base, tokenizer, preprocessing)
+        blame = blame_compressed(shop, one, made_from, tokenizer, preprocessing)
         if not shop.accept(one, quality[one], blame=blame):
             ids = tuple(variant_id for variant_id in ids if variant_id != one)
     if compiled.ids:
@@ -168,8 +172,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             )
             quality.update(judged)
             step.note("; ".join(f"{one}: {summary(found)}" for one, found in judged.items()))
-    if full is not None and "fp32" in ids:
-        shop.writer.add(full, "fp32/model.onnx")
+    if served is not None and "fp32" in ids:
+        shop.writer.add(served, "fp32/model.onnx")
     if slimmed is not None and SLIM in ids:
         shop.writer.add(base, f"{SLIM}/model.onnx")
 

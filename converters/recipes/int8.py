@@ -19,6 +19,7 @@ from converters.steps.quantize import Int8Quantizer, store_half
 from converters.steps.quantize_int4 import Int4Quantizer
 from converters.steps.round_weights import Half
 from converters.steps.sensitivity import Choice, Damage, NodeQuantizer, choose, rank
+from converters.steps.smooth import smooth
 from nearfar.errors import ConversionError
 
 _TOOLS = ("onnx", "onnxruntime", "numpy")
@@ -70,6 +71,8 @@ def make_int8(
         ConversionError: The model cannot be quantized.
     """
     settings = shop.settings.int8
+    if settings.smooth is not None:
+        source = _smoothed(shop, source, calibration, variant_id)
     quantizer = Int8Quantizer(source, shop.work, settings, calibration)
     parts: dict[str, object] = {
         "source": digest_of_path(source),
@@ -86,6 +89,47 @@ def make_int8(
                 lambda: histograms(source, quantizer.ranges(), calibration, shop.work),
                 tools=_TOOLS,
             )  # fmt: skip
+
+
+def _smoothed(
+    shop: Workshop,
+    source: Path,
+    calibration: Sequence[Mapping[str, np.ndarray]],
+    variant_id: str,
+) -> Path:
+    """The model with what is hard to round moved from its activations into its weights."""
+    settings, alpha = shop.settings.int8, shop.settings.int8.smooth
+    assert alpha is not None
+    if settings.method == "weights":
+        raise ConversionError(
+            "int8.smooth helps where activations are rounded, and with int8.method = 'weights' "
+            "they are not",
+            fix="Use --int8 dynamic or --int8 static with it, or leave it out",
+        )
+    target = shop.work / f"smoothed-{variant_id}.onnx"
+    feeds = calibration[: settings.calibration.samples]
+    max_error = shop.settings.gates.max_optimise_error
+    parts = {
+        "source": digest_of_path(source),
+        "calibration": digest_of_arrays(feeds),
+        "alpha": alpha,
+        "keep": settings.keep,
+        "max_error": max_error,
+    }
+
+    def make(path: Path) -> None:
+        done = smooth(
+            source, path, feeds=feeds, alpha=alpha, keep=settings.keep, max_error=max_error,
+            work=shop.work,
+        )  # fmt: skip
+        step.note(
+            f"{done.products} products; divided in {done.folded} LayerNormalization and "
+            f"{done.inserted} Mul"
+        )
+
+    with shop.reporter.step(f"move what is hard to round into weights (alpha {alpha:g})") as step:
+        shop.cache.output("smooth", parts, target, make, tools=_TOOLS)
+    return target
 
 
 def make_int4(

@@ -16,6 +16,7 @@ from msgspec import to_builtins
 from converters.cache import digest_of_arrays, digest_of_path
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
+from converters.recipes.fuse import fused
 from converters.recipes.int8 import COMPRESSED, HALVES, make_half, make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
@@ -109,21 +110,26 @@ def build(
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
+    is_plain = own == "fp32" and not source.external_files
+    served = fused(shop, full or source.path, _bare(source, samples)) if is_plain else full
     if own in ids:
-        if full is None:
+        if served is None:
             _copy(source, paths[own])
         else:
-            shutil.copyfile(full, paths[own])
+            shutil.copyfile(served, paths[own])
     if "pruned" in ids and pruned is not None:
         shutil.copyfile(narrow or pruned.path, paths["pruned"])
     for half in HALVES:
         if half in ids and own == "fp32":
-            make_half(shop, base, paths[half], half)
+            whole = served if pruned is None and served is not None else base
+            make_half(shop, whole, paths[half], half)
     calibration = samples
     makers = {"int8": make_int8, "int4": make_int4}
     rounded = [one for one in makers if one in ids and one != own]
     if rounded or "trt-int8" in compiled.ids:
-        is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
+        int8 = shop.settings.int8
+        is_static = int8.method == "static" or "trt-int8" in compiled.ids
+        is_static = is_static or int8.smooth is not None
         samples, calibration = _split(source, samples, kind, meaning, shop, is_static=is_static)
     calibration = _bare(source, calibration)
     for one in rounded:

@@ -65,6 +65,7 @@ def _method_of(precision: str, settings: Settings) -> str:
         text += " for TensorRT" if int8.calibration.target == "tensorrt" else ""
     if int8.method != "weights" and not int8.per_channel:
         text += ", one scale for each weight"
+    text += f", smoothed (alpha {int8.smooth:g})" if int8.smooth is not None else ""
     return text + _kept(int8.keep)
 
 

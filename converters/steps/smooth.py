@@ -7,8 +7,8 @@ channel of X; the factors are those of Xiao et al. 2022 (arXiv 2211.10438), equa
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
 
 The division goes into the `LayerNormalization` in front where nothing else reads that, else into a
-`Mul` of its own. (ONNX Runtime's option `SmoothQuant` needs `neural_compressor.adaptor`, which that
-package has not had since 3.0.)
+`Mul` of its own. (ONNX Runtime's option `SmoothQuant` needs `neural_compressor.adaptor`, which is
+gone from that package: 3.0 had it, 3.10 has not.)
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def smooth(
     groups = graph.products(keep)
     if not groups:
         raise ConversionError(
-            "int8.smooth is for matrix products (MatMul, Gemm) with constant weights, and the model "
-            "has none",
+            "int8.smooth is for matrix products (MatMul, Gemm) with constant weights, and the "
+            "model has none",
             fix="Leave it out of the recipe",
         )
     largest = _largest(onnx, source, list(groups), feeds, work)
@@ -165,8 +165,9 @@ class _Graph:
             if node.op_type not in ("MatMul", "Gemm") or node.name in keep:
                 continue
             tensor = self._stored.get(node.input[1])
-            is_float = tensor is not None and tensor.data_type == self._onnx.TensorProto.FLOAT
-            is_large = is_float and len(tensor.dims) == 2 and np.prod(tensor.dims) >= LEAST_WEIGHTS
+            if tensor is None or tensor.data_type != self._onnx.TensorProto.FLOAT:
+                continue
+            is_large = len(tensor.dims) == 2 and int(np.prod(tensor.dims)) >= LEAST_WEIGHTS
             if is_large and not _attribute(node, "transA") and node.input[0] not in self._stored:
                 found.setdefault(node.input[0], []).append(node)
         return found
