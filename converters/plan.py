@@ -11,6 +11,7 @@ from converters.cache import default_root
 from converters.options import ConversionOptions
 from converters.recipes import bundle, classifier, embedding, text_generation
 from converters.recipes.base import Workshop
+from converters.recipes.int8 import HALVES
 from converters.recipes.onnx_model import variants_of
 from converters.settings import SlimSettings
 from converters.slim.shape import Cut, check_slim
@@ -25,7 +26,7 @@ from converters.sources.torch_module import TorchSource
 #: VNNI cores. From SmolLM2-135M (0.5 GiB), all-MiniLM-L6-v2 (0.08 GiB) and magika (0.003 GiB);
 #: other machines and models are easily two times off.
 _SIZE = {
-    "fp32": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.22,
+    "fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.3, "int4": 0.22,
     "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-int8": 0.3,
 }  # fmt: skip
 _SIZE_TEXT = {
@@ -103,8 +104,8 @@ def _plan_onnx(source: OnnxSource, options: ConversionOptions) -> Plan:
     ids = _ids(options, *variants_of(own))
     full = source.path.stat().st_size + sum(file.stat().st_size for file in source.external_files)
     steps = [_step("optimise the graph", full, per_gib_s=60, disk=full)]
-    if "int8" in ids and own != "int8":
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    if own == "fp32":
+        steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
     return _finished(ids, steps, lambda name: full * _SIZE[name] / _SIZE[own], options)
 
@@ -129,16 +130,11 @@ def _plan_module(source: TorchSource, options: ConversionOptions) -> Plan:
         left = settings.keep_mlp
         title = f"slice the layers, and train for {settings.recovery_steps} steps"
         steps.append(_step(title, full, per_gib_s=600, start_s=12, disk=full * left))
-    if "int8" in ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
-
-    def size(name: str) -> float:
-        if name in ("fp32", narrow):
-            return full if name == "fp32" else full * left
-        return full * left * _SIZE[name]
-
-    return _finished(ids, steps, size, options)
+    sizes = {name: full * left * share for name, share in _SIZE.items()}
+    sizes |= {"fp32": full, narrow: full * left}
+    return _finished(ids, steps, lambda name: sizes[name], options)
 
 
 def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
@@ -146,7 +142,7 @@ def _plan_bundle(source: BundleSource, options: ConversionOptions) -> Plan:
     full, there = source.full.size_bytes, source.bundle.size_bytes()
     steps = [_step("take the variants over", there, per_gib_s=4, disk=there)]
     if ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+        steps += _compressing(ids, full, options)
         steps.append(_step("verify", full * (1 + len(ids)), per_gib_s=60))
     planned = _finished(ids, steps, lambda name: full * _SIZE[name], options)
     return Plan(planned.variants, planned.steps, planned.bundle_bytes + there)
@@ -162,8 +158,7 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
         _step("optimise the graph", full, per_gib_s=40, disk=full),
         _step("run the source on real passages", full, per_gib_s=40),
     ]
-    if "int8" in ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * len(ids), per_gib_s=40))
     if cut is not None:
         steps.insert(1, _slicing(cut, options.settings.slim, full))
@@ -178,8 +173,7 @@ def _plan_classifier(source: HuggingFaceSource, options: ConversionOptions) -> P
         _step("export to ONNX and compare with torch", full, per_gib_s=120, start_s=6, disk=full),
         _step("optimise the graph", full, per_gib_s=60, disk=full),
     ]
-    if "int8" in ids:
-        steps.append(_step("quantize to INT8", full, per_gib_s=40, disk=full))
+    steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * (1 + len(ids)), per_gib_s=60))
     return _finished(ids, steps, lambda name: full * _SIZE[name], options)
 
@@ -219,6 +213,30 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
     if cut is not None:
         steps.insert(3, _slicing(cut, options.settings.slim, full))
     return _finished(ids, steps, _sizes(full, _SIZE_TEXT, cut), options)
+
+
+def _compressing(
+    ids: tuple[str, ...], full: float, options: ConversionOptions
+) -> list[PlannedStep]:
+    """The steps that make variants of a graph in full precision."""
+    is_smooth = options.settings.int8.smooth is not None
+    halves = [
+        _step(f"store weights as {name.upper()}", full, per_gib_s=10, disk=full / 2)
+        for name in HALVES
+        if name in ids
+    ]
+    smoothed = [
+        _step("move what is hard to round into weights", full, per_gib_s=60, disk=full)
+        for name in ("int8", "trt-int8")
+        if name in ids and is_smooth
+    ]
+    if options.settings.optimise.fuse:
+        halves.insert(0, _step("fuse operators for ONNX Runtime", full, per_gib_s=60, disk=full))
+    return [*halves, *smoothed] + [
+        _step(f"quantize to {name.upper()}", full, per_gib_s=40, disk=full)
+        for name in ("int8", "int4")
+        if name in ids
+    ]
 
 
 def _slicing(cut: Cut, settings: SlimSettings, full: float) -> PlannedStep:

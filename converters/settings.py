@@ -15,6 +15,21 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Index = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 
 
+class OptimiseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is done to a graph before it is compressed.
+
+    Attributes:
+        fuse: Whether variants in 32 and 16 bits get ONNX Runtime's own operators (`Attention`,
+            `SkipLayerNormalization`, `BiasGelu`); nothing else runs them. A session makes most of
+            these when it loads a model: all-MiniLM-L6-v2 takes 1.04 times as long with them as
+            without, which is noise.
+        model_type: Whose graph it is like, as onnxruntime.transformers names them.
+    """
+
+    fuse: bool = False
+    model_type: Literal["bert", "vit", "swin", "clip", "bart", "conformer"] = "bert"
+
+
 class CalibrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How ``static`` INT8 finds the range of every activation, and what it is made for.
 
@@ -38,8 +53,8 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How a model becomes 8 bits.
 
     Attributes:
-        method: ``weights``: weights in blocks (`MatMulNBits`), of convolutions and `Gemm` with a
-            scale for each channel; activations stay in float between the operators. ``dynamic``:
+        method: ``weights``: weights in blocks (`MatMulNBits`), of convolutions with a scale for
+            each channel; activations stay in float between the operators. ``dynamic``:
             activations are rounded too, with a range found in every call. ``static``: with a range
             found beforehand, on calibration data (QDQ).
         keep: Nodes of the graph that stay in full precision, by name.
@@ -49,6 +64,9 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             all-MiniLM-L6-v2, ten nearest of 1,024 passages kept: 0.9735 and 0.9670.
         per_channel: ``dynamic`` and ``static``: one scale for each output channel of a weight.
         calibration: For ``static``.
+        smooth: ``dynamic`` and ``static``: SmoothQuant's alpha; how much of what is hard to round
+            moves from activations into the weights of products. `None` moves nothing.
+        symmetric: ``weights``: whether blocks have no zero point.
         block_size: Weights of one block share a scale. Measured on all-MiniLM-L6-v2 with two
             AVX-512 VNNI cores: mean cosine to FP32, share of the ten nearest texts kept, median
             time for 64 tokens against FP32. Blocks of 32 in MatMul: 0.9995, 0.970, 83 %; blocks of
@@ -64,6 +82,8 @@ class Int8Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tables: Literal["row", "tensor"] = "row"
     per_channel: bool = True
     calibration: CalibrationSettings = CalibrationSettings()
+    smooth: _Share | None = None
+    symmetric: bool = True
     block_size: Literal[16, 32, 64, 128, 256] = 128
     accuracy_level: Literal[0, 1, 4] = 4
 
@@ -83,14 +103,15 @@ class AwqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How weights of language models become 4 bits.
+    """How weights become 4 bits.
 
     Attributes:
-        algorithm: ``carry`` takes over the blocks of a GGUF file that is quantized already (Q4_0,
-            Q4_1, Q4_K, Q8_0), so that nothing is lost a second time; matrices of other types get
-            8 bits. The others round, and are named as onnxruntime-genai's model builder names
-            them: ``rtn`` to the nearest, ``k_quant`` with the best scale and zero point of each
-            block, ``k_quant_last`` with the last matrix in 8 bits, ``k_quant_mixed`` with some
+        algorithm: Of language models; weights of others are rounded to the nearest (``auto``,
+            ``rtn``). ``carry`` takes over the blocks of a GGUF file that is quantized already
+            (Q4_0, Q4_1, Q4_K, Q8_0), so that nothing is lost a second time; matrices of other
+            types get 8 bits. The others round, and are named as onnxruntime-genai's model builder
+            names them: ``rtn`` to the nearest, ``k_quant`` with the best scale and zero point of
+            each block, ``k_quant_last`` with the last matrix in 8 bits, ``k_quant_mixed`` with some
             layers in 8 bits too (Q4_K_M elsewhere). ``awq`` multiplies input channels by scales,
             found on real text, before it rounds to the nearest; head and embedding get 8 bits.
             ``auto`` is ``carry`` where it is possible, else ``k_quant_mixed``.
@@ -99,6 +120,8 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         minima_digits: How exactly, in digits of four bits; see `converters.steps.gguf_blocks`.
             SmolLM2-135M, 1,530 tokens, perplexity and size: full precision 15.98, 544 MB; none
             19.65, 97 MB; one 16.09, 101 MB; two 16.04, 104 MB.
+        block_size, symmetric, accuracy_level, keep, max_kept: As those of `Int8Settings`, of models
+            that are no language models; tables and convolutions of these get 8 bits.
     """
 
     algorithm: Literal[
@@ -106,6 +129,11 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "auto"
     exact_minima: tuple[Matrix, ...] = get_args(Matrix)
     minima_digits: Annotated[int, msgspec.Meta(ge=0, le=3)] = 1
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    symmetric: bool = False
+    accuracy_level: Literal[0, 1, 4] = 4
+    keep: tuple[str, ...] = ()
+    max_kept: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 8
     awq: AwqSettings = AwqSettings()
 
 
@@ -279,6 +307,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 20240607
     passages: Annotated[int, msgspec.Meta(ge=32, le=100_000)] = 128
+    optimise: OptimiseSettings = OptimiseSettings()
     int8: Int8Settings = Int8Settings()
     int4: Int4Settings = Int4Settings()
     prune: PruneSettings = PruneSettings()

@@ -43,8 +43,8 @@ from nearfar.units import format_ms
 
 #: Best quality first.
 _QUALITY_ORDER = (
-    "fp32", "onnx-fp32", "trt-fp32", "fp16", "onnx-fp16", "trt-fp16", "pruned",
-    "slim", "int8", "onnx-int8", "trt-int8", "int4", "onnx-int4",
+    "fp32", "onnx-fp32", "trt-fp32", "fp16", "onnx-fp16", "trt-fp16", "bf16",
+    "pruned", "slim", "int8", "onnx-int8", "trt-int8", "int4", "onnx-int4",
 )  # fmt: skip
 
 _SLICE_LESS = (
@@ -64,9 +64,11 @@ class Workshop:
         reporter: Where progress goes.
         cache: Results of earlier steps.
         kept: Nodes that a search left in full precision; filled while the bundle is made.
+        kept_int4: The same in ``int4`` of models that are no language models.
         kept_tensorrt: The same in ``trt-int8``.
         axes_tensorrt: Sizes that TensorRT engines will cover, by axis; filled likewise.
         refused: Why variants were left out, in words; filled likewise.
+        resolved: What a setting stood for that left a choice, by its name; filled likewise.
         evidence: What the report shows beside the manifest; filled likewise.
     """
 
@@ -76,9 +78,11 @@ class Workshop:
     reporter: Reporter
     cache: StepCache
     kept: list[str] = field(default_factory=list)
+    kept_int4: list[str] = field(default_factory=list)
     kept_tensorrt: list[str] = field(default_factory=list)
     axes_tensorrt: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    resolved: dict[str, str] = field(default_factory=dict)
     evidence: Evidence = field(default_factory=Evidence)
 
     @property
@@ -95,7 +99,13 @@ class Workshop:
             keep=tuple(self.kept_tensorrt) or self.settings.tensorrt.keep,
             axes=self.axes_tensorrt or self.settings.tensorrt.axes,
         )
-        return msgspec.structs.replace(self.settings, int8=int8, tensorrt=tensorrt)
+        stated = self.settings.int4
+        int4 = msgspec.structs.replace(
+            stated,
+            keep=tuple(self.kept_int4) or stated.keep,
+            algorithm=self.resolved.get("int4.algorithm", stated.algorithm),
+        )
+        return msgspec.structs.replace(self.settings, int8=int8, int4=int4, tensorrt=tensorrt)
 
     def variant_ids(self, default: Sequence[str], possible: Sequence[str]) -> tuple[str, ...]:
         """Wished variants, best quality first.
@@ -227,13 +237,16 @@ class Workshop:
             # What slicing lost, no other way of rounding brings back.
             problem = Refusal(problem.reason, _SLICE_LESS)
         if found is not None:
-            problem = problem.blaming(
-                damage_of(found), mending_of(found, variant_id, self._kept_in(variant_id))
-            )
+            # Of language models no node can be kept.
+            is_text = reference_perplexity is not None
+            mending = mending_of(found, variant_id, self._kept_in(variant_id))
+            problem = problem.blaming(damage_of(found), "" if is_text else mending)
         self._leave_out(variant_id, problem, figures)
         return False
 
     def _kept_in(self, variant_id: str) -> Sequence[str]:
+        if variant_id == "int4":
+            return self.kept_int4
         return self.kept_tensorrt if variant_id.startswith("trt-") else self.kept
 
     def accept_slim(

@@ -11,6 +11,7 @@ import msgspec
 from converters.own_texts import judged_texts
 from converters.recipes import embedding, onnx_model
 from converters.recipes.base import Workshop
+from converters.recipes.int8 import COMPRESSED
 from converters.sources.bundle import BundleSource
 from converters.sources.onnx_file import OnnxSource, open_onnx
 from converters.steps.verify_embedding import EmbeddingCheck, may_mix
@@ -18,10 +19,10 @@ from nearfar.bundle.manifest import Manifest, TextPreprocessing, Variant
 from nearfar.errors import ConversionError
 
 #: What can be made of an FP32 variant.
-POSSIBLE = ("int8",)
+POSSIBLE = COMPRESSED
 #: Of `ConversionOptions`: nobody said otherwise, so the bundle keeps its own.
 _UNSTATED_VERSION = "1.0.0"
-_ORDER = ("fp32", "fp16", "int8", "int4")
+_ORDER = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ def build(source: BundleSource, name: str, shop: Workshop) -> Manifest:
             shop.writer.add(source.path / entry.path, entry.path)
         step.note(f"{source.bundle.size_bytes() / 2**20:.1f} MiB checked")
     made = (
-        _embedding(source, shop, stay)
+        _embedding(source, shop, wished)
         if old.task == "embedding"
         else _tensors(source, name, shop, wished)
     )
@@ -96,7 +97,7 @@ def _tensors(
 
 
 def _embedding(
-    source: BundleSource, shop: Workshop, stay: tuple[Variant, ...]
+    source: BundleSource, shop: Workshop, wished: tuple[str, ...]
 ) -> tuple[Variant, ...]:
     spec = source.bundle.manifest.preprocessing
     assert isinstance(spec, TextPreprocessing)
@@ -107,15 +108,20 @@ def _embedding(
     check = EmbeddingCheck(tokenizer, spec, shop.settings.gates, passages)
     with shop.reporter.step(f"run {source.full.id} on {check.samples} passages"):
         best = check.vectors(full)
-    quality = {"int8": embedding.compress(shop, full, best, check, tokenizer, spec, source.full.id)}
-    blame = embedding.blame_int8(shop, full, tokenizer, spec)
-    if not shop.accept("int8", quality["int8"], blame=blame):
-        shop.check_any(())
-    ids, latency = embedding.measured(shop, ("int8",), quality, check)
+    quality, ids = {}, []
+    for one in wished:
+        quality[one] = embedding.compress(
+            shop, one, full, best, check, tokenizer, spec, source.full.id
+        )
+        blame = embedding.blame_compressed(shop, one, full, tokenizer, spec)
+        if shop.accept(one, quality[one], blame=blame):
+            ids.append(one)
+    shop.check_any(ids)
+    kept, latency = embedding.measured(shop, tuple(ids), quality, check)
     return shop.variants(
-        ids,
+        kept,
         engine="onnxruntime",
-        entries={"int8": "int8/model.onnx"},
+        entries={one: f"{one}/model.onnx" for one in kept},
         quality=quality,
         latency=latency,
     )

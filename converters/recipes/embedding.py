@@ -14,7 +14,8 @@ from converters.cache import digest_of_arrays
 from converters.own_texts import calibration_texts, judged_texts
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
-from converters.recipes.int8 import make_int8
+from converters.recipes.fuse import fused
+from converters.recipes.int8 import COMPRESSED, HALVES, make_half, make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.slim import SLIM, Slimmed, sliced_model
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
@@ -99,9 +100,10 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         base = _full(shop, narrow, sliced, limit, name=SLIM)
     assert base is not None
     count, limits = shop.settings.passages, shop.settings.gates
-    judged = judged_texts(shop.options.samples, count)
-    check = EmbeddingCheck(tokenizer, preprocessing, limits, judged)
+    texts_judged = judged_texts(shop.options.samples, count)
+    check = EmbeddingCheck(tokenizer, preprocessing, limits, texts_judged)
     kept = shop.work / "source.npy"
+    served = None if full is None else fused(shop, full, check.batches)
     parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
         shop.cache.output(
@@ -114,9 +116,9 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
 
     reference = "fp32" if "fp32" in ids else source.label
     best, quality = truth, {}
-    if full is not None:
+    if served is not None:
         with shop.reporter.step(f"verify fp32 on {check.samples} passages") as step:
-            best = check.vectors(full)
+            best = check.vectors(served)
             quality["fp32"] = check.against_source(best, truth, source.label)
             if long is not None:
                 quality["fp32"] += check.against_long(best, long, source.label)
@@ -149,14 +151,16 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         whole.cache_clear()
         return vectors
 
-    if "int8" in ids:
-        quality["int8"] = compress(
-            shop, base, best, check, tokenizer, preprocessing, reference, long=far,
+    for one in [one for one in COMPRESSED if one in ids]:
+        is_fused = one in HALVES and slimmed is None and served is not None
+        made_from = served if is_fused and served is not None else base
+        quality[one] = compress(
+            shop, one, made_from, best, check, tokenizer, preprocessing, reference, long=far,
             truth_of=truth_of,
         )  # fmt: skip
-        blame = blame_int8(shop, base, tokenizer, preprocessing)
-        if not shop.accept("int8", quality["int8"], blame=blame):
-            ids = tuple(variant_id for variant_id in ids if variant_id != "int8")
+        blame = blame_compressed(shop, one, made_from, tokenizer, preprocessing)
+        if not shop.accept(one, quality[one], blame=blame):
+            ids = tuple(variant_id for variant_id in ids if variant_id != one)
     if compiled.ids:
         trial_texts = calibration_texts(shop.options.samples, count)
         trial = EmbeddingCheck(tokenizer, preprocessing, limits, trial_texts)
@@ -171,8 +175,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
             )
             quality.update(judged)
             step.note("; ".join(f"{one}: {summary(found)}" for one, found in judged.items()))
-    if full is not None and "fp32" in ids:
-        shop.writer.add(full, "fp32/model.onnx")
+    if served is not None and "fp32" in ids:
+        shop.writer.add(served, "fp32/model.onnx")
     if slimmed is not None and SLIM in ids:
         shop.writer.add(base, f"{SLIM}/model.onnx")
 
@@ -215,7 +219,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
 
 def variants_of(*, is_slim: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are made when nobody says, variants that can be made)."""
-    possible = ("int8", "fp32", *TENSORRT_IDS)
+    possible = (*COMPRESSED, "fp32", *TENSORRT_IDS)
     return (SLIM_VARIANTS, (*possible, SLIM)) if is_slim else (DEFAULT_VARIANTS, possible)
 
 
@@ -254,6 +258,7 @@ def _projection(
 
 def compress(
     shop: Workshop,
+    variant_id: str,
     full: Path,
     best: np.ndarray,
     check: EmbeddingCheck,
@@ -264,10 +269,11 @@ def compress(
     long: tuple[np.ndarray, str] | None = None,
     truth_of: Callable[[EmbeddingCheck], np.ndarray] | None = None,
 ) -> tuple[QualityFigure, ...]:
-    """Make ``int8/model.onnx`` and compare it.
+    """Make ``int8/model.onnx``, or another of `COMPRESSED`, and compare it.
 
     Args:
         shop: Where and how.
+        variant_id: Which.
         full: FP32 model.
         best: Its vectors of the passages of `check`.
         check: What the variant is judged on.
@@ -280,24 +286,29 @@ def compress(
         ConversionError: It cannot be made, or is not the same model.
     """
     count = shop.settings.passages
-    path = shop.writer.file("int8/model.onnx")
-    trial = EmbeddingCheck(
-        tokenizer,
-        preprocessing,
-        shop.settings.gates,
-        calibration_texts(shop.options.samples, count),
-    )
-    make_int8(
-        shop,
-        full,
-        path,
-        calibration=trial.batches,
-        judge=_judge(trial, truth_of or (lambda one: one.vectors(full))),
-    )
-    has_kernels = shop.settings.int8.method != "weights"
-    with shop.reporter.step(f"verify int8 on {check.samples} passages") as step:
+    path = shop.writer.file(f"{variant_id}/model.onnx")
+    if variant_id in HALVES:
+        make_half(shop, full, path, variant_id)
+    else:
+        trial = EmbeddingCheck(
+            tokenizer,
+            preprocessing,
+            shop.settings.gates,
+            calibration_texts(shop.options.samples, count),
+        )
+        make = make_int4 if variant_id == "int4" else make_int8
+        make(
+            shop,
+            full,
+            path,
+            calibration=trial.batches,
+            judge=_judge(trial, truth_of or (lambda one: one.vectors(full))),
+        )
+    has_kernels = variant_id == "int8" and shop.settings.int8.method != "weights"
+    with shop.reporter.step(f"verify {variant_id} on {check.samples} passages") as step:
         # The model is judged on the graph as it is written, where a CPU's kernels may saturate.
-        with explained("int8", blame_int8(shop, full, tokenizer, preprocessing)):
+        blame = blame_compressed(shop, variant_id, full, tokenizer, preprocessing)
+        with explained(variant_id, blame):
             found = check.against_reference(
                 check.vectors(path), best, reference, is_gated=not has_kernels
             )
@@ -310,17 +321,22 @@ def compress(
     return found
 
 
-def blame_int8(
-    shop: Workshop, full: Path, tokenizer: Path, preprocessing: TextPreprocessing
+def blame_compressed(
+    shop: Workshop,
+    variant_id: str,
+    full: Path,
+    tokenizer: Path,
+    preprocessing: TextPreprocessing,
 ) -> Blame:
-    """Finds the layers where ``int8/model.onnx`` errs, on single texts that it is not judged on."""
+    """Finds the layers where a variant errs, on single texts that it is not judged on."""
 
     def feeds() -> list[dict[str, np.ndarray]]:
         passages = calibration_texts(shop.options.samples, shop.settings.passages)
         check = EmbeddingCheck(tokenizer, preprocessing, shop.settings.gates, passages)
         return [{name: rows[:1] for name, rows in batch.items()} for batch in check.batches]
 
-    return partial(blame_layers, shop, "int8", full, shop.writer.file("int8/model.onnx"), feeds)
+    path = shop.writer.file(f"{variant_id}/model.onnx")
+    return partial(blame_layers, shop, variant_id, full, path, feeds)
 
 
 def measured(

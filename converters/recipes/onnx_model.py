@@ -18,7 +18,8 @@ from converters.cache import digest_of_arrays, digest_of_path
 from converters.own_texts import read_texts
 from converters.recipe_file import fingerprint
 from converters.recipes.base import Workshop, summary
-from converters.recipes.int8 import make_int8
+from converters.recipes.fuse import fused
+from converters.recipes.int8 import COMPRESSED, HALVES, make_half, make_int4, make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.recipes.tensorrt import IDS as TENSORRT_IDS
 from converters.recipes.tensorrt import TensorrtVariants, joined
@@ -26,7 +27,6 @@ from converters.sources.huggingface import read_json
 from converters.sources.onnx_file import OnnxSource
 from converters.steps.gate import quality_drop
 from converters.steps.optimise import slim
-from converters.steps.quantize import store_fp16
 from converters.steps.raw_samples import raw_samples
 from converters.steps.verify_stream import (
     known_stream,
@@ -124,26 +124,33 @@ def build(
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
+    is_plain = own == "fp32" and not source.external_files
+    served = fused(shop, full or source.path, _bare(source, samples)) if is_plain else full
     if own in ids:
-        if full is None:
+        if served is None:
             _copy(source, paths[own])
         else:
-            shutil.copyfile(full, paths[own])
+            shutil.copyfile(served, paths[own])
     if narrow_id in ids and pruned is not None:
         shutil.copyfile(narrow or pruned.path, paths[narrow_id])
-    if "fp16" in ids and own == "fp32":
-        with shop.reporter.step("store weights in 16 bits"):
-            store_fp16(base, paths["fp16"])
+    for half in HALVES:
+        if half in ids and own == "fp32":
+            whole = served if pruned is None and served is not None else base
+            make_half(shop, whole, paths[half], half)
     calibration = samples
-    if ("int8" in ids and own != "int8") or "trt-int8" in compiled.ids:
-        is_static = shop.settings.int8.method == "static" or "trt-int8" in compiled.ids
+    makers = {"int8": make_int8, "int4": make_int4}
+    rounded = [one for one in makers if one in ids and one != own]
+    if rounded or "trt-int8" in compiled.ids:
+        int8 = shop.settings.int8
+        is_static = int8.method == "static" or "trt-int8" in compiled.ids
+        is_static = is_static or int8.smooth is not None
         samples, calibration = _split(source, samples, kind, meaning, shop, is_static=is_static)
     calibration = _bare(source, calibration)
-    if "int8" in ids and own != "int8":
-        make_int8(
+    for one in rounded:
+        makers[one](
             shop,
             base,
-            paths["int8"],
+            paths[one],
             calibration=calibration,
             judge=partial(_drop, source, calibration, meaning),
         )
@@ -203,8 +210,8 @@ def variants_of(own: str, *, narrow: str = "") -> tuple[tuple[str, ...], tuple[s
         narrow: Id of a narrower model that others are made of; "" without one.
     """
     if narrow:
-        return (narrow, own), (own, narrow, "fp16", "int8", *TENSORRT_IDS)
-    return (own,), (own, "fp16", "int8", *TENSORRT_IDS) if own == "fp32" else (own,)
+        return (narrow, own), (own, narrow, *COMPRESSED, *TENSORRT_IDS)
+    return (own,), (own, *COMPRESSED, *TENSORRT_IDS) if own == "fp32" else (own,)
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:

@@ -24,8 +24,12 @@ _PLAIN = {
     "int4": "INT4 weights in blocks of 32",
 }
 
-_OTHERS = {"fp16": "weights in 16 bits", "pruned": "narrower layers, in 32 bits",
-           "slim": "sliced, in 32 bits"}  # fmt: skip
+_OTHERS = {
+    "fp16": "weights in 16 bits",
+    "bf16": "weights in 16 bits (BF16)",
+    "pruned": "narrower layers, in 32 bits",
+    "slim": "sliced, in 32 bits",
+}
 
 
 def method_of(precision: str, settings: Settings) -> str:
@@ -37,7 +41,10 @@ def method_of(precision: str, settings: Settings) -> str:
 
 def _method_of(precision: str, settings: Settings) -> str:
     if precision == "int4":
-        return f"INT4, {_INT4[settings.int4.algorithm]}"
+        int4 = settings.int4
+        text = f"INT4, {_INT4[int4.algorithm]}"
+        text += f" in blocks of {int4.block_size}" if int4.algorithm == "rtn" else ""
+        return text + (", without zero points" if int4.symmetric else "") + _kept(int4.keep)
     if precision.startswith("onnx-"):
         return f"{_PLAIN[precision.removeprefix('onnx-')]}, a plain graph with its KV cache"
     if precision.startswith("trt-"):
@@ -49,6 +56,7 @@ def _method_of(precision: str, settings: Settings) -> str:
     int8 = settings.int8
     if int8.method == "weights":
         text = f"INT8 weights in blocks of {int8.block_size}"
+        text += "" if int8.symmetric else " with zero points"
         text += "" if int8.tables == "row" else ", one scale for each table"
     elif int8.method == "dynamic":
         text = "INT8, activations rounded in every call"
@@ -57,10 +65,13 @@ def _method_of(precision: str, settings: Settings) -> str:
         text += " for TensorRT" if int8.calibration.target == "tensorrt" else ""
     if int8.method != "weights" and not int8.per_channel:
         text += ", one scale for each weight"
-    if int8.keep:
-        count = len(int8.keep)
-        text += f", {count} node{'s' if count > 1 else ''} in full precision"
-    return text
+    text += f", smoothed (alpha {int8.smooth:g})" if int8.smooth is not None else ""
+    return text + _kept(int8.keep)
+
+
+def _kept(nodes: Sequence[str]) -> str:
+    plural = "s" if len(nodes) > 1 else ""
+    return f", {len(nodes)} node{plural} in full precision" if nodes else ""
 
 
 #: Layers that are named. More are in the report.
@@ -68,7 +79,7 @@ _NAMED = 3
 #: What does less than this share of the damage is not worth keeping.
 _LEAST_SHARE = 0.05
 #: Precisions whose recipes can leave nodes alone.
-_KEEP = {"int8": "int8.keep", "trt-int8": "tensorrt.keep"}
+_KEEP = {"int8": "int8.keep", "int4": "int4.keep", "trt-int8": "tensorrt.keep"}
 
 
 def damage_of(found: LayerErrors) -> str:

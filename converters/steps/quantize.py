@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,8 @@ from converters.libraries import load, quiet
 from converters.settings import Int8Settings
 from converters.sources.onnx_file import stored_tensors
 from converters.steps.quantize_static import OPERATORS, Calibrated, calibrate, quantize_static
-from converters.steps.quantize_tables import quantize_tables
-from converters.steps.round_weights import halve_weights, round_weights
+from converters.steps.round_weights import Half, halve_weights
+from converters.steps.weight_blocks import LEAST_WEIGHTS, Blocks, quantize_blocks
 from converters.tensorrt.graph import nodes_below
 from nearfar.errors import ConversionError
 
@@ -24,8 +23,6 @@ _CANDIDATES = {
     "dynamic": ("MatMul", "Gather", "Gemm", "Conv"),
     "static": OPERATORS,
 }
-#: Smaller constants are positions, scales and shapes: nothing to gain.
-_LEAST_WEIGHTS = 1024
 
 
 class Int8Quantizer:
@@ -53,17 +50,7 @@ class Int8Quantizer:
     @cached_property
     def candidates(self) -> tuple[str, ...]:
         """Names of the nodes that would be rounded and have weights worth it."""
-        onnx = load("onnx")
-        graph = onnx.load(str(self._source)).graph
-        sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.initializer
-                 if tensor.data_type == onnx.TensorProto.FLOAT}  # fmt: skip
-        return tuple(
-            node.name
-            for node in graph.node
-            if node.op_type in _CANDIDATES[self._settings.method]
-            and node.name
-            and max((sizes.get(name, 0) for name in node.input), default=0) >= _LEAST_WEIGHTS
-        )
+        return heavy_nodes(self._source, _CANDIDATES[self._settings.method])
 
     def write(self, target: Path, keep: Sequence[str] = ()) -> None:
         """Write a version.
@@ -130,47 +117,33 @@ class Int8Quantizer:
             raise _refused(exc) from exc
 
     def _weights(self, target: Path, keep: frozenset[str]) -> None:
-        nbits = load("onnxruntime.quantization.matmul_nbits_quantizer")
         settings = self._settings
+        blocks = Blocks(
+            bits=8,
+            block_size=settings.block_size,
+            symmetric=settings.symmetric,
+            accuracy_level=settings.accuracy_level,
+            tables=settings.tables,
+        )
         try:
-            with quiet():
-                model = self._with_tables(target, keep)
-                round_weights(model, keep, least_weights=_LEAST_WEIGHTS)
-                algorithm = nbits.DefaultWeightOnlyQuantConfig(
-                    bits=8,
-                    block_size=settings.block_size,
-                    is_symmetric=True,
-                    accuracy_level=settings.accuracy_level,
-                    op_types_to_quantize=("MatMul",),
-                )
-                quantizer = nbits.MatMulNBitsQuantizer(
-                    model, algo_config=algorithm, nodes_to_exclude=sorted(keep)
-                )
-                quantizer.process()
-                quantizer.model.save_model_to_file(str(target))
+            quantize_blocks(self._source, target, blocks, keep, self._work)
         except Exception as exc:  # the quantizers raise plain exceptions of every kind
             raise _refused(exc) from exc
 
-    def _with_tables(self, target: Path, keep: frozenset[str]) -> Any:
-        """The model with its lookup tables in 8 bits."""
-        onnx = load("onnx")
-        if self._settings.tables == "row":
-            model = onnx.load(str(self._source))
-            quantize_tables(model, keep, least_weights=_LEAST_WEIGHTS)
-            return model
-        quantization = load("onnxruntime.quantization")
-        tables = self._work / f"{target.stem}-tables.onnx"
-        try:
-            quantization.quantize_dynamic(
-                str(self._source),
-                str(tables),
-                op_types_to_quantize=["Gather"],
-                weight_type=quantization.QuantType.QInt8,
-                nodes_to_exclude=sorted(keep),
-            )
-            return onnx.load(str(tables))
-        finally:
-            tables.unlink(missing_ok=True)
+
+def heavy_nodes(source: Path, operators: Collection[str]) -> tuple[str, ...]:
+    """Names of the nodes of these operators that read a large constant."""
+    onnx = load("onnx")
+    graph = onnx.load(str(source)).graph
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.initializer
+             if tensor.data_type == onnx.TensorProto.FLOAT}  # fmt: skip
+    return tuple(
+        node.name
+        for node in graph.node
+        if node.op_type in operators
+        and node.name
+        and max((sizes.get(name, 0) for name in node.input), default=0) >= LEAST_WEIGHTS
+    )
 
 
 def _refused(exc: Exception) -> ConversionError:
@@ -180,22 +153,20 @@ def _refused(exc: Exception) -> ConversionError:
     )
 
 
-def quantize_int8(quantizer: Int8Quantizer, target: Path, keep: Sequence[str]) -> None:
-    """Write the INT8 version that goes into the bundle; see `Int8Quantizer.write`."""
-    quantizer.write(target, keep)
-
-
-def store_fp16(source: Path, target: Path) -> None:
+def store_half(source: Path, target: Path, kind: Half) -> None:
     """Write the model with its weights in 16 bits; they are computed with in 32.
 
+    So it runs wherever ONNX Runtime does: the CPU provider of 1.31 has no BF16 kernel for `MatMul`,
+    `Gemm`, `Add`, `Mul` or activations, but `Cast`.
+
     Raises:
-        ConversionError: It has no weights worth it.
+        ConversionError: It has no weights worth it, or cannot say it.
     """
     onnx = load("onnx")
     model = onnx.load(str(source))
-    if not halve_weights(model, least_weights=_LEAST_WEIGHTS):
+    if not halve_weights(model, least_weights=LEAST_WEIGHTS, kind=kind):
         raise ConversionError(
-            "The model has no large weights to store in 16 bits",
-            fix="Leave the fp16 variant out: --variants fp32",
+            f"The model has no large weights to store as {kind.upper()}, or an opset below 13",
+            fix=f"Leave the {kind} variant out: --variants fp32",
         )
     onnx.save(model, str(target))

@@ -2,14 +2,14 @@
 
 ONNX Runtime's weight-only quantizer knows matrix products (`MatMulNBits`). Convolutions, `Gemm`
 and recurrent layers get their weights through `DequantizeLinear` (ONNX 13) instead, one scale for
-each output channel, or through a `Cast` from 16 bits. Files become smaller, and nothing is rounded
-but the weights; it is no faster.
+each output channel, or through a `Cast` from 16 bits, FP16 or BF16. Files become smaller, and
+nothing is rounded but the weights; it is no faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from converters.libraries import load
 _WEIGHTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "LSTM": (1, 2), "GRU": (1, 2)}
 _LEAST_OPSET = 13
 
+#: The largest number that 16 bits hold, of FP16 and BF16. What is larger, such as a mask of
+#: -3.4e38, would become infinite.
+_LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
+
+Half = Literal["fp16", "bf16"]
 _Store = Callable[[str, np.ndarray], list[Any]]
 
 
@@ -34,8 +39,7 @@ def round_weights(model: Any, keep: Collection[str], *, least_weights: int) -> i
         How many were rounded; 0 for models below opset 13, which cannot say it.
     """
     onnx = load("onnx")
-    opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
-    if opset < _LEAST_OPSET:
+    if _opset(model) < _LEAST_OPSET:
         return 0
     # A branch may read what an outer graph stores; no name is there twice.
     axes: dict[str, int] = {}
@@ -67,29 +71,57 @@ def round_weights(model: Any, keep: Collection[str], *, least_weights: int) -> i
     )
 
 
-def halve_weights(model: Any, *, least_weights: int) -> int:
+def halve_weights(model: Any, *, least_weights: int, kind: Half = "fp16") -> int:
     """Store all large FP32 constants in 16 bits, in place; those inside branches too.
 
+    Args:
+        model: An `onnx.ModelProto`.
+        least_weights: Smaller ones stay.
+        kind: ``fp16`` has three more bits of precision, ``bf16`` the range of FP32.
+
     Returns:
-        How many were stored so; one that 16 bits cannot hold stays as it is.
+        How many were stored so; one that 16 bits cannot hold stays as it is. 0 for ``bf16`` and
+        models below opset 13, which cannot say it.
     """
     onnx = load("onnx")
+    if kind == "bf16" and _opset(model) < _LEAST_OPSET:
+        return 0
 
     def sixteen_bits(name: str, weights: np.ndarray) -> list[Any]:
+        stored = _bfloat16(onnx, weights) if kind == "bf16" else weights.astype(np.float16)
         return [
-            _constant(onnx, f"{name}_fp16", weights.astype(np.float16)),
+            _constant(onnx, f"{name}_{kind}", stored),
             onnx.helper.make_node(
-                "Cast", [f"{name}_fp16"], [name], name=f"{name}_widened", to=onnx.TensorProto.FLOAT
+                "Cast", [f"{name}_{kind}"], [name], name=f"{name}_widened",
+                to=onnx.TensorProto.FLOAT,
             ),
-        ]
+        ]  # fmt: skip
 
     return sum(
-        _replace(onnx, graph, None, least_weights, sixteen_bits) for graph in _graphs(model.graph)
+        _replace(onnx, graph, None, least_weights, sixteen_bits, _LARGEST[kind])
+        for graph in _graphs(model.graph)
     )
 
 
+def _bfloat16(onnx: Any, weights: np.ndarray) -> Any:
+    """A tensor of BF16: the upper half of FP32, rounded to the nearest, ties to even."""
+    bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
+    codes = ((bits + (((bits >> 16) & 1) + 0x7FFF).astype(np.uint32)) >> 16).astype("<u2")
+    kind = onnx.TensorProto.BFLOAT16
+    return onnx.helper.make_tensor("", kind, weights.shape, codes.tobytes(), raw=True)
+
+
+def _opset(model: Any) -> int:
+    return next((int(entry.version) for entry in model.opset_import if not entry.domain), 0)
+
+
 def _replace(
-    onnx: Any, graph: Any, wanted: Collection[str] | None, least_weights: int, store: _Store
+    onnx: Any,
+    graph: Any,
+    wanted: Collection[str] | None,
+    least_weights: int,
+    store: _Store,
+    largest: float = _LARGEST["fp16"],
 ) -> int:
     """Put nodes that give a constant in the place of the constant; readers notice nothing."""
     taken = {value.name for value in graph.input}
@@ -103,7 +135,7 @@ def _replace(
         if wanted is not None and name not in wanted:
             return False
         weights = onnx.numpy_helper.to_array(tensor)
-        if not np.isfinite(weights).all() or np.abs(weights).max() > np.finfo(np.float16).max:
+        if not np.isfinite(weights).all() or np.abs(weights).max() > largest:
             return False
         new.extend(store(name, weights))
         return True
@@ -132,8 +164,10 @@ def _graphs(graph: Any) -> Iterator[Any]:
                 yield from _graphs(inner)
 
 
-def _constant(onnx: Any, name: str, array: np.ndarray) -> Any:
-    value = onnx.numpy_helper.from_array(array, name)
+def _constant(onnx: Any, name: str, array: Any) -> Any:
+    """A node; `array` is numpy's, or a tensor as ONNX has it."""
+    value = onnx.numpy_helper.from_array(array, name) if isinstance(array, np.ndarray) else array
+    value.name = name
     return onnx.helper.make_node("Constant", [], [name], name=name, value=value)
 
 

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from converters.steps.onnx_session import open_session, run
-from converters.steps.quantize import Int8Quantizer
 from nearfar.errors import ConversionError
 
 Feeds = Mapping[str, np.ndarray]
 
 #: Inputs that damage is measured on. A ranking needs fewer than a verdict.
 RANKING_FEEDS = 16
+
+
+class NodeQuantizer(Protocol):
+    """Makes compressed versions of one model, each with other nodes left in full precision."""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the nodes that are compressed and have weights worth it."""
+
+    def write(self, target: Path, keep: Sequence[str] = ()) -> None:
+        """Write a version; `keep` names the nodes to leave as they are."""
 
 
 class Damage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -59,7 +70,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 def rank(
-    quantizer: Int8Quantizer,
+    quantizer: NodeQuantizer,
     reference: Path,
     feeds: Sequence[Feeds],
     work: Path,

@@ -78,8 +78,8 @@ def test_a_variant_that_is_there_is_made_anew(full: Bundle, tmp_path: Path):
 def test_what_cannot_be_added_is_refused(full: Bundle, tmp_path: Path):
     with pytest.raises(ConversionError, match="not said what shall be added"):
         convert(full.path, tmp_path / "x")
-    with pytest.raises(ConversionError, match="'int4' cannot be made"):
-        convert(full.path, tmp_path / "x", variants=("int4",))
+    with pytest.raises(ConversionError, match="'int2' cannot be made"):
+        convert(full.path, tmp_path / "x", variants=("int2",))
     both = convert(full.path, tmp_path / "both", variants=("int8",))
     small = extract_variant(both, "int8", tmp_path / "small")
     with pytest.raises(ConversionError, match="no FP32 variant"):

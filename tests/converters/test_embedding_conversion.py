@@ -119,3 +119,19 @@ def test_the_gate_counts_lost_neighbours_and_leaves_a_poor_variant_out(tiny_bert
     (recall,) = [f for f in bundle.variant("int8").quality if f.metric == "recall_at_10"]
     assert 0.1 <= recall.value < 1.0
     assert recall.samples == 64
+
+
+def test_a_sentence_encoder_gets_four_and_sixteen_bits(bundle: Bundle, tmp_path: Path):
+    wished = ("int4", "bf16")
+    options = ConversionOptions(variants=wished, measure=False, settings=Settings(passages=64))
+    added = convert_model(bundle.path, tmp_path / "added", options)
+    ids = [variant.id for variant in added.manifest.variants]
+    assert ids == ["fp32", "bf16", "int8", "int4"]
+    found = {figure.metric: figure.value for figure in added.variant("int4").quality}
+    assert 0.9 < found["cosine_mean"] < 1
+    (first,) = vectors(added, "int4", ["hello world"])
+    (exact,) = vectors(added, "fp32", ["hello world"])
+    assert first @ exact > 0.9
+    (half,) = vectors(added, "bf16", ["hello world"])
+    assert half @ exact > 0.999
+    assert added.variant("int4").size_bytes < added.variant("fp32").size_bytes / 2

@@ -215,7 +215,7 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(model: Path, capsys):
     for expected in ("scores.onnx: fp32, int8", "quantize to INT8", "measure int8", "together"):
         assert expected in out
     assert sorted(model.parent.iterdir()) == before
-    assert nearfar_convert(model, "--variants", "int4", "--dry-run") == 1
+    assert nearfar_convert(model, "--variants", "int2", "--dry-run") == 1
 
 
 def test_without_an_output_nothing_is_converted(model: Path, capsys):

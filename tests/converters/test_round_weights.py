@@ -73,17 +73,18 @@ def answers(model: onnx.ModelProto) -> list[np.ndarray]:
     return [session.run(None, {"x": x, "is_then": np.array(which)})[0] for which in (True, False)]
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_rounded_weights_answer_nearly_the_same_in_every_branch(bits):
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.05), ("fp16", 0.002), ("bf16", 0.01)])
+def test_rounded_weights_answer_nearly_the_same_in_every_branch(kind: str, most: float):
     model = branching_model()
     expected, before = answers(model), model.ByteSize()
-    if bits == 8:
+    if kind == "int8":
         assert round_weights(model, (), least_weights=256) == 3
     else:
-        assert halve_weights(model, least_weights=256) == 4  # one is read by nobody
+        # One is read by nobody.
+        assert halve_weights(model, least_weights=256, kind=kind) == 4
     for found, wanted in zip(answers(model), expected, strict=True):
         error = np.abs(found - wanted).max() / np.abs(wanted).max()
-        assert 0 < error < (0.05 if bits == 8 else 0.002)
+        assert 0 < error < most
     assert model.ByteSize() < before * 0.65
 
 
@@ -104,6 +105,26 @@ def test_numbers_that_16_bits_cannot_hold_stay():
     assert model.graph.initializer[0].data_type == TensorProto.FLOAT
 
 
+def test_bf16_has_the_range_of_32_bits_but_for_its_very_end():
+    model = branching_model()
+    kernel = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    kernel[0, 0] = [1e30, -1e-30, 0.1]
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(kernel, "kernel"))
+    assert halve_weights(model, least_weights=256, kind="bf16") == 4
+    (stored,) = [node.attribute[0].t for node in model.graph.node if node.name == "kernel_bf16"]
+    assert stored.data_type == TensorProto.BFLOAT16
+    found = onnx.numpy_helper.to_array(stored).astype(np.float32)
+    # Eight bits of precision, rounded to the nearest.
+    np.testing.assert_allclose(found, kernel, rtol=2**-8)
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert (found == kernel.astype(ml_dtypes.bfloat16).astype(np.float32)).all()
+    kernel[0, 0, 0] = np.finfo(np.float32).min  # a mask: it would become infinite
+    model = branching_model()
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(kernel, "kernel"))
+    assert halve_weights(model, least_weights=256, kind="bf16") == 3
+    assert halve_weights(branching_model(opset=11), least_weights=256, kind="bf16") == 0
+
+
 def test_one_command_makes_all_three_precisions_of_a_model_with_convolutions(tmp_path: Path):
     graph = helper.make_graph(
         [
@@ -118,14 +139,15 @@ def test_one_command_makes_all_three_precisions_of_a_model_with_convolutions(tmp
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "conv.onnx")
     arguments = [str(tmp_path / "conv.onnx"), "-o", str(tmp_path / "b"), "--no-measure",
-                 "--variants", "int8,fp16,fp32"]  # fmt: skip
+                 "--variants", "int8,bf16,fp16,fp32"]  # fmt: skip
     assert run(convert, arguments, program="nearfar convert") == 0
     variants = {variant.id: variant for variant in open_bundle(tmp_path / "b").manifest.variants}
-    assert list(variants) == ["fp32", "fp16", "int8"]
+    assert list(variants) == ["fp32", "fp16", "bf16", "int8"]
     sizes = [variant.size_bytes for variant in variants.values()]
-    assert sizes[2] < 0.6 * sizes[1] < 0.4 * sizes[0]
+    assert sizes[3] < 0.6 * sizes[2] < 0.4 * sizes[0]
+    assert sizes[1] == pytest.approx(sizes[2], abs=64)
     errors = [
         next(f.value for f in variant.quality if f.metric == "relative_error")
         for variant in variants.values()
     ]
-    assert errors[0] == 0 < errors[1] < 1e-3 < errors[2] < 0.02
+    assert errors[0] == 0 < errors[1] < 1e-3 < errors[2] < errors[3] < 0.02
