@@ -123,11 +123,13 @@ def measure_llm(
         figures += [
             _one(f"{name}: perplexity", _perplexity(one.bundle, "int4")),
             _one(f"{name}: size ÷ FP32", _size(one.bundle, "int4") / _size(best, "fp32")),
-            _one(
-                f"{name}: peak memory of a conversion ÷ size of FP32",
-                one.peak_bytes / _size(best, "fp32"),
-            ),
         ]
+        bars.append(
+            _bar(
+                f"{name}: peak memory of a conversion ÷ size of FP32",
+                one.peak_bytes / _size(best, "fp32"), MAX_MEMORY,
+            )
+        )  # fmt: skip
     return Part(tuple(bars), tuple(figures))
 
 

@@ -135,7 +135,7 @@ def _run(python: str, job: dict[str, object], log: Path, step: Step) -> _Event:
         words = last.text if last.event == "failed" else _last_line(log)
         raise ConversionError(
             f"nvidia-modelopt could not scale the model: {words or f'status {status}'}",
-            fix="If it was killed, there was not enough memory (2.5 times the model in 32 bits); "
+            fix="If it was killed, there was not enough memory (1 GB and two layers); "
             "else use another int4.algorithm",
         )
     return last

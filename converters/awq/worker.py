@@ -9,12 +9,18 @@ AWQ (Lin et al. 2023, arXiv:2306.00978) multiplies each input channel of a matri
 and divides what comes in by it, so that the channels with large activations are rounded finely.
 The division is folded into what is before: a norm, or the rows of another matrix. The model then
 computes the same as before, which is measured here, and only its rounding gets better.
+
+The model goes through one layer at a time. Its weights are mapped from the file and read when they
+are computed with; a layer is searched when the model first comes to it, written at once and given
+back. So memory holds one layer and not the model, and what a layer is searched on is what the model
+in full precision gives it, as it would be if all were searched together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -53,14 +59,25 @@ def _calibrate(job: dict[str, Any], emit: Any) -> dict[str, Any]:
     np: Any = importlib.import_module("numpy")
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
-    mtq: Any = importlib.import_module("modelopt.torch.quantization")
+    importlib.import_module("modelopt.torch.quantization")  # before anything is computed
     source, target = Path(job["model"]), Path(job["target"])
     tokens = torch.from_numpy(np.load(job["tokens"]))
-    emit("progress", text="load the model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(source), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
-    before = _logits(torch, model, tokens)
+    emit("progress", text="run the model")
+    before = _logits(torch, transformers, source, tokens)
+    counts = _scale(torch, _load(torch, transformers, source), tokens, job, emit)
+    gc.collect()
+    emit("progress", text="compare")
+    after = _logits(torch, transformers, target, tokens)
+    return {"max_error": float((after - before).abs().max()), **counts}
+
+
+def _scale(torch: Any, model: Any, tokens: Any, job: dict[str, Any], emit: Any) -> dict[str, int]:
+    """Write the model again with scales folded in, and take it to pieces meanwhile.
+
+    Returns:
+        What `_fold` counts, of all layers.
+    """
+    mtq: Any = importlib.import_module("modelopt.torch.quantization")
     # As modelopt's INT4_AWQ_CFG, with smaller blocks.
     config = {
         "quant_cfg": [
@@ -70,34 +87,88 @@ def _calibrate(job: dict[str, Any], emit: Any) -> dict[str, Any]:
                 "cfg": {"num_bits": 4, "block_sizes": {-1: job["block"], "type": "static"}},
                 "enable": True,
             },
-            {"quantizer_name": "*lm_head*", "enable": False},
         ],
         "algorithm": {"method": "awq_lite", "alpha_step": 0.1},
     }
-    passes = iter(("look at activations", "search for scales"))
+    shutil.copytree(job["model"], job["target"])
+    layers, weights = _layers(torch, model), _Weights(Path(job["target"]))
+    done: list[dict[str, int]] = []
 
-    def loop(module: Any) -> None:
-        """Run the texts at once: for each run all weights are rounded eleven times.
+    def search(name: str, layer: Any, run: Any) -> Any:
+        """Scale one layer, write it, and forget it; returns what it gives in full precision."""
+        emit("progress", text=f"search for scales, layer {1 + len(done)} of {len(layers)}")
+        mapped = [weight.data for weight in layer.parameters()]
+        groups = _grouped(torch, layer, run)
+        outputs: list[Any] = []
 
-        The head is left out: its logits would be larger than the model.
-        """
-        emit("progress", text=next(passes, "run the texts"))
-        with torch.no_grad():
-            module.base_model(input_ids=tokens, use_cache=False)
+        def loop(_: Any) -> None:
+            """Run the texts at once: for each run all weights are rounded eleven times."""
+            outputs[:] = [run()]
 
-    groups = _grouped(torch, model, tokens)
-    mtq.quantize(model, config, loop)
-    emit("progress", text="fold the scales into the weights")
+        mtq.quantize(layer, config, loop)
+        done.append(_fold(torch, layer, groups))
+        mtq.disable_quantizer(layer, "*")
+        weights.put(f"{name}.", layer.state_dict())
+        layer.to_empty(device="meta")
+        for weight in mapped:
+            _let_go(weight)
+        return outputs[0]
+
+    for name, layer in layers.items():
+        layer.forward = _Once(search, name, layer)
     with torch.no_grad():
-        counts = _fold(torch, model, groups)
-    mtq.disable_quantizer(model, "*")
-    after = _logits(torch, model, tokens)
-    emit("progress", text="write the weights")
-    _write(model, source, target)
-    return {"max_error": float((after - before).abs().max()), **counts}
+        # Not the head: its logits would be larger than the model.
+        model.base_model(input_ids=tokens, use_cache=False)
+    if len(done) != len(layers):
+        raise ValueError(f"{len(done)} of {len(layers)} layers were run")
+    return {key: sum(counts[key] for counts in done) for key in done[0]}
 
 
-def _logits(torch: Any, model: Any, tokens: Any) -> Any:
+def _load(torch: Any, transformers: Any, folder: Path) -> Any:
+    """The model, its weights mapped from the file."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+
+
+def _layers(torch: Any, model: Any) -> dict[str, Any]:
+    """The model's layers by their names.
+
+    Raises:
+        ValueError: It has none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return {f"{name}.{place}": layer for place, layer in enumerate(module)}
+    raise ValueError(f"no list of {count} layers in {type(model).__name__}")
+
+
+class _Once:
+    """In place of a layer's `forward`: searches for scales with what the model gives the layer."""
+
+    def __init__(self, search: Any, name: str, layer: Any) -> None:
+        self._search, self._name, self._layer = search, name, layer
+        self._forward = layer.forward
+        self._is_done = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_done:
+            raise ValueError(f"{self._name} is run twice")
+        self._is_done = True
+        return self._search(self._name, self._layer, lambda: self._forward(*args, **kwargs))
+
+
+def _logits(torch: Any, transformers: Any, folder: Path, tokens: Any) -> Any:
+    """What a model says, one layer in memory at a time."""
+    model = _load(torch, transformers, folder)
+
+    def give_back(module: Any, *_: Any) -> None:
+        for weight in module.parameters():
+            _let_go(weight.data)
+
+    for layer in _layers(torch, model).values():
+        layer.register_forward_hook(give_back)
     with torch.no_grad():
         return model(tokens[:1, :_COMPARED_TOKENS], use_cache=False).logits[0].clone()
 
@@ -191,8 +262,8 @@ def _let_go(tensor: Any) -> None:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)  # DONTNEED
 
 
-def _grouped(torch: Any, model: Any, tokens: Any) -> list[_Group]:
-    """Join all matrices that read what a norm gives, by a look at a short run."""
+def _grouped(torch: Any, layer: Any, run: Any) -> list[_Group]:
+    """Join all matrices of a layer that read what a norm gives, by a look at a run."""
     made: dict[int, Any] = {}
     read: dict[int, list[tuple[Any, str, Any]]] = {}
     alive: list[Any] = []
@@ -203,11 +274,11 @@ def _grouped(torch: Any, model: Any, tokens: Any) -> list[_Group]:
             alive.append(output)  # ids of living tensors are distinct
             made[id(output)] = module
 
-    for parent in model.modules():
+    for parent in layer.modules():
         for name, child in parent.named_children():
             if type(child).__name__.endswith("Norm"):
                 hooks.append(child.register_forward_hook(note_norm))
-            elif isinstance(child, torch.nn.Linear) and name != "lm_head":
+            elif isinstance(child, torch.nn.Linear):
 
                 def note_linear(
                     module: Any, inputs: Any, _: Any, parent: Any = parent, name: str = name
@@ -217,15 +288,14 @@ def _grouped(torch: Any, model: Any, tokens: Any) -> list[_Group]:
 
                 hooks.append(child.register_forward_hook(note_linear))
     try:
-        with torch.no_grad():
-            model.base_model(input_ids=tokens[:1, :2], use_cache=False)
+        run()
     finally:
         for hook in hooks:
             hook.remove()
     return [_Group(torch, made[key], found) for key, found in read.items() if key in made]
 
 
-def _fold(torch: Any, model: Any, groups: list[_Group]) -> dict[str, int]:
+def _fold(torch: Any, layer: Any, groups: list[_Group]) -> dict[str, int]:
     """Give every scale to the norm or matrix before it; take back those that have none.
 
     Returns:
@@ -238,10 +308,10 @@ def _fold(torch: Any, model: Any, groups: list[_Group]) -> dict[str, int]:
     def has_scale(module: Any) -> bool:
         return hasattr(getattr(module, "input_quantizer", None), "_pre_quant_scale")
 
-    found = sum(has_scale(module) for module in model.modules())
+    found = sum(has_scale(module) for module in layer.modules())
     for group in groups:
         export.fuse_prequant_layernorm(group.norm, [group.first.joint])
-    for parent in list(model.modules()):
+    for parent in list(layer.modules()):
         for into, behind in (("v_proj", "o_proj"), ("up_proj", "down_proj")):
             last: Any = getattr(parent, behind, None)
             # An MLP without a gate has its activation function between the two.
@@ -259,7 +329,7 @@ def _fold(torch: Any, model: Any, groups: list[_Group]) -> dict[str, int]:
                     joint.bias.data[rows] *= scale
                 del last.input_quantizer._pre_quant_scale
                 break
-    left = [module for module in model.modules() if has_scale(module)]
+    left = [module for module in layer.modules() if has_scale(module)]
     for module in left:
         calibration.disable_pre_quant_scale_and_resmooth(module, delete_pre_quant_scale=True)
     for group in groups:
@@ -267,31 +337,44 @@ def _fold(torch: Any, model: Any, groups: list[_Group]) -> dict[str, int]:
     return {"scaled": found - len(left), "unscaled": len(left)}
 
 
-def _write(model: Any, source: Path, target: Path) -> None:
-    """Copy the folder and put the new numbers into the places of the old.
+class _Weights:
+    """Weights of a folder in 32 bits, whose numbers are exchanged in their places.
 
-    A copy of all weights as bytes, as writing them anew would make, is memory that the model
-    needs itself. Format: 8 bytes with the header's length, header, data (safetensors).
-
-    Raises:
-        ValueError: A tensor of the file is not among the model's, or of another form.
+    Format: 8 bytes with the header's length, header, data (safetensors).
     """
-    # Not `detach().numpy()` of all: one tensor is contiguous in memory at a time.
-    state = model.state_dict()
-    shutil.copytree(source, target)
-    for path in sorted(target.glob("*.safetensors")):
-        path.chmod(0o600)
-        with path.open("r+b") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+
+    def __init__(self, folder: Path) -> None:
+        self._places: dict[str, tuple[Path, int, list[int]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            path.chmod(0o600)
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
-                if name not in state:
-                    raise ValueError(f"{name} is not a weight of the loaded model")
-                array = state[name].detach().contiguous().numpy()
-                if entry["dtype"] != "F32" or list(array.shape) != entry["shape"]:
-                    raise ValueError(f"{name} has another form than in the file")
-                file.seek(8 + length + entry["data_offsets"][0])
+                if entry["dtype"] != "F32":
+                    raise ValueError(f"{name} is not in 32 bits")
+                self._places[name] = path, 8 + length + entry["data_offsets"][0], entry["shape"]
+
+    def put(self, prefix: str, state: dict[str, Any]) -> None:
+        """Write all weights whose names begin with `prefix`.
+
+        Raises:
+            ValueError: There are none, or one is not in `state`, or is of another form there.
+        """
+        names = [name for name in self._places if name.startswith(prefix)]
+        if not names:
+            raise ValueError(f"the file has no weights {prefix}…")
+        for name in names:
+            path, offset, shape = self._places[name]
+            tensor = state.get(name.removeprefix(prefix))
+            if tensor is None:
+                raise ValueError(f"{name} is not a weight of the loaded model")
+            array = tensor.detach().contiguous().numpy()
+            if list(array.shape) != shape:
+                raise ValueError(f"{name} has another form than in the file")
+            with path.open("r+b") as file:
+                file.seek(offset)
                 file.write(memoryview(array).cast("B"))
 
 

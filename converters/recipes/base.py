@@ -387,6 +387,7 @@ class Workshop:
                 "feeds": digest_of_arrays([feeds]) if isinstance(feeds, dict) else "",
                 "prompt_tokens": inputs.get("prompt_tokens", []),
                 "input_tokens": inputs.get("input_tokens"),
+                "figures": "latency, memory, throughput",
             }
             figure, memory_bytes = self.cache.value(
                 "measure",

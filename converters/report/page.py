@@ -56,6 +56,7 @@ def render(report: Report) -> str:
         smallest=min(inside, key=lambda one: one.size_bytes, default=None),
         metric=next((_METRICS.get(one.metric, one.metric) for one in report.variants
                      if one.metric), ""),
+        batches=_batches(report),
         per_token=any(one.latency and one.latency.ms_per_token for one in report.variants),
         charts={**dict.fromkeys(_CHARTS, ""),
                 **{name: safe(chart) for name, chart in _charts(report)}},
@@ -67,6 +68,7 @@ def render(report: Report) -> str:
             for variant, found in report.histograms.items()
         ],
         speed=_speed,
+        throughput=_throughput,
         better=_better,
     )  # fmt: skip
     return page
@@ -164,6 +166,33 @@ def _speed(one: Tried) -> str:
         rate = 1000 / one.latency.ms_per_token
         return f"{format_ms(one.latency.ms_per_token)} a token, {rate:.0f} tokens/s"
     return format_ms(one.latency.p50_ms)
+
+
+def _throughput(one: Tried) -> str:
+    """``1,234 rows/s``; of language models prompt and answer, ``812 / 48 tokens/s``."""
+    found = one.latency
+    if found is None:
+        return "—"
+    if found.prefill_tokens_per_s is not None and found.decode_tokens_per_s is not None:
+        return f"{_rate(found.prefill_tokens_per_s)} / {_rate(found.decode_tokens_per_s)} tokens/s"
+    return f"{_rate(found.rows_per_s)} rows/s" if found.rows_per_s is not None else "—"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _batches(report: Report) -> str:
+    """How throughput was measured, where it was."""
+    found = [one.latency for one in report.variants if one.latency is not None]
+    if any(one.prefill_tokens_per_s is not None for one in found):
+        tokens = max(one.input_tokens or 0 for one in found)
+        return f"Throughput: reading a prompt of {tokens} tokens, and writing an answer."
+    rows = sorted({one.batch_rows for one in found if one.batch_rows is not None})
+    if not rows:
+        return ""
+    counts = " or ".join(f"{count} row{'s' if count > 1 else ''}" for count in rows)
+    return f"Throughput: calls of {counts}."
 
 
 def _layers(found: LayerErrors) -> str:

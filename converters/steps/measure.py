@@ -43,6 +43,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     calls: int
     memory_bytes: int
     ms_per_token: float | None = None
+    rows_per_s: float | None = None
+    batch_rows: int | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
 
 
 def measure(
@@ -90,6 +94,10 @@ def measure(
         calls=measured.calls,
         ms_per_token=measured.ms_per_token,
         input_tokens=len(prompt_tokens) or input_tokens,
+        rows_per_s=measured.rows_per_s,
+        batch_rows=measured.batch_rows,
+        prefill_tokens_per_s=measured.prefill_tokens_per_s,
+        decode_tokens_per_s=measured.decode_tokens_per_s,
     )
     return figure, measured.memory_bytes
 

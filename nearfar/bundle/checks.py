@@ -107,6 +107,9 @@ def _variant_problems(field: str, variant: Variant) -> Iterator[tuple[str, str]]
         figures = (latency.p50_ms, latency.p99_ms, latency.ms_per_token or 0.0)
         if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
             yield f"{field}.latency[{position}]", "has a figure that is not a duration"
+        rates = (latency.rows_per_s, latency.prefill_tokens_per_s, latency.decode_tokens_per_s)
+        if not all(rate is None or (math.isfinite(rate) and rate >= 0) for rate in rates):
+            yield f"{field}.latency[{position}]", "has a throughput that is not a rate"
 
 
 def _tensorrt_problems(field: str, variant: Variant) -> Iterator[tuple[str, str]]:

@@ -235,6 +235,12 @@ class LatencyFigure(msgspec.Struct, frozen=True, kw_only=True):
         ms_per_token: For text generation: median time per output token after the first.
         calls: How many calls were timed.
         input_tokens: For text: how long the timed input was.
+        rows_per_s: Throughput in calls of `batch_rows` rows; `None` for text generation.
+        batch_rows: See there; 1 where the model takes no more.
+        prefill_tokens_per_s: For text generation: tokens of the prompt by the time to the first one
+            of the answer, over all timed prompts.
+        decode_tokens_per_s: For text generation: tokens after the first by the time they took, over
+            all timed answers.
     """
 
     machine: str
@@ -244,6 +250,10 @@ class LatencyFigure(msgspec.Struct, frozen=True, kw_only=True):
     calls: int
     ms_per_token: float | None = None
     input_tokens: int | None = None
+    rows_per_s: float | None = None
+    batch_rows: int | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
 
 
 class ShapeRange(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,6 +57,10 @@ def test_all_variants_are_whole_compared_and_timed(bundle: Bundle):
         (figure,) = variant.latency
         assert figure.p50_ms > 0
         assert figure.ms_per_token
+        assert figure.decode_tokens_per_s > 0
+        # What the mean of the first tokens' times makes, beside their median and 99th percentile.
+        assert figure.prefill_tokens_per_s >= figure.input_tokens / (figure.p99_ms * 1.5 / 1000)
+        assert figure.rows_per_s is None
         assert figure.input_tokens == 64
     assert bundle.variant("int4").size_bytes < bundle.variant("fp32").size_bytes
     assert bundle.variant("onnx-int4").size_bytes < bundle.variant("onnx-fp32").size_bytes

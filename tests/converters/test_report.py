@@ -16,6 +16,8 @@ from converters.report.evidence import Tried
 from converters.report.page import render, share
 from converters.report.pareto import mark_front
 from converters.settings import Gates, Int8Settings, Settings
+from converters.steps.measure import measure
+from converters.steps.measure_process import batch_of
 from nearfar.bundle import Bundle, open_bundle
 from nearfar.bundle.extract import extract_variant
 from nearfar.bundle.keys import SigningKey, trusted
@@ -141,6 +143,52 @@ def test_a_variant_that_is_too_slow_is_left_out(model: Path):
         convert(model, gates=Gates(max_latency_ms=1e-6), variants=("fp32",), measure=True)
     with pytest.raises(InvalidInput, match="no-measure"):
         convert(model, gates=Gates(max_latency_ms=5.0))
+
+
+def test_the_throughput_of_batches_is_measured_and_shown(model: Path):
+    bundle = convert(model, measure=True)
+    for one in report_in(bundle).variants:
+        assert one.latency is not None
+        assert one.latency.batch_rows == 8
+        assert one.latency.rows_per_s > 0
+        assert one.latency.prefill_tokens_per_s is None
+    page = (bundle.path / "report.html").read_text()
+    assert "Throughput: calls of 8 rows." in page
+    assert page.count(" rows/s</td>") == 2
+
+
+@pytest.mark.parametrize(
+    ("feeds", "shapes", "is_batch"),
+    [
+        ({"x": (1, 4)}, {"x": ["batch", 4]}, True),
+        ({"x": (3, 4), "y": (3, 2)}, {"x": ["batch", 4], "y": [None, 2]}, True),
+        ({"x": (1, 4)}, {"x": [1, 4]}, False),
+        # A state has its rows in another place, and a rate has none.
+        ({"x": (1, 4), "state": (2, 1, 8)}, {"x": ["n", 4], "state": [2, "n", 8]}, False),
+        ({"x": (1, 4), "rate": ()}, {"x": ["n", 4], "rate": []}, False),
+    ],
+)
+def test_batches_are_made_where_rows_are_free(feeds: dict, shapes: dict, *, is_batch: bool):
+    made = batch_of({name: np.ones(shape) for name, shape in feeds.items()}, shapes)
+    assert (made is not None) == is_batch
+    if made is not None:
+        assert {name: array.shape for name, array in made.items()} == {
+            name: (8, *shape[1:]) for name, shape in feeds.items()
+        }
+
+
+def test_a_model_that_is_fixed_inside_is_measured_row_by_row(tmp_path: Path):
+    graph = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        agraph (float[n, 4] x) => (float[m, 2, 2] y) <int64[3] shape = {1, 2, 2}> {
+            y = Reshape(x, shape)
+        }""")
+    onnx.save(graph, tmp_path / "fixed.onnx")
+    figure, _ = measure(
+        "onnxruntime", tmp_path / "fixed.onnx", feeds={"x": np.ones((1, 4), np.float32)}
+    )
+    assert figure.batch_rows == 1
+    assert figure.rows_per_s > 0
 
 
 def tried(name: str, size: int, lost: float | None, p50: float | None = None) -> Tried:
