@@ -91,7 +91,7 @@ def test_texts_get_the_labels_that_transformers_gives_them(text_folder: Path, tm
     assert values["top1_agreement"] >= 0.9
     assert 0 < values["accuracy"] < 1  # some are glad, and all are said to be
     ask = transformers.pipeline("text-classification", str(text_folder), top_k=None)
-    given = [*texts.passages(3), "near"]
+    given = [*texts.passages(40)[::4], "near"]
     answers = ask(given, truncation=True, max_length=130)
     assert len({row[0]["label"] for row in answers}) > 1  # the comparison can fail
     for text, wanted in zip(given, answers, strict=True):
