@@ -184,30 +184,30 @@ class _Session(abc.ABC):
         """Take one handshake message; queue the answer; install the secrets when it is the last."""
 
     def _receive_record(self, opener: RecordOpener, data: Buffer) -> list[Received]:
-        connection = self._connection
+        connection, assembler = self._connection, self._assembler
         max_message_bytes = connection.max_message_bytes
+        record_bytes = len(data)
         # Checked before decryption spends memory on it.
-        if len(data) > _MAX_RECORD_BYTES or (
-            max_message_bytes < MAX_WHOLE_BYTES and len(data) > _max_record_bytes(max_message_bytes)
+        if record_bytes > _MAX_RECORD_BYTES or (
+            max_message_bytes < MAX_WHOLE_BYTES
+            and record_bytes > _max_record_bytes(max_message_bytes)
         ):
             raise RemoteProtocolError(
-                f"The peer sent a record of {len(data)} bytes where "
+                f"The peer sent a record of {record_bytes} bytes where "
                 f"{_max_record_bytes(max_message_bytes)} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
             )
-        into = None
-        if len(data) > _LONG_BYTES:
-            into = self._assembler.room_for(len(data) - records.OVERHEAD_BYTES)
-        record_type, plaintext = opener.open(data, into=into)
+        opened = assembler.open_piece(opener, data) if record_bytes > _LONG_BYTES else None
+        record_type, plaintext, arrived = opened or (*opener.open(data), None)
         if record_type != records.TYPE_MESSAGE:
             raise RemoteProtocolError(
                 f"The peer sent a record of unknown type {record_type}",
                 fix="Update nearfar on the older side",
             )
+        if arrived is None:
+            arrived = assembler.feed(plaintext, max_message_bytes=max_message_bytes)
         received: list[Received] = []
-        for data_of, size_bytes, announced_stream in self._assembler.feed(
-            plaintext, max_message_bytes=max_message_bytes
-        ):
+        for data_of, size_bytes, announced_stream in arrived:
             if data_of is None:
                 connection.announce(announced_stream or 0)
                 continue

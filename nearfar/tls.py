@@ -126,12 +126,13 @@ class DirectTls(asyncio.BufferedProtocol):
             self._layer.buffer_updated(0)
             return
         plain, end, count = self._plain, 0, 1
+        read, incoming = self._read, self._incoming
         problem: ssl.SSLError | None = None
         try:
             # Each call reads one record; one that is not whole is told by an error, which costs
             # more than asking whether anything is left.
-            while count and self._incoming.pending:
-                count = self._read(_READ_BYTES, plain[end:])
+            while count and incoming.pending:
+                count = read(_READ_BYTES, plain[end:])
                 end += count
         except ssl.SSLWantReadError:
             pass

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from nearfar.secure.frames import MAX_WHOLE_BYTES
 from nearfar.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ _CROWD = 4
 _SHARE = 8
 #: A message in pieces may take that much longer than the limit: half of what a 2G modem does.
 _SLOWEST_BYTES_PER_S = 8 * 1024
+
+
+def _are_long(tensors: Sequence[np.ndarray]) -> bool:
+    return sum([tensor.nbytes for tensor in tensors]) > MAX_WHOLE_BYTES
 
 
 class Owner(Protocol):
@@ -135,6 +140,8 @@ class Transport:
         self._waiting += 1
         # The other end must not wait for the last of them before it begins with the first.
         waits = (not flush or self._in_batch or self._soon is not None) and self._waiting < _SHARE
+        if waits and tensors and _are_long(tensors):
+            waits = False  # it shares a record with nobody, and would be copied to wait
         size_bytes = session.send(message, tensors, borrow=not waits)
         if not waits:
             self.flush()

@@ -189,28 +189,31 @@ class DirectConnection(Connection):
         position, total = 0, len(data)
         view = memoryview(data)  # long messages are read where they lie
         is_masked = not self._masks
-        while position + _HEAD_BYTES <= total and data[position] == _WHOLE_BINARY:
-            second = data[position + 1]
-            start = position + 2
-            length = second & _LENGTH
-            if length == _LENGTH_16:
-                length = int.from_bytes(data[start : start + 2], "big")
-                start += 2
-            elif length == _LENGTH_64:
-                length = int.from_bytes(data[start : start + 8], "big")
-                start += 8
+        while position + _HEAD_BYTES <= total and view[position] == _WHOLE_BINARY:
+            length = view[position + 1]
+            if (length >= _MASKED) is not is_masked:
+                break
+            length &= _LENGTH
+            if length == _LENGTH_64:
+                length = _HEAD_64.unpack_from(view, position)[2]
+                start = position + _HEAD_64.size
+            elif length == _LENGTH_16:
+                length = _HEAD_16.unpack_from(view, position)[2]
+                start = position + _HEAD_16.size
+            else:
+                start = position + 2
+            if length > _MAX_LENGTH:
+                break
             if is_masked:
                 start += _MASK_BYTES
             end = start + length
-            if (second >= _MASKED) is not is_masked or length > _MAX_LENGTH:
-                break
             if end > total:
-                self._begun += data[position:]
+                self._begun += view[position:]
                 self._wanted_bytes = end - position
                 return b""
             message: Buffer = view[start:end]
             if is_masked:
-                message = apply_mask(message, bytes(data[start - _MASK_BYTES : start]))
+                message = apply_mask(message, bytes(view[start - _MASK_BYTES : start]))
             position = end
             listener.message_received(message)
         return data[position:]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
 
 from nearfar.errors import RemoteProtocolError
-from nearfar.secure.records import OVERHEAD_BYTES, Buffer
+from nearfar.secure.records import OVERHEAD_BYTES, TYPE_MESSAGE, Buffer, RecordOpener
 
 #: A longer message travels in pieces, so that others can overtake it.
 MAX_WHOLE_BYTES = 64 * 1024
@@ -29,7 +29,7 @@ _ANNOUNCEMENT = struct.Struct(">II")  # stream, length of the whole message
 HEADER_BYTES = _HEADER.size
 
 _MESSAGE, _FIRST_PIECE, _PIECE = 1, 2, 3
-_WHOLE = _MESSAGE << 24
+_WHOLE, _FIRST, _NEXT = _MESSAGE << 24, _FIRST_PIECE << 24, _PIECE << 24
 _NUMBERS = 1 << 24
 
 
@@ -98,29 +98,37 @@ class Pieces:
 
     def take(self) -> bytes:
         """The next plaintext."""
-        plaintext_bytes = min(self._record_bytes, self.left_bytes)
-        room = min(plaintext_bytes - HEADER_BYTES, self._to_come)
+        left_bytes, to_come = self.left_bytes, self._to_come
+        plaintext_bytes = self._record_bytes
+        if plaintext_bytes > left_bytes:
+            plaintext_bytes = left_bytes
+        self.left_bytes = left_bytes - plaintext_bytes
         self.count -= 1
-        self.left_bytes -= plaintext_bytes
+        room = plaintext_bytes - HEADER_BYTES
+        zeros = room - to_come
+        if zeros > 0:
+            room = to_come
         if room <= 0:
             return bytes(plaintext_bytes)
-        self._to_come -= room
-        kind = _FIRST_PIECE if self._opening else _PIECE
-        taken: list[Buffer] = [_HEADER.pack(kind << 24 | self._number, room), self._opening]
-        zeros = plaintext_bytes - HEADER_BYTES - room
-        room -= len(self._opening)
-        self._opening = b""
+        self._to_come = to_come - room
+        if self._opening:
+            taken: list[Buffer] = [_HEADER.pack(_FIRST | self._number, room), self._opening]
+            room -= len(self._opening)
+            self._opening = b""
+        else:
+            taken = [_HEADER.pack(_NEXT | self._number, room)]
         sources = self._sources
         while room:
             source = sources[0]
-            if len(source) > room:
+            size_bytes = len(source)
+            if size_bytes > room:
                 taken.append(source[:room])
                 sources[0] = source[room:]
                 break
             taken.append(source)
-            room -= len(source)
+            room -= size_bytes
             del sources[0]
-        if zeros:
+        if zeros > 0:
             taken.append(bytes(zeros))
         return b"".join(taken)
 
@@ -144,6 +152,10 @@ class Arrived(NamedTuple):
     announced_stream: int | None = None
 
 
+#: Type of a record; its plaintext, if that does not lie where it belongs; else what it brought.
+Opened = tuple[int, Union[bytes, memoryview], Union[Sequence[Arrived], None]]
+
+
 class _Unfinished:
     """One message of which pieces are missing."""
 
@@ -165,7 +177,6 @@ class Assembler:
 
     def __init__(self) -> None:
         self._unfinished: dict[int, _Unfinished] = {}
-        self._covered = b""  # of a message, by the header of a record that lies in its place
 
     @property
     def unfinished(self) -> int:
@@ -184,46 +195,56 @@ class Assembler:
         """Announced length of those messages together."""
         return sum(len(one.area) for one in self._unfinished.values())
 
-    def room_for(self, plaintext_bytes: int) -> memoryview | None:
-        """Where the plaintext of the next record should lie, so that its piece is where it belongs.
+    def open_piece(self, opener: RecordOpener, record: Buffer) -> Opened | None:
+        """Open a record where its plaintext belongs, if it seems to be the next piece.
 
-        A guess: that the next record carries the next piece of the one unfinished message, and
-        nothing else. `feed` puts right what it covered, also when it was wrong.
+        A guess: that it carries the next piece of the one unfinished message, and nothing else.
+        What its frame's header covers of the message is put back, also when the guess was wrong.
 
         Args:
-            plaintext_bytes: Length of the plaintext.
+            opener: Opens it.
+            record: As it came.
 
         Returns:
-            That many bytes; `None` when there is no such place.
+            `None` when there is no such place, and the record is still closed.
+
+        Raises:
+            SecurityError: As `RecordOpener.open`.
         """
-        if len(self._unfinished) != 1 or plaintext_bytes <= HEADER_BYTES:
+        unfinished = self._unfinished
+        if len(unfinished) != 1:
             return None
-        (one,) = self._unfinished.values()
-        start = one.filled_bytes - HEADER_BYTES
-        if start < 0 or start + plaintext_bytes > len(one.area):
+        ((number, one),) = unfinished.items()
+        area, filled_bytes = one.area, one.filled_bytes
+        record_bytes = len(record)
+        start = filled_bytes - HEADER_BYTES
+        end = start + record_bytes - OVERHEAD_BYTES
+        if start < 0 or end <= filled_bytes or end > len(area):
             return None
-        self._covered = bytes(one.area[start : one.filled_bytes])
-        return one.area[start : start + plaintext_bytes]
+        covered = area[start:filled_bytes].tobytes()
+        record_type, plaintext = opener.open(record, into=area[start:end])
+        word, length = _HEADER.unpack_from(plaintext)
+        if word != _NEXT | number or length != end - filled_bytes or record_type != TYPE_MESSAGE:
+            moved = bytes(plaintext)
+            area[start:filled_bytes] = covered
+            return record_type, moved, None
+        area[start:filled_bytes] = covered
+        one.filled_bytes = end
+        one.size_bytes += record_bytes
+        return record_type, b"", self._finish(number, one) if end == len(area) else ()
 
     def feed(self, plaintext: bytes | memoryview, *, max_message_bytes: int) -> list[Arrived]:
         """Take the plaintext of one record.
 
         Args:
-            plaintext: The messages found are views of it; it lies in `room_for`, if that was asked.
+            plaintext: The messages found are views of it.
             max_message_bytes: Longest message allowed now; checked before memory is spent.
 
         Raises:
             RemoteProtocolError: The layout is wrong, or it is too much.
         """
         record_bytes = len(plaintext) + OVERHEAD_BYTES
-        if self._covered:
-            number, one = next(iter(self._unfinished.items()))
-            moved = self._uncover(number, one, memoryview(plaintext))
-            if moved is None:
-                finished = self._grow(number, one, len(plaintext) - HEADER_BYTES, record_bytes)
-                return [finished] if finished else []
-            plaintext = moved
-        elif not isinstance(plaintext, bytes):
+        if not isinstance(plaintext, bytes):
             plaintext = bytes(plaintext)
         view = memoryview(plaintext)
         total, position = len(view), 0
@@ -258,8 +279,7 @@ class Assembler:
                 if kind == _FIRST_PIECE:
                     body = self._begin(number, body, max_message_bytes)
                     arrived.append(Arrived(None, 0, self._unfinished[number].stream))
-                if finished := self._add(number, body, record_bytes):
-                    arrived.append(finished)
+                arrived += self._add(number, body, record_bytes)
             else:
                 raise _bad(f"a frame has kind {kind}")
         # count() is C: a padded record may have tens of kilobytes of zeros
@@ -268,19 +288,6 @@ class Assembler:
         if len(arrived) == 1 and arrived[0].announced_stream is None:
             return [Arrived(arrived[0].message, record_bytes)]
         return arrived
-
-    def _uncover(self, number: int, one: _Unfinished, view: memoryview) -> bytes | None:
-        """Put back what the record's header covered.
-
-        Returns:
-            `None` when the record is the piece that was guessed, else its plaintext, elsewhere.
-        """
-        word, length = _HEADER.unpack_from(view)
-        is_piece = word == _PIECE << 24 | number and length == len(view) - HEADER_BYTES
-        moved = None if is_piece else bytes(view)
-        one.area[one.filled_bytes - HEADER_BYTES : one.filled_bytes] = self._covered
-        self._covered = b""
-        return moved
 
     def _begin(self, number: int, body: memoryview, max_message_bytes: int) -> memoryview:
         if len(body) < _ANNOUNCEMENT.size:
@@ -297,7 +304,7 @@ class Assembler:
         self._unfinished[number] = _Unfinished(total_bytes, stream)
         return body[_ANNOUNCEMENT.size :]
 
-    def _add(self, number: int, data: memoryview, record_bytes: int) -> Arrived | None:
+    def _add(self, number: int, data: memoryview, record_bytes: int) -> Sequence[Arrived]:
         one = self._unfinished.get(number)
         if one is None:
             raise _bad("a piece has no beginning")
@@ -305,18 +312,13 @@ class Assembler:
         if not data or end > len(one.area):
             raise _bad("a piece is empty or too long")
         one.area[one.filled_bytes : end] = data
-        return self._grow(number, one, len(data), record_bytes)
-
-    def _grow(
-        self, number: int, one: _Unfinished, size_bytes: int, record_bytes: int
-    ) -> Arrived | None:
-        """Count a piece that lies where it belongs."""
-        one.filled_bytes += size_bytes
+        one.filled_bytes = end
         one.size_bytes += record_bytes
-        if one.filled_bytes < len(one.area):
-            return None
+        return self._finish(number, one) if end == len(one.area) else ()
+
+    def _finish(self, number: int, one: _Unfinished) -> tuple[Arrived]:
         del self._unfinished[number]
-        return Arrived(one.area.toreadonly(), one.size_bytes, one.stream)
+        return (Arrived(one.area.toreadonly(), one.size_bytes, one.stream),)
 
 
 def _bad(reason: str) -> RemoteProtocolError:

@@ -140,6 +140,31 @@ def test_answers_to_one_batch_leave_together() -> None:
     run(body())
 
 
+def test_a_long_answer_does_not_wait_for_its_batch_and_is_not_copied() -> None:
+    async def body() -> None:
+        client, server, pair = ends()
+        copied: list[bool] = []
+        send = pair.server.send
+
+        def watch(message: Any, tensors: Any = (), *, borrow: bool = False) -> int:
+            copied.append(not borrow)
+            return send(message, tensors, borrow=borrow)
+
+        pair.server.send = watch  # type: ignore[method-assign]
+        ask(client, pair)
+        (batch,) = client.wire.batches
+        for record in batch:
+            server.wire.listener.message_received(record)
+        server.transport.send(result(1, {"y": LARGE}), [LARGE])
+        assert copied == [False]
+        assert server.wire.batches  # written before the batch has ended
+        for written in server.wire.batches:
+            client.take(written)
+        assert np.array_equal(client.received[0].tensors[0], LARGE)
+
+    run(body())
+
+
 def test_what_waits_for_a_slow_reader_is_no_longer_the_callers_array() -> None:
     async def body() -> None:
         client, server, pair = ends()

@@ -17,7 +17,7 @@ from nearfar.secure.frames import (
     Pieces,
     frame,
 )
-from nearfar.secure.records import OVERHEAD_BYTES
+from nearfar.secure.records import OVERHEAD_BYTES, TYPE_MESSAGE, RecordOpener, RecordSealer
 from nearfar.secure.shaping import padded_bytes
 
 LIMIT = 1 << 20
@@ -108,13 +108,23 @@ def test_pieces_of_several_messages_interleave(
     assert sorted(arrived) == sorted(messages)
 
 
-def lying_where_they_belong(assembler: Assembler, plaintext: bytes) -> list[Arrived]:
-    """Feed a plaintext as a session does: where the assembler has room for it."""
-    room = assembler.room_for(len(plaintext))
-    if room is None:
-        return feed(assembler, plaintext)
-    room[:] = plaintext
-    return assembler.feed(room, max_message_bytes=LIMIT)
+class Placing:
+    """An assembler that is fed as a session does: plaintexts lie where they seem to belong."""
+
+    def __init__(self) -> None:
+        self.assembler = Assembler()
+        self._sealer, self._opener = RecordSealer(bytes(32)), RecordOpener(bytes(32))
+
+    def feed(self, plaintext: bytes) -> list[Arrived]:
+        record = self._sealer.seal(TYPE_MESSAGE, plaintext)
+        opened = self.assembler.open_piece(self._opener, record)
+        if opened is None:
+            _, plaintext = self._opener.open(record)
+        elif opened[2] is not None:
+            return list(opened[2])
+        else:
+            assert opened[1] == plaintext
+        return self.assembler.feed(plaintext, max_message_bytes=LIMIT)
 
 
 @settings(deadline=None)
@@ -131,7 +141,7 @@ def test_it_does_not_matter_where_a_plaintext_lay(
         pieces(chance.randbytes(size), number, record_bytes, stream=number)
         for number, size in enumerate(sizes, 1)
     ]
-    copying, placing = Assembler(), Assembler()
+    copying, placing = Assembler(), Placing()
     while streams:
         kind = chance.randrange(20)
         if kind == 0:
@@ -146,12 +156,12 @@ def test_it_does_not_matter_where_a_plaintext_lay(
             expected = feed(copying, plaintext)
         except RemoteProtocolError as error:
             with pytest.raises(RemoteProtocolError, match=re.escape(str(error))):
-                lying_where_they_belong(placing, plaintext)
+                placing.feed(plaintext)
             return
-        found = lying_where_they_belong(placing, plaintext)
+        found = placing.feed(plaintext)
         assert whole(found) == whole(expected)
         assert [one[1:] for one in found] == [one[1:] for one in expected]
-        assert placing.oldest == copying.oldest
+        assert placing.assembler.oldest == copying.oldest
 
 
 def test_sizes_on_the_wire_are_counted() -> None:
