@@ -9,7 +9,7 @@ from pathlib import Path
 from converters.awq.environment import SIZE_BYTES, TIME_S, is_made
 from converters.cache import default_root
 from converters.options import ConversionOptions
-from converters.recipes import bundle, classifier, embedding, text_generation
+from converters.recipes import bundle, cached_text, classifier, embedding, text_generation
 from converters.recipes.base import Workshop
 from converters.recipes.int8 import HALVES
 from converters.recipes.onnx_model import variants_of
@@ -33,8 +33,17 @@ _SIZE_TEXT = {
     "fp32": 1.0, "int8": 0.4, "int4": 0.22,
     "onnx-fp32": 1.0, "onnx-fp16": 0.5, "onnx-int8": 0.28, "onnx-int4": 0.22,
 }  # fmt: skip
-#: Seconds of training for each token and GiB of weights.
-_TRAIN_S = 0.02
+#: Seconds of training for each token and GiB of weights. Language models: SmolLM2-135M took 32 s of
+#: processor time on two threads for 256 tokens, most of it for the scores of its 49,152 words.
+_TRAIN_S, _TRAIN_TEXT_S = 0.02, 0.12
+#: Seconds for each GiB, from processor time of conversions of SmolLM2-135M (0.5 GiB; elapsed times
+#: were taken on a busy machine and say little). `torch.export` of a plain graph took more than
+#: 163 s. AWQ took 233 s with four windows of 512 tokens and 162 s with one of 64: scales are tried
+#: on the weights, whatever is read; the search shares its work between threads.
+_EXPORT_CACHED_S, _BLOCKS_S = 400.0, 40.0
+_AWQ_S, _AWQ_WINDOW_S = 220.0, 30.0
+#: Comparing layers: SmolLM2-135M `int4` 20 s, all-MiniLM-L6-v2 11 s.
+_LAYERS_START_S, _LAYERS_S = 9.0, 22.0
 _MEASURE_S = 4.0
 _GIB = 1 << 30
 
@@ -160,6 +169,7 @@ def _plan_encoder(source: HuggingFaceSource, options: ConversionOptions) -> Plan
     ]
     steps += _compressing(ids, full, options)
     steps.append(_step("verify every variant", full * len(ids), per_gib_s=40))
+    steps += _comparisons(ids, full)
     if cut is not None:
         steps.insert(1, _slicing(cut, options.settings.slim, full))
     return _finished(ids, steps, _sizes(full, _SIZE, cut), options)
@@ -199,7 +209,7 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
                 _step(
                     "find AWQ's scales",
                     full,
-                    per_gib_s=60 * int4.awq.windows,
+                    per_gib_s=_AWQ_S + _AWQ_WINDOW_S * int4.awq.windows,
                     start_s=15,
                     disk=2 * full,
                 )
@@ -207,11 +217,13 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
             if is_scaled
             else []
         ),
-        _step(f"build {' and '.join(ids)}", full, per_gib_s=75 * len(ids), disk=full),
+        *_builds(ids, full),
         _step("verify every variant", full * len(ids), per_gib_s=60),
+        *_comparisons(ids, full),
     ]
     if cut is not None:
-        steps.insert(3, _slicing(cut, options.settings.slim, full))
+        trained = _slicing(cut, options.settings.slim, full, token_s=_TRAIN_TEXT_S)
+        steps.insert(3, trained)
     return _finished(ids, steps, _sizes(full, _SIZE_TEXT, cut), options)
 
 
@@ -239,10 +251,46 @@ def _compressing(
     ]
 
 
-def _slicing(cut: Cut, settings: SlimSettings, full: float) -> PlannedStep:
+def _builds(ids: tuple[str, ...], full: float) -> list[PlannedStep]:
+    """For onnxruntime-genai, and as plain graphs, whose blocks go into the one in FP32."""
+    plain = [name for name in ids if name in cached_text.IDS]
+    others = [name for name in ids if name not in cached_text.IDS]
+    steps = []
+    if others:
+        title = f"build {' and '.join(others)} for onnxruntime-genai"
+        steps.append(_step(title, full, per_gib_s=75 * len(others), disk=full))
+    rounded = [name for name in plain if name in ("onnx-int8", "onnx-int4")]
+    exported = [name for name in plain if name not in rounded]
+    if rounded and "onnx-fp32" not in plain:
+        exported.insert(0, "onnx-fp32")
+    if plain:
+        seconds = _EXPORT_CACHED_S * len(exported) + _BLOCKS_S * len(rounded)
+        # What is only made to make others of it, besides what the bundle holds.
+        between = full if "onnx-fp32" not in plain and rounded else 0
+        title = f"build {' and '.join(plain)} for plain ONNX Runtime"
+        steps.append(_step(title, full, per_gib_s=seconds, start_s=6, disk=between))
+    return steps
+
+
+def _comparisons(ids: tuple[str, ...], full: float) -> list[PlannedStep]:
+    """One for each variant that is rounded: nobody knows before whether it loses so much."""
+    best = "onnx-fp32" if "onnx-fp32" in ids else "fp32"
+    return [
+        _step(
+            f"find the layers where {name} errs, if it loses more than 1 %",
+            full, per_gib_s=_LAYERS_S, start_s=_LAYERS_START_S,
+        )
+        for name in ids
+        if best in ids and name.endswith(("int8", "int4"))
+    ]  # fmt: skip
+
+
+def _slicing(
+    cut: Cut, settings: SlimSettings, full: float, *, token_s: float = _TRAIN_S
+) -> PlannedStep:
     """Time of forward and backward passes, which grows with weights and tokens."""
     tokens = settings.recovery_steps * settings.batch * settings.tokens
-    train_s = _TRAIN_S * full / _GIB * tokens
+    train_s = token_s * full / _GIB * tokens
     limit_s = settings.recovery_limit_s
     before, after = cut.before, cut.after
     title = (

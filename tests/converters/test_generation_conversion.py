@@ -18,7 +18,9 @@ import pytest
 from converters import texts
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
+from converters.plan import plan
 from converters.settings import Int4Settings, Settings
+from converters.sources.detect import open_source
 from converters.steps import genai_build
 from converters.steps.cached_model import cache_shape, context_limit
 from converters.steps.export_cached import export_cached
@@ -289,3 +291,23 @@ def test_a_conversion_that_is_stopped_leaves_nothing_behind(tiny_llama, tmp_path
     assert os.listdir(out) == []
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(out) not in processes.stdout
+
+
+def test_a_plan_counts_what_each_kind_of_variant_needs(tiny_llama: Path):
+    source = open_source(tiny_llama)
+
+    def planned(*variants: str) -> dict[str, tuple[float, int]]:
+        steps = plan(source, ConversionOptions(variants=variants)).steps
+        return {one.title: (one.time_s, one.disk_bytes) for one in steps}
+
+    both = planned("fp32", "int4", "onnx-fp32", "onnx-int4")
+    assert "build fp32 and int4 for onnxruntime-genai" in both
+    assert sum("find the layers where" in title for title in both) == 2
+
+    def exported(*variants: str) -> tuple[float, int]:
+        return planned(*variants)[f"build {' and '.join(variants)} for plain ONNX Runtime"]
+
+    # Blocks need an export in full precision too, whether it is a variant or not.
+    one, two = exported("onnx-int4"), exported("onnx-fp32", "onnx-fp16")
+    assert exported("onnx-fp32")[0] < one[0] < two[0]
+    assert one[1] > 0 == exported("onnx-fp32", "onnx-int4")[1]
