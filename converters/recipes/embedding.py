@@ -99,8 +99,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         base = _full(shop, narrow, sliced, limit, name=SLIM)
     assert base is not None
     count, limits = shop.settings.passages, shop.settings.gates
-    judged = judged_texts(shop.options.samples, count)
-    check = EmbeddingCheck(tokenizer, preprocessing, limits, judged)
+    passages = judged_texts(shop.options.samples, count)
+    check = EmbeddingCheck(tokenizer, preprocessing, limits, passages)
     kept = shop.work / "source.npy"
     parts = {**made_of, "passages": digest_of_arrays(check.batches)}
     with shop.reporter.step("run the source on real passages"):
