@@ -100,8 +100,8 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         base = _full(shop, narrow, sliced, limit, name=SLIM)
     assert base is not None
     count, limits = shop.settings.passages, shop.settings.gates
-    texts_judged = judged_texts(shop.options.samples, count)
-    check = EmbeddingCheck(tokenizer, preprocessing, limits, texts_judged)
+    passages = judged_texts(shop.options.samples, count)
+    check = EmbeddingCheck(tokenizer, preprocessing, limits, passages)
     kept = shop.work / "source.npy"
     served = None if full is None else fused(shop, full, check.batches)
     parts = {**made_of, "passages": digest_of_arrays(check.batches)}
