@@ -225,7 +225,7 @@ def test_names_and_versions_are_checked_first(model: Path, options):
 
 
 def test_a_variant_that_cannot_be_made_lists_those_that_can(model: Path):
-    with pytest.raises(ConversionError, match="fp32, fp16, int8, int4"):
+    with pytest.raises(ConversionError, match="fp32, fp16, bf16, int8, int4"):
         convert(model, variants=("int2",))
 
 
