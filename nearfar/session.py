@@ -197,8 +197,11 @@ class _Session(abc.ABC):
                 f"{_max_record_bytes(max_message_bytes)} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
             )
-        opened = assembler.open_piece(opener, data) if record_bytes > _LONG_BYTES else None
-        record_type, plaintext, arrived = opened or (*opener.open(data), None)
+        arrived = None
+        if record_bytes > _LONG_BYTES and (opened := assembler.open_piece(opener, data)):
+            record_type, plaintext, arrived = opened
+        else:
+            record_type, plaintext = opener.open(data)
         if record_type != records.TYPE_MESSAGE:
             raise RemoteProtocolError(
                 f"The peer sent a record of unknown type {record_type}",

@@ -36,6 +36,8 @@ _SLOWEST_BYTES_PER_S = 8 * 1024
 
 
 def _are_long(tensors: Sequence[np.ndarray]) -> bool:
+    if len(tensors) == 1:
+        return tensors[0].nbytes > MAX_WHOLE_BYTES
     return sum([tensor.nbytes for tensor in tensors]) > MAX_WHOLE_BYTES
 
 

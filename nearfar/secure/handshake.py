@@ -13,8 +13,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+
 from nearfar.errors import SecurityError
-from nearfar.secure import attestation, hkdf, kem
+from nearfar.secure import attestation, kem
 from nearfar.secure.encoding import MalformedError, Reader, list_of, sized
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import (
@@ -79,14 +82,17 @@ def derive_secrets(
         transcript: Transcript hash, 32 bytes; it covers the suites both ends offered.
         suite: The chosen one.
     """
-    root = hkdf.extract(transcript, client_seed + server_seed)
-    confirmation = hkdf.expand(root, b"nearfar/1 confirmation")
+    root = HKDF.extract(hashes.SHA256(), transcript, client_seed + server_seed)
+
+    def expand(label: bytes) -> bytes:
+        return HKDFExpand(hashes.SHA256(), 32, b"nearfar/1 " + label).derive(root)
+
     return ChannelSecrets(
-        client_traffic=hkdf.expand(root, b"nearfar/1 client traffic"),
-        server_traffic=hkdf.expand(root, b"nearfar/1 server traffic"),
-        exporter=hkdf.expand(root, b"nearfar/1 exporter"),
-        resumption=hkdf.expand(root, b"nearfar/1 resumption"),
-        confirmation_tag=hmac.digest(confirmation, transcript, "sha256"),
+        client_traffic=expand(b"client traffic"),
+        server_traffic=expand(b"server traffic"),
+        exporter=expand(b"exporter"),
+        resumption=expand(b"resumption"),
+        confirmation_tag=hmac.digest(expand(b"confirmation"), transcript, "sha256"),
         transcript_hash=transcript,
         suite=suite,
     )
@@ -102,7 +108,7 @@ def export(exporter: bytes, label: bytes) -> bytes:
     Returns:
         32 bytes.
     """
-    return hkdf.expand(exporter, b"nearfar/1 export " + label)
+    return HKDFExpand(hashes.SHA256(), 32, b"nearfar/1 export " + label).derive(exporter)
 
 
 class _Transcript:

@@ -11,10 +11,11 @@ from typing import Union
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from nearfar.errors import SecurityError
-from nearfar.secure import hkdf
 from nearfar.secure.keys import SUITE_XWING_AES256GCM, SUITE_XWING_CHACHA20POLY1305
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -77,8 +78,8 @@ class _Epoch:
         self.number = number
         self._secret = secret
         self._suite = suite
-        self.aead = _AEADS[suite](hkdf.expand(secret, b"nearfar/1 key"))
-        self.iv = int.from_bytes(hkdf.expand(secret, b"nearfar/1 iv", _NONCE_BYTES), "big")
+        self.aead = _AEADS[suite](_expand(secret, b"key", 32))
+        self.iv = int.from_bytes(_expand(secret, b"iv", 12), "big")
         self.records = 0
         self.size_bytes = 0
 
@@ -91,7 +92,11 @@ class _Epoch:
     def next(self) -> _Epoch:
         if self.number == _LAST_EPOCH:
             raise channel_failed()
-        return _Epoch(hkdf.expand(self._secret, b"nearfar/1 rekey"), self.number + 1, self._suite)
+        return _Epoch(_expand(self._secret, b"rekey", 32), self.number + 1, self._suite)
+
+
+def _expand(secret: bytes, label: bytes, size_bytes: int) -> bytes:
+    return HKDFExpand(hashes.SHA256(), size_bytes, b"nearfar/1 " + label).derive(secret)
 
 
 def channel_failed() -> SecurityError:
