@@ -67,6 +67,13 @@ def task_of(manifest: Manifest) -> CascadeTask:
             field="min_agreement",
             fix="Convert it as a classification model, or set `label_output`",
         )
+    if manifest.multi_label:
+        raise InvalidInput(
+            f"Several classes of {manifest.name!r} may be true of one input, so there is no one "
+            "answer that two models could agree on",
+            field="min_agreement",
+            fix="Leave min_agreement out",
+        )
     return "classification"
 
 

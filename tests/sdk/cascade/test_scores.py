@@ -80,6 +80,8 @@ def test_models_that_cannot_cascade_say_why():
         task_of(TENSOR)
     assert task_of(manifest("e", "embedding", mixed_routes=True)) == "embedding"
     assert task_of(manifest("t", "tensor", label_output="y")) == "classification"
+    with pytest.raises(InvalidInput, match="Several classes of 'm' may be true"):
+        task_of(manifest("m", "classification", label_output="y", multi_label=True))
 
 
 def test_outputs_are_found_by_the_manifest_or_refused():
