@@ -20,7 +20,7 @@ from converters.reporting import Reporter
 from converters.settings import Gates, Int8Settings, Settings
 from converters.steps import layer_errors as step
 from converters.steps.layer_errors import layer_errors
-from converters.steps.quantize import Int8Quantizer, store_fp16
+from converters.steps.quantize import Int8Quantizer, store_half
 from converters.steps.sensitivity import Damage
 from converters.tensorrt.graph import nodes_below
 from nearfar.bundle import Bundle
@@ -96,7 +96,7 @@ def quantized(model: Path, folder: Path, method: str) -> Path:
     (folder / "int8").mkdir()
     path = folder / "int8" / "model.onnx"
     if method == "fp16":
-        store_fp16(model, path)
+        store_half(model, path, "fp16")
     else:
         Int8Quantizer(model, folder, Int8Settings(method=method), FEEDS).write(path)
     return path

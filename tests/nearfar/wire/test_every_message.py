@@ -39,6 +39,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
         return st.one_of(*(values(option) for option in kind.types))
     if isinstance(kind, inspect.LiteralType):
         return st.sampled_from(kind.values)
+    if isinstance(kind, inspect.TupleType):
+        return st.tuples(*(values(item) for item in kind.item_types))
     if isinstance(kind, inspect.VarTupleType):
         return st.lists(values(kind.item_type), max_size=2).map(tuple)
     if isinstance(kind, inspect.DictType):
