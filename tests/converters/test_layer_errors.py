@@ -247,7 +247,8 @@ def test_what_is_said_of_layers():
     assert damage_of(found) == "the damage comes from n0 (50%), n1 (25%) and n2 (12%)"
     assert mending_of(found, "int8", ["old"]).endswith('int8.keep = ["old", "n0", "n1", "n2"]')
     assert "tensorrt.keep" in mending_of(found, "trt-int8")
-    assert mending_of(found, "int4") == ""
+    assert mending_of(found, "int4").endswith('int4.keep = ["n0", "n1", "n2"]')
+    assert mending_of(found, "fp16") == ""
     even = LayerErrors(variant_id="int8", method="", errors=errors[:3], error=100.0)
     assert damage_of(even) == "the damage comes from many layers alike"
     assert mending_of(even, "int8") == ""
