@@ -52,7 +52,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     watch(onnx_model, "slim")
     watch(onnx_model, "verify_tensors")
-    watch(int8, "quantize_int8")
+    watch(int8.Int8Quantizer, "write")
     watch(base, "measure")
     return names
 
@@ -91,7 +91,7 @@ def test_it_is_the_same_as_without_a_cache(model: Path):
     ("settings", "again"),
     [
         # Another block size makes another int8; fp32 is neither made nor verified again.
-        (Settings(int8=Int8Settings(block_size=32)), ["quantize_int8", "verify_tensors"]),
+        (Settings(int8=Int8Settings(block_size=32)), ["write", "verify_tensors"]),
         (Settings(gates=Gates(min_mean_cosine=0.5)), []),
         (Settings(gates=Gates(min_top1_agreement=0.5)), ["verify_tensors"] * 2),
     ],
@@ -108,15 +108,15 @@ def test_another_source_or_other_versions_are_another_conversion(model, done, mo
     done.clear()
     onnx.save(tensor_model(WEIGHTS * 2), model)
     make(model, "b")
-    assert "quantize_int8" in done
+    assert "write" in done
     done.clear()
     monkeypatch.setattr(cache_module, "tool_versions", lambda *names: dict.fromkeys(names, "0.1"))
     make(model, "c")
-    assert "quantize_int8" in done
+    assert "write" in done
     done.clear()
     monkeypatch.setattr(cache_module, "_code_digest", lambda: "rewritten")
     make(model, "d")
-    assert "quantize_int8" in done
+    assert "write" in done
 
 
 @pytest.mark.parametrize("damage", ["output", "entry.json", "missing"])
@@ -129,7 +129,7 @@ def test_a_damaged_result_is_made_anew(model: Path, done: list[str], damage: str
             (entry / damage).write_bytes(b"x" * 40)
     done.clear()
     assert tree(make(model, "b").path) == tree(first.path)
-    assert done == ["quantize_int8"]
+    assert done == ["write"]
     done.clear()
     make(model, "c")
     assert done == []
