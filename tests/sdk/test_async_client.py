@@ -10,30 +10,10 @@ import pytest
 
 from nearfar.errors import DeadlineExceeded, EngineError, InvalidInput, PolicyDenied
 from nearfar.wire import messages as wire
-from sdk import AsyncClient, parse_policy
-from tests.support.scripted_cloud import STORY, TENSOR, ScriptedCloud, tell
+from sdk import AsyncClient
+from tests.support.scripted_cloud import STORY, TENSOR, tell
 from tests.support.scripted_edge import ScriptedEdge, put_into
-
-POLICY = parse_policy(
-    """
-version = 1
-[[rule]]
-id = "open"
-when = { sensitivity = "public" }
-effect = "cloud_ok"
-[[rule]]
-id = "here"
-when = { sensitivity = "personal" }
-effect = "edge_only"
-"""
-)
-X = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    with ScriptedCloud(tmp_path / "state") as server:
-        yield server
+from tests.support.two_routes import POLICY, X
 
 
 @pytest.fixture

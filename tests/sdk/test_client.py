@@ -30,6 +30,7 @@ from nearfar.wire import messages as wire
 from sdk import Client, parse_policy
 from tests.support.scripted_cloud import EMBEDDING, STORY, TENSOR, ScriptedCloud, manifest, tell
 from tests.support.scripted_edge import ScriptedEdge, put_into
+from tests.support.two_routes import X, hang
 
 POLICY = parse_policy(
     """
@@ -49,14 +50,8 @@ when = { sensitivity = "internal", region = "eu" }
 effect = "cloud_ok"
 """
 )
-X = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
+
 EDGE_MODELS = (TENSOR, STORY, manifest("local", "tensor", inputs=TENSOR.inputs))
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    with ScriptedCloud(tmp_path / "state") as server:
-        yield server
 
 
 @pytest.fixture
@@ -75,10 +70,6 @@ def both(cloud, tmp_path):
     ) as client:
         client.device = put_into(client, ScriptedEdge(EDGE_MODELS))
         yield client
-
-
-def hang(session, message, tensors):
-    yield 30
 
 
 # -- routes ------------------------------------------------------------------------------------

@@ -8,24 +8,12 @@ import numpy as np
 import pytest
 
 from nearfar.errors import InvalidInput, StreamInterrupted
-from sdk import AsyncClient, Client, CloudConfig, parse_policy
+from sdk import AsyncClient, Client, CloudConfig
 from sdk.quickstart.cloud_process import CloudProcess
+from tests.support.two_routes import POLICY
 
 pytestmark = pytest.mark.models
 
-POLICY = parse_policy(
-    """
-version = 1
-[[rule]]
-id = "open"
-when = { sensitivity = "public" }
-effect = "cloud_ok"
-[[rule]]
-id = "here"
-when = { sensitivity = "personal" }
-effect = "edge_only"
-"""
-)
 QUESTION = [{"role": "user", "content": "What is the capital of Germany?"}]
 
 

@@ -6,35 +6,20 @@ import asyncio
 import threading
 import time
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
 from nearfar.errors import EngineError
 from nearfar.patience import Patience
-from sdk import AsyncClient, Client, Config, parse_policy
+from sdk import AsyncClient, Client, Config
 from sdk.config import RoutingConfig
 from sdk.records import RingReader
 from sdk.records.board import Board
 from tests.edge_runtime.test_stalls import Wedge, wedge
-from tests.support.scripted_cloud import ScriptedCloud
 from tests.support.tiny import write_tiny_tensor_bundle
+from tests.support.two_routes import POLICY, X
 
-POLICY = parse_policy(
-    """
-version = 1
-[[rule]]
-id = "open"
-when = { sensitivity = "public" }
-effect = "cloud_ok"
-[[rule]]
-id = "here"
-when = { sensitivity = "personal" }
-effect = "edge_only"
-"""
-)
-X = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
 SHORT = Patience(first_s=0.15, token_s=0.15, is_cold=False)
 
 
@@ -42,12 +27,6 @@ SHORT = Patience(first_s=0.15, token_s=0.15, is_cold=False)
 def store(tmp_path):
     write_tiny_tensor_bundle(tmp_path / "store" / "tensor", name="tensor")
     return tmp_path / "store"
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    with ScriptedCloud(tmp_path / "state") as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)
