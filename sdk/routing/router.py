@@ -33,6 +33,9 @@ CLOUD_MUST_WIN_BY = 0.9
 HASTE = 2.0
 # Nobody should bet on a route that is less likely than this to be in time.
 HOPELESS = 0.01
+# An answer in text that has begun by then is worth having: where no route is likelier than the first
+# to have all of it, and one is at least as likely as the second to have begun.
+UNLIKELY, LIKELY_BEGUN = 0.1, 0.5
 
 # What keeps a record within 1 KB; only names and words are cut, never what a choice depends on.
 MAX_MODEL_BYTES = 40
@@ -169,6 +172,10 @@ def _choose(inputs: DecisionInputs, edge_in_time: bool, cloud_in_time: bool) -> 
     )
     route, edge_likely, cloud_likely = _weigh(inputs, edge, cloud)
     likely = edge_likely if route == "edge" else cloud_likely
+    begins = _begins(edge, cloud, inputs.remaining_ms) if likely < UNLIKELY else None
+    if begins is not None:
+        first_ms = (edge if begins == "edge" else cloud).ttft_ms
+        return begins, f"{neither}this one begins in time (about {format_ms(first_ms or 0.0)})"
     if likely >= HOPELESS:
         return route, f"{neither}this one is the most likely to ({100 * likely:.0f} %)"
     closest_ms = min(edge.p95_ms, cloud.p95_ms)
@@ -202,6 +209,16 @@ def _weigh(
         saved = (cloud_ms - edge_ms) / ((edge_ms if edge_ms > cloud_ms else cloud_ms) or 1.0)
         is_edge = edge_likely + HASTE * (1.0 - inputs.confidence) * saved >= cloud_likely
     return "edge" if is_edge else "cloud", edge_likely, cloud_likely
+
+
+def _begins(edge: Prediction, cloud: Prediction, remaining_ms: float) -> Route | None:
+    """Which of two texts alone is likely to have begun by then; a part of it is kept."""
+    if edge.ttft_ms is None or cloud.ttft_ms is None:
+        return None
+    here, there = edge.probability_begun(remaining_ms), cloud.probability_begun(remaining_ms)
+    if (here >= LIKELY_BEGUN) == (there >= LIKELY_BEGUN):
+        return None
+    return "edge" if here > there else "cloud"
 
 
 def _choose_freely(

@@ -139,6 +139,13 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
             return 1.0
         return (1.0 - self.silence) * share_in_time(quantiles, remaining_ms)
 
+    def probability_begun(self, remaining_ms: float) -> float:
+        """Probability of the first sign of an answer within that time; 1 without knowledge."""
+        quantiles = self.first_answer()
+        if quantiles is None:
+            return 1.0
+        return (1.0 - self.silence) * share_in_time(quantiles, remaining_ms)
+
 
 def _normal(p50: float, p95: float) -> Quantiles:
     spread = p95 - p50

@@ -68,6 +68,13 @@ def inputs(
     )
 
 
+def text(total_ms: float, first_ms: float) -> Prediction:
+    return Prediction(
+        basis="measured", p50_ms=total_ms, p95_ms=1.2 * total_ms, ttft_ms=first_ms,
+        ttft_p95_ms=1.2 * first_ms, ms_per_token=30.0,
+    )  # fmt: skip
+
+
 FAST, SLOW, UNKNOWN = takes(20), takes(5000), Prediction()
 BUSY = RouteState(prediction=takes(12_400), ahead=3)
 NO_MODEL = RouteState(obstacle="no_model")
@@ -115,6 +122,16 @@ DOWN = RouteState(obstacle="unreachable", detail="failed 3 times, next try in 4.
         (inputs(takes(200, 300), takes(900, 990), remaining_ms=5), "edge", "cloud", False,
          "edge: neither route is expected to meet the deadline of 5.00 ms, this one comes closest "
          "(300 ms)"),
+        # of a text the part that has come by then is kept
+        (inputs(text(5300, 4000), text(27_000, 900), remaining_ms=1500), "cloud", "edge", False,
+         "cloud: neither route is expected to meet the deadline of 1.5 s, this one begins in time "
+         "(about 900 ms)"),
+        (inputs(text(27_000, 700), text(5300, 4000), remaining_ms=1500), "edge", "cloud", False,
+         "edge: neither route is expected to meet the deadline of 1.5 s, this one begins in time "
+         "(about 700 ms)"),
+        (inputs(text(5300, 700), text(27_000, 900), remaining_ms=1500), "edge", "cloud", False,
+         "edge: neither route is expected to meet the deadline of 1.5 s, this one comes closest "
+         "(6.4 s)"),
         # objective
         (inputs(takes(12), takes(85)), "edge", "cloud", True,
          "edge: about 12 ms, the cloud would take 85 ms"),
