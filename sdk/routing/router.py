@@ -33,8 +33,8 @@ CLOUD_MUST_WIN_BY = 0.9
 HASTE = 2.0
 # Nobody should bet on a route that is less likely than this to be in time.
 HOPELESS = 0.01
-# An answer in text that has begun by then is worth having: where no route is likelier than the first
-# to have all of it, and one is at least as likely as the second to have begun.
+# A text that has begun by then is worth having: where no route is likelier than the first to have
+# all of it, and one is at least as likely as the second to have begun.
 UNLIKELY, LIKELY_BEGUN = 0.1, 0.5
 
 # What keeps a record within 1 KB; only names and words are cut, never what a choice depends on.
