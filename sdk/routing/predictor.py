@@ -39,6 +39,8 @@ QUEUE_SPREAD = 0.5
 QUEUE_HALF_LIFE_S = 1.5
 # Answers of a model that must have been seen before their length counts as expected.
 MIN_ANSWERS = 3
+# Length of an answer that its limit cut: longer than that, and nobody knows by how much.
+CUT_TOKENS = 1e9
 # A call on the device has overrun when it takes so many times what 99 of 100 take, and is then
 # taken to need so many times what it has taken.
 OVERRUN, GROWTH = 1.05, 1.5
@@ -252,7 +254,8 @@ class Predictor:
             if seen.pause_ms is not None and seen.completion_tokens > 1:
                 latency.pause.observe(0, seen.pause_ms, now_s=now_s, slower=slower)
             if seen.finished and seen.completion_tokens > 0:
-                self._learn_length(model, seen.completion_tokens)
+                is_cut = 0 < size.max_new_tokens <= seen.completion_tokens
+                self._learn_length(model, CUT_TOKENS if is_cut else seen.completion_tokens)
         elif seen.compute_ms is not None:
             latency.compute.observe(size.work, seen.compute_ms, now_s=now_s, slower=slower)
             compute_ms = seen.compute_ms
@@ -503,12 +506,12 @@ class Predictor:
             now_ms += ticket.service_ms * change
         return now_ms / then_ms if then_ms else 1.0
 
-    def _learn_length(self, model: str, tokens: int) -> None:
+    def _learn_length(self, model: str, tokens: float) -> None:
         lengths = self.answers.get(model)
         if lengths is None:
-            self.answers[model] = Recent(values=[float(tokens)])
+            self.answers[model] = Recent(values=[tokens])
         else:
-            lengths.add(float(tokens))
+            lengths.add(tokens)
 
     def _expected_tokens(self, model: str, limit: int) -> Quantiles:
         """Quantiles of the answer's length; the limit itself until some were seen."""

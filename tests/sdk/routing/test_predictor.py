@@ -229,6 +229,22 @@ def test_the_length_of_answers_is_learned_from_complete_ones() -> None:
     assert predictor.predict("edge", "assistant", tiny, now_s=0).p50_ms == pytest.approx(200)
 
 
+def test_an_answer_that_its_limit_cut_would_have_been_longer() -> None:
+    predictor = Predictor()
+    predictor.seed("edge", "assistant", [figure(200, ms_per_token=20)])
+    short = RequestSize(input_tokens=64, max_new_tokens=12)
+    for _ in range(5):
+        seen = Observation(
+            total_ms=420, prefill_ms=200, decode_ms=220, completion_tokens=12, finished=True
+        )
+        predictor.observe("edge", "assistant", short, seen, now_s=0)
+    again = predictor.predict("edge", "assistant", short, now_s=0)
+    assert again.p50_ms == pytest.approx(200 + 11 * 20)
+    # Asked for a hundred, it will not stop at twelve.
+    longer = predictor.predict("edge", "assistant", CHAT, now_s=0)
+    assert longer.p50_ms == pytest.approx(200 + 99 * 20)
+
+
 def cloud_call(total_ms: float, queue_ms: float = 0.0) -> Observation:
     return Observation(total_ms=total_ms, compute_ms=5, queue_ms=queue_ms)
 
