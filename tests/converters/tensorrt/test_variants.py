@@ -77,7 +77,7 @@ def test_each_variant_is_typed_onnx_with_its_ranges(source: Path):
         # Inputs and outputs stay as the manifest has them.
         assert graph.input[0].type.tensor_type.elem_type == graphs.FLOAT
         figures = {figure.metric: figure.value for figure in variant.quality}
-        assert figures["relative_error"] < {"trt-int8": 0.05}.get(name, 0.001)
+        assert figures["relative_error"] < {"trt-int8": 0.08}.get(name, 0.001)
         assert not [metric for metric in figures if metric.endswith("_unfused")]
     types = onnx.TensorProto
     assert weights == {
