@@ -89,15 +89,22 @@ def _pruned(source: TorchSource, data: TrainingData | None, shop: Workshop) -> E
                 f"{made.weights_before} weights become {made.weights_after}; loss {made.loss:.2g}"
             )
 
-        parts = {
-            "source": source.digest(),
-            "axes": sorted(f"{name}.{axis}={size}" for (name, axis), size in source.axes.items()),
-            "settings": to_builtins(settings),
-            "seed": seed,
-            "data": data.digest() if data is not None else "",
-        }
+        parts = _parts(source, to_builtins(settings), seed, data)
         shop.cache.output("prune", parts, path, make, tools=_PRUNE_TOOLS)
     return _exported(source, path)
+
+
+def _parts(
+    source: TorchSource, settings: object, seed: int, data: TrainingData | None
+) -> dict[str, object]:
+    """What a module that was made smaller depends on."""
+    return {
+        "source": source.digest(),
+        "axes": sorted(f"{name}.{axis}={size}" for (name, axis), size in source.axes.items()),
+        "settings": settings,
+        "seed": seed,
+        "data": data.digest() if data is not None else "",
+    }
 
 
 def _sliced(source: TorchSource, data: TrainingData | None, shop: Workshop) -> ExportedSource:
@@ -117,13 +124,7 @@ def _sliced(source: TorchSource, data: TrainingData | None, shop: Workshop) -> E
             export_module(replace(source, module=made.module, outputs=outputs), target / path.name)
             (target / said.name).write_text(made.said, encoding="utf-8")
 
-        parts = {
-            "source": source.digest(),
-            "axes": sorted(f"{name}.{axis}={size}" for (name, axis), size in source.axes.items()),
-            "settings": to_builtins(settings),
-            "seed": seed,
-            "data": data.digest() if data is not None else "",
-        }
+        parts = _parts(source, to_builtins(settings), seed, data)
         folder = shop.work / SLIM
         shop.cache.output("slim-module", parts, folder, make, tools=_TOOLS)
         facts = (folder / said.name).read_text(encoding="utf-8")
