@@ -156,7 +156,9 @@ def _choose(inputs: DecisionInputs, edge_in_time: bool, cloud_in_time: bool) -> 
     if inputs.failed:
         edge_failed, cloud_failed = "edge" in inputs.failed, "cloud" in inputs.failed
         if edge_failed != cloud_failed:
-            return ("cloud", "the edge failed") if edge_failed else ("edge", "the cloud failed")
+            # It may have failed, or be late: then this one was started beside it.
+            tried: Route = "edge" if edge_failed else "cloud"
+            return _other(tried), f"the {tried} gave no whole answer"
     if edge_in_time and cloud_in_time:
         return _choose_freely(inputs, edge, cloud)
     if edge_in_time:

@@ -161,8 +161,10 @@ DOWN = RouteState(obstacle="unreachable", detail="failed 3 times, next try in 4.
         (inputs(SLOW, UNKNOWN, remaining_ms=100), "cloud", "edge", True,
          "cloud: the edge would take about 5.0 s, the deadline is 100 ms"),
         # repair
-        (inputs(FAST, SLOW, failed=("edge",)), "cloud", None, True, "cloud: the edge failed"),
-        (inputs(SLOW, FAST, failed=("cloud",)), "edge", None, True, "edge: the cloud failed"),
+        (inputs(FAST, SLOW, failed=("edge",)), "cloud", None, True,
+         "cloud: the edge gave no whole answer"),
+        (inputs(SLOW, FAST, failed=("cloud",)), "edge", None, True,
+         "edge: the cloud gave no whole answer"),
         (inputs(NO_MODEL, FAST, failed=("cloud",)), "cloud", None, True,
          "cloud: this device cannot run model 'assistant'"),
     ],
