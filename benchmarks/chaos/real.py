@@ -97,7 +97,7 @@ class Outcome:
         tick_ms: Delays of the machine above 1 ms.
         allowed_ms: By how much each caller may be late, in the order of `told`.
         alarm_ms: How late a thread of the client's process woke that only waited for the deadline
-            of each; of requests that had not ended by then.
+            of each, in the order of `told`; 0 where it did not wake before the end.
     """
 
     told: Sequence[Told]
@@ -297,11 +297,7 @@ def run(
             GRACE_MS + ticks.longest_ms(one.due_s, one.ended_s or one.due_s + HUNG_S)
             for one in told
         ],
-        alarm_ms=[
-            late_ms for one in told
-            if one.ended_s is None or one.ended_s > one.due_s
-            if (late_ms := alarms.late_ms(one.due_s)) is not None
-        ],
+        alarm_ms=[alarms.late_ms(one.due_s) or 0.0 for one in told],
     )  # fmt: skip
 
 

@@ -38,11 +38,11 @@ def told(late_ms: float, **changes: object) -> real.Told:
     return one
 
 
-def outcome(*heard: real.Told, computed_twice: int = 0) -> real.Outcome:
+def outcome(*heard: real.Told, computed_twice: int = 0, alarm_ms: float = 0.0) -> real.Outcome:
     return real.Outcome(
         told=heard, faults=Counter({"kill": 1}), computed_twice=computed_twice, computed_again=0,
         computed=1, tick_ms=[2.0], allowed_ms=[real.GRACE_MS + 2.0] * len(heard),
-        alarm_ms=[],
+        alarm_ms=[alarm_ms] * len(heard),
     )  # fmt: skip
 
 
@@ -51,6 +51,8 @@ def outcome(*heard: real.Told, computed_twice: int = 0) -> real.Outcome:
     [
         (outcome(told(-50.0), told(6.0)), []),
         (outcome(told(-50.0), told(8.0)), ["by the deadline"]),
+        (outcome(told(8.0), alarm_ms=3.5), []),
+        (outcome(told(8.0), alarm_ms=7.5), ["stood still"]),
         (outcome(told(0.0, ended_s=None)), ["by the deadline", "hung"]),
         (outcome(told(-1.0, is_typed=False, error="KeyError")), ["by the deadline", "not ours"]),
         (outcome(told(-1.0, is_in_order=False)), ["twice or out of order"]),
