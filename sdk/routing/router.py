@@ -280,14 +280,21 @@ def _choose_blindly(
 
 
 def _too_slow(state: RouteState, inputs: DecisionInputs) -> str:
-    p50_ms, p95_ms = state.prediction.p50_ms, state.prediction.p95_ms
-    remaining_ms = inputs.remaining_ms
+    prediction, remaining_ms = state.prediction, inputs.remaining_ms
+    p50_ms, p95_ms = prediction.p50_ms, prediction.p95_ms
     assert p50_ms is not None
+    assert p95_ms is not None
     assert remaining_ms is not None
     if p50_ms > remaining_ms:
         takes = f"would take about {format_ms(p50_ms)}"
-    else:
+    elif p95_ms > remaining_ms:
         takes = f"may take {format_ms(p95_ms)}"
+    elif prediction.silence:
+        takes = "may not answer at all, as of late"
+    else:  # more than the usual probability is wished
+        quantiles = prediction.quantiles()
+        assert quantiles is not None
+        takes = f"may take {format_ms(quantiles[-1])}"
     return f"{takes}{_queue(state)}, the deadline is {format_ms(remaining_ms)}"
 
 

@@ -116,6 +116,10 @@ DOWN = RouteState(obstacle="unreachable", detail="failed 3 times, next try in 4.
          "edge: the cloud would take about 90 ms, the deadline is 50 ms"),
         (inputs(takes(40, 70), takes(45, 48), remaining_ms=50), "cloud", "edge", True,
          "cloud: the edge may take 70 ms, the deadline is 50 ms"),
+        (inputs(takes(30, 40), takes(20, 30, p99_ms=400, silence=0.4), remaining_ms=500), "edge",
+         "cloud", True, "edge: the cloud may not answer at all, as of late, the deadline is 500 ms"),
+        (inputs(takes(30, 40), takes(20, 30), confidence=0.99, remaining_ms=43), "cloud", "edge",
+         True, "cloud: the edge may take 44 ms, the deadline is 43 ms"),
         (inputs(takes(200, 300), takes(90, 400), remaining_ms=50), "cloud", "edge", False,
          "cloud: neither route is expected to meet the deadline of 50 ms, this one is the most "
          "likely to (37 %)"),
