@@ -13,7 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nearfar.bundle import Bundle, BundleWriter
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     LatencyFigure,
     Manifest,
     QualityFigure,
@@ -31,6 +33,12 @@ TENSOR_LABELS = ("low", "middle", "high")
 #: The classifier calls bytes "text" or "binary" by their mean value.
 CLASSIFIER_LABELS = ("text", "binary")
 HEAD_TAIL = HeadTailPreprocessing(head_bytes=16, tail_bytes=16, block_bytes=64, padding_value=256)
+
+
+#: Pictures are called by the colour that is strongest on the whole, sounds by how loud they are.
+COLOURS, LOUDNESS = ("red", "green", "blue"), ("quiet", "loud")
+IMAGE = ImagePreprocessing(input="pixels", resize=(10,), crop=(8, 8))
+AUDIO = AudioPreprocessing(input="samples", sample_rate_hz=8000, min_samples=80, max_samples=80_000)
 
 
 def tensor_model(weights: np.ndarray = TENSOR_WEIGHTS) -> onnx.ModelProto:
@@ -189,6 +197,80 @@ def write_tiny_classifier_bundle(
                 labels=CLASSIFIER_LABELS,
                 label_output="scores",
                 variants=(_variant("fp32", placement=("edge", "cloud"), quality_rank=0),),
+            )
+        )
+
+
+def mean_model(
+    name: str, shape: list[int | str], weights: np.ndarray, bias: np.ndarray
+) -> onnx.ModelProto:
+    """``scores = softmax(mean(|input|) @ weights + bias)``; the mean is over the last axes."""
+    axes = list(range(-1, 1 - len(shape), -1)) if len(shape) > 2 else [-1]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Abs", [name], ["size"]),
+            helper.make_node("ReduceMean", ["size"], ["mean"], axes=axes, keepdims=len(shape) == 2),
+            helper.make_node("MatMul", ["mean", "weights"], ["weighted"]),
+            helper.make_node("Add", ["weighted", "bias"], ["sum"]),
+            helper.make_node("Softmax", ["sum"], ["scores"], axis=-1),
+        ],
+        "mean",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", weights.shape[1]])],
+        [
+            numpy_helper.from_array(weights.astype(np.float32), "weights"),
+            numpy_helper.from_array(bias.astype(np.float32), "bias"),
+        ],
+    )
+    return _model(graph)
+
+
+def write_tiny_image_bundle(path: Path, name: str = "colour") -> Bundle:
+    """Variants ``fp32`` (cloud first) and ``int8`` (edge first); `IMAGE`, `COLOURS`."""
+    shape = ["batch", *IMAGE.shape]
+    models = {
+        variant: mean_model("pixels", shape, factor * np.eye(3), np.zeros(3))
+        for variant, factor in (("fp32", 8.0), ("int8", 7.9))
+    }
+    return _write_classifier(path, name, models, IMAGE, shape, COLOURS)
+
+
+def write_tiny_sound_bundle(path: Path, name: str = "noise") -> Bundle:
+    """Variants ``fp32`` (cloud first) and ``int8`` (edge first); `AUDIO`, `LOUDNESS`."""
+    shape: list[int | str] = ["batch", "samples"]
+    models = {
+        variant: mean_model("samples", shape, factor * np.array([[-9, 9]]), np.array([1, -1]))
+        for variant, factor in (("fp32", 1.0), ("int8", 0.99))
+    }
+    return _write_classifier(path, name, models, AUDIO, shape, LOUDNESS)
+
+
+def _write_classifier(
+    path: Path,
+    name: str,
+    models: dict[str, onnx.ModelProto],
+    spec: ImagePreprocessing | AudioPreprocessing,
+    shape: list[int | str],
+    labels: tuple[str, ...],
+) -> Bundle:
+    sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
+    with BundleWriter(path) as writer:
+        for variant_id, model in models.items():
+            onnx.save(model, writer.file(f"{variant_id}/model.onnx"))
+        return writer.finish(
+            Manifest(
+                name=name,
+                version="1.0.0",
+                task="classification",
+                inputs=(TensorSpec(name=spec.input, datatype="FP32", shape=sizes),),
+                outputs=(TensorSpec(name="scores", datatype="FP32", shape=(-1, len(labels))),),
+                preprocessing=spec,
+                labels=labels,
+                label_output="scores",
+                variants=(
+                    _variant("int8", placement=("edge", "cloud"), quality_rank=1),
+                    _variant("fp32", placement=("cloud", "edge"), quality_rank=0),
+                ),
             )
         )
 
