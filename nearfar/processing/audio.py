@@ -94,8 +94,8 @@ class _Pcm(NamedTuple):
     rate_hz: int
 
     @property
-    def count(self) -> int:
-        """Samples of each channel."""
+    def samples(self) -> int:
+        """How many of each channel."""
         return len(self.frames) // (self.width_bytes * self.channels)
 
 
@@ -141,7 +141,7 @@ def _samples(pcm: _Pcm) -> np.ndarray:
     else:
         values = np.frombuffer(raw, f"<i{width}").astype(np.float32)
     scaled = values / np.float32(1 << (8 * width - 1))
-    return scaled.reshape(-1, pcm.channels).mean(axis=1, dtype=np.float32)
+    return np.asarray(scaled.reshape(-1, pcm.channels).mean(axis=1, dtype=np.float32))
 
 
 def _row(data: bytes, spec: AudioPreprocessing) -> np.ndarray:
@@ -164,9 +164,9 @@ def _check(pcm: _Pcm, spec: AudioPreprocessing) -> None:
             field="data",
             fix="Resample it first",
         )
-    if not spec.min_samples <= pcm.count <= spec.max_samples:
+    if not spec.min_samples <= pcm.samples <= spec.max_samples:
         raise InvalidInput(
-            f"The sound has {pcm.count} samples, the model takes {spec.min_samples} to "
+            f"The sound has {pcm.samples} samples, the model takes {spec.min_samples} to "
             f"{spec.max_samples}",
             field="data",
             fix="Give a longer piece, or cut it and ask for each part",
