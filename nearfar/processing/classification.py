@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,10 +35,11 @@ def top_labels(scores: np.ndarray, labels: Sequence[str], k: int = 1) -> list[tu
     if k < 1:
         raise InvalidInput(f"top_k is {k}", field="top_k", fix="Ask for at least one label")
     best = np.argsort(-row.astype(np.float64), kind="stable")[:k]
-    if np.isnan(row[best[0]]):  # NaN stands behind all numbers, so there are none
+    top = [(labels[index], float(row[index])) for index in best]
+    if math.isnan(top[0][1]):  # NaN stands behind all numbers, so there are none
         raise EngineError(
             "The model gave no numbers as scores, but NaN",
             fix="Try it with another input; if it happens there too, use a variant of higher "
             "precision, or look for NaN in the tensors it was given",
         )
-    return [(labels[index], float(row[index])) for index in best]
+    return top
