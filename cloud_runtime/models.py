@@ -20,6 +20,7 @@ from nearfar.bundle import BundleStore
 from nearfar.bundle.manifest import (
     AudioPreprocessing,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     Manifest,
     StreamPreprocessing,
     TensorSpec,
@@ -38,6 +39,12 @@ from nearfar.wire.messages import ModelOffer
 
 #: Told what is going on while models load: one line each.
 Progress = Callable[[str], None]
+
+#: A PNG of one grey pixel, to find out whether there is something here that decodes images.
+_DOT = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000"
+    "000a4944415478da6368000000820081da45083b0000000049454e44ae426082"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +155,8 @@ class ServedModel:
             windows = SignalWindows(manifest, rate.sample_rate_hz)
             windows.add(np.zeros(rate.window_samples, np.float32))
             self._model.infer(windows.feeds() or {})
+        elif isinstance(manifest.preprocessing, ImagePreprocessing):
+            self._model.infer_raw("bytes", [_DOT])
         elif isinstance(manifest.preprocessing, AudioPreprocessing):
             silence = np.zeros((1, manifest.preprocessing.min_samples), np.float32)
             self._model.infer({manifest.preprocessing.input: silence})

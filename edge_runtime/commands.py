@@ -134,8 +134,7 @@ def run(
             _answer(runtime, model, " ".join(inputs), max_new_tokens)
             return
         if isinstance(manifest.preprocessing, BYTES_PREPROCESSING):
-            data = [_read(Path(name)) for name in inputs]
-            result = runtime.infer(model, form="bytes", items=data)
+            result = _files(runtime, model, inputs)
         elif isinstance(manifest.preprocessing, TextPreprocessing):
             result = runtime.infer(model, form="text", items=inputs)
         else:
@@ -261,6 +260,26 @@ def _answer(runtime: EdgeRuntime, model: str, question: str, max_new_tokens: int
         f"{generation.variant} on {generation.execution_provider}: {tokens} tokens, first after "
         f"{prefill_s * 1000:.0f} ms{speed}"
     )
+
+
+def _files(runtime: EdgeRuntime, model: str, names: list[str]) -> EdgeResult:
+    """The outputs for all files, asked for one by one: sounds of several lengths are no batch."""
+    import msgspec
+    import numpy as np
+
+    from nearfar.errors import about
+
+    results = []
+    for name in names:
+        data = _read(Path(name))
+        with about(name):
+            results.append(runtime.infer(model, form="bytes", items=[data]))
+    outputs = {
+        output: np.concatenate([result.outputs[output] for result in results])
+        for output in results[0].outputs
+    }
+    compute_s = sum(result.compute_s for result in results)
+    return msgspec.structs.replace(results[0], outputs=outputs, compute_s=compute_s)
 
 
 def _show(manifest: Manifest, inputs: list[str], result: EdgeResult, top_k: int) -> None:

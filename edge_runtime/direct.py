@@ -20,8 +20,8 @@ from nearfar.patience import Patience
 class DirectCall:
     """Runs batches of one loaded model that can begin at once, and no others. Thread-safe.
 
-    Made by `EdgeRuntime.direct`; good until the runtime is closed or the model stalls. Its methods
-    return the outputs and the seconds they took (preprocessing and engine), or `None` when the
+    Made by `EdgeRuntime.direct`; good until the runtime is closed or the model stalls. `infer`
+    returns the outputs and the seconds they took (preprocessing and engine), or `None` when the
     batch would have to wait for a slot, or there is none any more.
 
     The engine is called in the caller's thread. One that stalls is told to end, and the caller has
@@ -62,52 +62,24 @@ class DirectCall:
 
     def infer(
         self,
-        feeds: Mapping[str, np.ndarray],
+        feeds: Mapping[str, np.ndarray] | None,
         expected_s: float | None = None,
         patience: Patience | None = None,
+        form: RawForm = "bytes",
+        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes] = (),
     ) -> tuple[dict[str, np.ndarray], float] | None:
-        """Run one batch of tensors now.
+        """Run one batch now.
 
         Args:
-            feeds: The model's inputs.
+            feeds: The model's inputs; `None` makes them of `items`.
             expected_s: As for `EdgeRuntime.infer`.
             patience: How long the engine may be silent; `None` does not watch it.
-
-        Raises:
-            EngineError: The engine failed, or stalled.
-            InvalidInput: A tensor does not fit.
-        """
-        slot = None if self._stall is not None else self._gate.try_acquire(expected_s)
-        if slot is None:
-            return None
-        try:
-            if patience is not None:
-                self._announce(slot, patience)
-            outputs = self._engine.infer(feeds, self._cancel)
-        except Cancelled:
-            raise self._why() from None
-        finally:
-            slot.release()
-        return outputs, slot.held_s
-
-    def infer_raw(
-        self,
-        form: RawForm,
-        items: Sequence[str] | Sequence[bytes] | Sequence[str | bytes],
-        expected_s: float | None = None,
-        patience: Patience | None = None,
-    ) -> tuple[dict[str, np.ndarray], float] | None:
-        """Preprocess one batch and run it now.
-
-        Args:
             form: What the items are: ``text`` or ``bytes``.
-            items: One per row of the batch.
-            expected_s: As for `EdgeRuntime.infer`.
-            patience: As for `infer`.
+            items: One per row of the batch, to be preprocessed.
 
         Raises:
             EngineError: The engine failed, or stalled.
-            InvalidInput: An item does not fit.
+            InvalidInput: A tensor or an item does not fit.
         """
         slot = None if self._stall is not None else self._gate.try_acquire(expected_s)
         if slot is None:
@@ -115,7 +87,10 @@ class DirectCall:
         try:
             if patience is not None:
                 self._announce(slot, patience)
-            outputs = self._loaded.infer_raw(form, items, self._cancel)
+            if feeds is not None:
+                outputs = self._engine.infer(feeds, self._cancel)
+            else:
+                outputs = self._loaded.infer_raw(form, items, self._cancel)
         except Cancelled:
             raise self._why() from None
         finally:

@@ -26,6 +26,8 @@ They cross the wire as (code, problem, fix) and come back as the same class; see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -226,6 +228,17 @@ _BY_CODE: dict[str, type[NearfarError]] = {cls.code: cls for cls in _all_subclas
 def from_code(code: str, problem: str, fix: str = "") -> NearfarError:
     """Rebuild an error that crossed the wire; an unknown code becomes a plain `NearfarError`."""
     return _BY_CODE.get(code, NearfarError)(problem, fix=fix)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Say which of several inputs an `InvalidInput` is about; it may not know its own name."""
+    try:
+        yield
+    except InvalidInput as error:
+        if type(error) is not InvalidInput or name in error.problem:
+            raise
+        raise InvalidInput(f"{name}: {error.problem}", field=error.field, fix=error.fix) from error
 
 
 def _rebuild(

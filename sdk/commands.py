@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdk.client import Client
-    from sdk.results import Answered
+    from sdk.results import Answered, ModelInfo
     from sdk.streams import GenerationStream
 
 # Optional[…] instead of `… | None`: typer reads these annotations at run time, on Python 3.10 too.
@@ -54,13 +55,13 @@ def infer(
     ] = None,
     text: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--text", "-t", help="Text to embed; repeat it for more."),
+        typer.Option("--text", "-t", help="Text to embed or classify; repeat it for more."),
     ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Write outputs (vectors, tensors) to this .npz file."),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Labels to show per file.")] = 3,
+    top_k: Annotated[int, typer.Option(help="Labels to show per file or text.")] = 3,
     config: _Config = _DEFAULT_CONFIG,
     sensitivity: _Sensitivity = None,
     deadline_ms: _Deadline = None,
@@ -73,10 +74,10 @@ def infer(
         typer.Option(help="How often answers must agree with the cloud's (see calibrate)."),
     ] = None,
 ) -> None:
-    """Classify files, embed texts, or run tensors through a model.
+    """Classify files or texts, embed texts, or run tensors through a model.
 
-    nearfar infer file-type report.pdf photo.jpg · nearfar infer minilm -t near -t far -o v.npz ·
-    nearfar infer tiny input.npz -o output.npz
+    nearfar infer file-type report.pdf photo.jpg · nearfar infer mood -t "What a day!" ·
+    nearfar infer minilm -t near -t far -o v.npz · nearfar infer tiny input.npz -o output.npz
     """
     from nearfar.errors import InvalidInput
     from sdk.client import Client
@@ -89,7 +90,10 @@ def infer(
             "Give either files or --text", field="inputs", fix="See nearfar infer --help"
         )
     with Client.from_config(config) as client:
-        if text:
+        if text and _task(client, model) == "classification":
+            for one in text:
+                _classify(client, model, one, repr(one[:40]), top_k, options)
+        elif text:
             _embed(client, model, text, output, options)
         elif inputs and inputs[0].suffix == ".npz":
             if len(inputs) > 1:
@@ -99,10 +103,7 @@ def infer(
             _tensors(client, model, inputs[0], output, options)
         else:
             for path in inputs or ():
-                result = client.classify(model, path, top_k=top_k, **options)
-                labels = "  ".join(f"{label} {score:.1%}" for label, score in result.top)
-                _print(f"{path}: {labels}")
-                _say(_summary(result))
+                _classify(client, model, path, str(path), top_k, options)
 
 
 def chat(
@@ -219,15 +220,14 @@ def explain(
                 client.models(refresh=True)
             except NearfarError as error:
                 _say(f"cloud: {error}")
+        info = _info(client, model)
         is_sized = tokens is not None or size_bytes is not None
         if not (prompt or text or file or is_sized):
-            # No input given: take the smallest that fits the model's task.
-            tasks = {info.name: info.task for info in client.models()}
-            task = tasks.get(model, "text-generation")
-            if task == "embedding":
-                text = [" "]
-            elif task == "text-generation":
+            # No input given: take the smallest that fits the model.
+            if info is None:
                 prompt = " "
+            else:
+                size_bytes, is_sized = 1, True
         given: dict[str, Any]
         if max_new_tokens is not None and (prompt or is_sized):
             options["max_new_tokens"] = max_new_tokens
@@ -235,12 +235,14 @@ def explain(
             given = {"prompt": prompt}
         elif is_sized and not (text or file):
             given = {}
+        elif text and info is not None and info.task == "classification":
+            given = {"data": text[0]}
         elif text:
             given = {"texts": text}
         elif file is not None and file.suffix == ".npz":
             given = {"feeds": load_tensors(file)}
         else:
-            given = {"data": file if file is not None else b" "}
+            given = {"data": file}
         given |= {"input_tokens": tokens, "upload_bytes": size_bytes}
         decision = client.explain(model, **given, **options)
         others = [
@@ -268,6 +270,35 @@ def _options(
         "purpose": purpose,
         "tenant": tenant,
     }
+
+
+def _info(client: Client, model: str) -> ModelInfo | None:
+    """What is known of a model, without asking anybody."""
+    return next((info for info in client.models() if info.name == model), None)
+
+
+def _task(client: Client, model: str) -> str:
+    """The task of a model; the clouds are asked when the device does not have it."""
+    from nearfar.errors import NearfarError
+
+    info = _info(client, model)
+    if info is None:
+        with contextlib.suppress(NearfarError):  # the request will say what is wrong
+            client.models(refresh=True)
+        info = _info(client, model)
+    return "" if info is None else info.task
+
+
+def _classify(
+    client: Client, model: str, data: Path | str, name: str, top_k: int, options: dict[str, Any]
+) -> None:
+    from nearfar.errors import about
+
+    with about(name):
+        result = client.classify(model, data, top_k=top_k, **options)
+    labels = "  ".join(f"{label} {score:.1%}" for label, score in result.top)
+    _print(f"{name}: {labels}")
+    _say(_summary(result))
 
 
 def _embed(

@@ -6,7 +6,6 @@ Reads the state of the edge runtime and of the cloud link; waits for nothing and
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import msgspec
 
 from nearfar.bundle.manifest import HeadTailPreprocessing, ImagePreprocessing, Manifest
 from nearfar.errors import DeadlineExceeded, InvalidInput, NearfarError
+from nearfar.processing.reduction import seen_of
 from sdk.requests import TASK_OF_METHOD, Request
 from sdk.results import ModelInfo, RouteName
 from sdk.routing import (
@@ -352,8 +352,8 @@ class Knowledge:
         return offer
 
     def size(self, request: Request) -> RequestSize:
-        """The request's size with what only a manifest knows: what comes back, and how many
-        elements a model makes of byte strings, however long they are."""
+        """The request's size with what only a manifest knows: what comes back, how many elements a
+        model makes of byte strings, however long they are, and how much of them would leave."""
         size = request.size
         if request.method == "generate":
             return size
@@ -369,12 +369,13 @@ class Knowledge:
             known = self.edge_model(request)
             manifest_here = known.manifest if known is not None else offer and offer.manifest
             features = manifest_here and manifest_here.preprocessing
-            if isinstance(features, HeadTailPreprocessing):
-                width = features.head_bytes + features.tail_bytes
-                size = msgspec.structs.replace(size, input_elements=width * request.rows)
-            elif isinstance(features, ImagePreprocessing):
-                elements = math.prod(features.shape) * request.rows
-                size = msgspec.structs.replace(size, input_elements=elements)
+            if isinstance(features, (HeadTailPreprocessing, ImagePreprocessing)):
+                seen = seen_of(features)
+                size = msgspec.structs.replace(
+                    size,
+                    input_elements=seen.elements * request.rows,
+                    upload_bytes=min(size.upload_bytes, seen.most_bytes * request.rows),
+                )
         return size
 
     def learn(

@@ -13,6 +13,7 @@ that is not loaded, an input that does not fit) is `Core.run`'s business again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Mapping
 
 # By its name: looking it up in its module is measurable here. The same clock as the slots'.
@@ -21,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nearfar.bundle.manifest import (
+    AudioPreprocessing,
+    HeadTailPreprocessing,
+    ImagePreprocessing,
+)
 from nearfar.errors import InvalidInput
+from nearfar.processing.reduction import seen_of
 from sdk.core import Completed
 from sdk.requests import Request
 from sdk.results import BatchUsage, InferResult, Timings
@@ -62,6 +69,7 @@ class Plan(msgspec.Struct, kw_only=True, eq=False):
         variant: Id of the variant that runs.
         execution_provider: What it runs on.
         rows: Rows of the batch.
+        most_bytes: How much of such a request would leave at most, however large it is.
         inputs: For `Plans.infer`: name, type, dtype and shape of each array.
         options: For `Plans.infer`: the keyword options of the call.
         region: Where the cloud said it stands; rules may depend on it.
@@ -78,6 +86,7 @@ class Plan(msgspec.Struct, kw_only=True, eq=False):
     variant: str
     execution_provider: str
     rows: int
+    most_bytes: int
     inputs: tuple[tuple[str, Any, Any, tuple[int, ...]], ...]
     options: Mapping[str, Any]
     region: str | None
@@ -173,15 +182,16 @@ class Plans:
             return None
         assert request.form != "tensors"
         try:
-            ran = plan.call.infer_raw(request.form, request.items, plan.expected_s, plan.patience)
+            ran = plan.call.infer(None, plan.expected_s, plan.patience, request.form, request.items)
         except InvalidInput:
             return None  # `Core.run` finds the words
         if ran is None:
             return None
         outputs, compute_s = ran
         decision = plan.decision
-        if request.size.upload_bytes != decision.inputs.size.upload_bytes:
-            decision = _of_size(decision, request.size.upload_bytes)
+        upload_bytes = min(request.size.upload_bytes, plan.most_bytes)
+        if upload_bytes != decision.inputs.size.upload_bytes:
+            decision = _of_size(decision, upload_bytes)
         ended_s = monotonic()
         answer = Answer(
             outputs=outputs,
@@ -227,7 +237,7 @@ class Plans:
 
     def _plan(self, done: Completed, options: Mapping[str, Any]) -> Plan | None:
         known, request, inputs = self._known, done.request, done.decision.inputs
-        prediction = inputs.edge.prediction
+        prediction, spec = inputs.edge.prediction, done.manifest.preprocessing
         if (
             done.route.path != "edge"
             or known.edge is None
@@ -238,6 +248,8 @@ class Plans:
             or inputs.edge.ahead
             or prediction.load_ms
             or prediction.basis != "measured"
+            # Sounds differ in length, and what is expected of a short one is too little for a long.
+            or (request.form == "bytes" and isinstance(spec, AudioPreprocessing))
         ):
             return None
         call = known.edge.runtime.direct(request.model, request.version)
@@ -255,6 +267,7 @@ class Plans:
             variant=done.answer.variant,
             execution_provider=done.answer.execution_provider,
             rows=request.rows,
+            most_bytes=_most_bytes(done.manifest) * request.rows,
             inputs=tuple(
                 (name, type(array), array.dtype, array.shape)
                 for name, array in (request.feeds or {}).items()
@@ -301,6 +314,13 @@ def _kind(request: Request) -> Hashable:
         # Byte strings have none: there the number of rows says it all.
         request.size.input_elements,
     )
+
+
+def _most_bytes(manifest: Manifest) -> int:
+    spec = manifest.preprocessing
+    if isinstance(spec, (HeadTailPreprocessing, ImagePreprocessing)):
+        return seen_of(spec).most_bytes
+    return sys.maxsize
 
 
 def _of_size(decision: RouteDecision, upload_bytes: int) -> RouteDecision:

@@ -208,6 +208,8 @@ def texts_of(texts: Sequence[str]) -> tuple[str, ...]:
             raise InvalidInput(
                 f"texts[{index}] is a {type(item).__name__}", field="texts", fix="Give str objects"
             )
+        if not item.isascii():
+            _check_unicode(item, "texts")
     return items
 
 
@@ -215,7 +217,7 @@ def data_of(data: bytes | bytearray | memoryview | Path | str) -> str | bytes:
     """What to classify: bytes as they are, a path's content, or text.
 
     Raises:
-        InvalidInput: The file cannot be read, or `data` is of another type.
+        InvalidInput: The file cannot be read, `data` is of another type or is not Unicode.
     """
     if isinstance(data, Path):
         try:
@@ -228,11 +230,26 @@ def data_of(data: bytes | bytearray | memoryview | Path | str) -> str | bytes:
             ) from exc
     if isinstance(data, (bytearray, memoryview)):
         return bytes(data)
-    if isinstance(data, (bytes, str)):
+    if isinstance(data, str):
+        if not data.isascii():
+            _check_unicode(data, "data")
+        return data
+    if isinstance(data, bytes):
         return data
     raise InvalidInput(
         f"data is a {type(data).__name__}", field="data", fix="Give bytes, a pathlib.Path or text"
     )
+
+
+def _check_unicode(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(
+            "The text holds characters that are not Unicode (lone surrogates)",
+            field=field,
+            fix="Decode it with errors='replace'",
+        ) from None
 
 
 def text_prompt(text: str) -> Prompt:
@@ -424,7 +441,7 @@ def _check_items(request: Request, manifest: Manifest) -> None:
         raise InvalidInput(
             f"Model {manifest.name!r} takes text, and data is bytes",
             field="data",
-            fix="Decode it first: data.decode()",
+            fix="Decode it first: data.decode(); on the command line it is --text",
         )
     if request.method == "classify" and not manifest.labels:
         raise InvalidInput(

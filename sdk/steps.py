@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Union
 
 import msgspec
 
-from nearfar.bundle.manifest import HeadTailPreprocessing, Manifest
+from nearfar.bundle.manifest import Manifest
 from nearfar.errors import Cancelled
+from nearfar.processing.reduction import is_slow, reduced
 from nearfar.units import Deadline, exceeded
 from sdk.requests import Request
 
@@ -184,15 +185,22 @@ async def run_there(link: Link, step: RunThere) -> Answer:
     """Perform `RunThere`.
 
     Raises:
+        InvalidInput: The input is nothing that the model takes; nothing was sent.
         NearfarError: What `CloudLink.infer` says.
     """
-    request = step.request
+    request, manifest = step.request, step.offer.manifest
     started_s = time.perf_counter()
+    if request.form == "bytes" and is_slow(manifest.preprocessing):
+        import asyncio
+
+        tensors = await asyncio.to_thread(wire_tensors, request, manifest)
+    else:
+        tensors = wire_tensors(request, manifest)
     reply = await link.at(step.endpoint).infer(
         step.permit,
         model=request.model,
         form=request.form,
-        tensors=wire_tensors(request, step.offer.manifest),
+        tensors=tensors,
         deadline=request.deadline,
         version=request.version,
         variant=step.variant,
@@ -223,16 +231,20 @@ def answer_of(reply: TensorReply, started_s: float) -> Answer:
 
 
 def minimised(item: str | bytes, manifest: Manifest) -> str | bytes:
-    """What of one input the model can see; the rest need not leave the device."""
-    if isinstance(manifest.preprocessing, HeadTailPreprocessing) and isinstance(item, bytes):
-        from nearfar.processing.head_tail import reduce
+    """What of one input the model can see; the rest need not leave the device.
 
-        return reduce(item, manifest.preprocessing)
-    return item
+    Raises:
+        InvalidInput: It is nothing that the model takes.
+    """
+    return reduced(item, manifest.preprocessing) if isinstance(item, bytes) else item
 
 
 def wire_tensors(request: Request, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The tensors of an `Infer` message."""
+    """The tensors of an `Infer` message.
+
+    Raises:
+        InvalidInput: See `minimised`.
+    """
     if request.form == "tensors":
         return dict(request.feeds or {})
     import numpy as np

@@ -53,20 +53,36 @@ class TextEncoder:
         """Encode one batch.
 
         Args:
-            texts: At least one text; the empty text is allowed.
+            texts: At least one text; the empty text is allowed where the tokenizer adds tokens.
 
         Returns:
             int64 arrays of shape (len(texts), longest): ``input_ids``, ``attention_mask``,
             ``token_type_ids``.
 
         Raises:
-            InvalidInput: A text is longer than the model takes, and is not to be cut.
+            InvalidInput: A text is longer than the model takes, and is not to be cut; it has no
+                tokens, or is not Unicode.
         """
         if not texts:
             raise InvalidInput("The batch is empty", field="input", fix="Give at least one text")
-        encodings = self._tokenizer.encode_batch(list(texts))
+        try:
+            encodings = self._tokenizer.encode_batch(list(texts))
+        except TypeError as exc:  # what `tokenizers` says of lone surrogates
+            raise InvalidInput(
+                "A text holds characters that are not Unicode (lone surrogates)",
+                field="input",
+                fix="Decode it with errors='replace'",
+            ) from exc
         limit = self._spec.max_length_tokens
-        mask = np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64)
+        masks = [encoding.attention_mask for encoding in encodings]
+        for row, ones in enumerate(masks):
+            if not (ones and (ones[0] or ones[-1])):  # padding is at one end
+                raise InvalidInput(
+                    f"Text {row} has no tokens, so there is nothing to say about it",
+                    field="input",
+                    fix="Leave it out",
+                )
+        mask = np.array(masks, dtype=np.int64)
         if mask.shape[1] > limit:
             row = int(mask.sum(axis=1).argmax())
             raise InvalidInput(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from nearfar.errors import CalibrationError, InvalidInput
+from nearfar.errors import CalibrationError, InvalidInput, about
 from sdk.cascade import calibration as calibrations
 from sdk.cascade import scores
 from sdk.cascade.calibration import CONFIDENCE, HORIZON_REQUESTS, Calibration, digest_of
@@ -122,10 +122,11 @@ def calibrate(
 
         return calibrate_text(client, model, data, settings, on_input=on_input, **options)
     task: scores.CascadeTask | None = None
-    for request in _requests(client, model, data, options):
+    for name, request in _requests(client, model, data, options):
         # The cloud first: if policy says no, it says so before the device has worked.
-        far = client._run(msgspec.structs.replace(request, mode="cloud_only"))
-        near = client._run(msgspec.structs.replace(request, mode="edge_only"))
+        with about(name):
+            far = client._run(msgspec.structs.replace(request, mode="cloud_only"))
+            near = client._run(msgspec.structs.replace(request, mode="edge_only"))
         task = scores.task_of(near.manifest)
         keys.add(
             (
@@ -247,8 +248,10 @@ def names_of(task: scores.CascadeTask, settings: Settings) -> tuple[scores.Score
     return (settings.score,)
 
 
-def _requests(client: Client, model: str, data: Data, options: dict[str, Any]) -> Iterator[Request]:
-    """The data as requests; tensors and texts to embed in batches."""
+def _requests(
+    client: Client, model: str, data: Data, options: dict[str, Any]
+) -> Iterator[tuple[str, Request]]:
+    """The data as requests, and what each is called; tensors and texts to embed in batches."""
     options = {**options, "min_agreement": 0.0, "deadline_ms": math.inf}
     feeds = data.feeds
     if feeds is not None:
@@ -256,15 +259,17 @@ def _requests(client: Client, model: str, data: Data, options: dict[str, Any]) -
         for start in range(0, len(data), size):
             stop = min(start + size, len(data))
             batch = {name: array[start:stop] for name, array in feeds.items()}
-            yield client._infer_request(model, batch, options)  # type: ignore[arg-type]
+            yield f"Input {start}", client._infer_request(model, batch, options)  # type: ignore[arg-type]
         return
     if _task(client, model) == "embedding":
         texts: list[Any] = list(data.items)
         for start in range(0, len(texts), _BATCH):
-            yield client._embed_request(model, texts[start : start + _BATCH], options)  # type: ignore[arg-type]
+            batch_of = texts[start : start + _BATCH]
+            yield f"Text {start}", client._embed_request(model, batch_of, options)  # type: ignore[arg-type]
         return
-    for item in data.items:
-        yield client._classify_request(model, item, 1, options)  # type: ignore[arg-type]
+    for number, item in enumerate(data.items):
+        name = f"Input {number}" if isinstance(item, (str, bytes)) else str(item)
+        yield name, client._classify_request(model, item, 1, options)  # type: ignore[arg-type]
 
 
 def _task(client: Client, model: str) -> str:

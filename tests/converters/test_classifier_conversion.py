@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import shutil
 import wave
 from collections.abc import Callable
@@ -295,3 +296,16 @@ def test_classifiers_are_not_sliced(text_folder: Path):
     wished = ConversionOptions(settings=Settings(slim=SlimSettings(drop_layers=1)))
     with pytest.raises(ConfigError, match="is a classifier"):
         plan(open_source(text_folder), wished)
+
+
+def test_the_stand_ins_of_the_examples_can_be_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = Path(__file__).parents[2] / "examples" / "stand_ins.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script))
+    for name in ("animal", "word", "mood"):
+        assert list(plan(open_source(tmp_path / name), ConversionOptions()).variants) == [
+            "fp32", "int8",
+        ]  # fmt: skip
+    assert read_image(open_huggingface(tmp_path / "animal"), 0).shape == (3, 64, 64)

@@ -206,6 +206,7 @@ def test_a_wrong_tensor_is_refused_before_anything_leaves(far, cloud, feeds, fie
         (lambda c: c.embed("embedder", "x"), "single string"),
         (lambda c: c.embed("embedder", []), "empty"),
         (lambda c: c.embed("embedder", [1]), "int"),
+        (lambda c: c.embed("embedder", ["x", "\ud800"]), "surrogates"),
         (lambda c: c.generate("story", ""), "empty"),
         (lambda c: c.chat("story", []), "empty"),
         (lambda c: c.chat("story", "hello"), "string"),

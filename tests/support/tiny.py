@@ -13,7 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nearfar.bundle import Bundle, BundleWriter
 from nearfar.bundle.manifest import (
+    AudioPreprocessing,
     HeadTailPreprocessing,
+    ImagePreprocessing,
     LatencyFigure,
     Manifest,
     QualityFigure,
@@ -21,6 +23,7 @@ from nearfar.bundle.manifest import (
     StreamRate,
     StreamState,
     TensorSpec,
+    TextPreprocessing,
     Variant,
 )
 
@@ -31,6 +34,16 @@ TENSOR_LABELS = ("low", "middle", "high")
 #: The classifier calls bytes "text" or "binary" by their mean value.
 CLASSIFIER_LABELS = ("text", "binary")
 HEAD_TAIL = HeadTailPreprocessing(head_bytes=16, tail_bytes=16, block_bytes=64, padding_value=256)
+
+
+#: Pictures are called by the colour that is strongest on the whole, sounds by how loud they are,
+#: texts by whether they have more of `GLAD` or of other words.
+COLOURS, LOUDNESS, MOODS = ("red", "green", "blue"), ("quiet", "loud"), ("sad", "glad")
+GLAD = ("day", "good", "great")
+IMAGE = ImagePreprocessing(input="pixels", resize=(10,), crop=(8, 8))
+AUDIO = AudioPreprocessing(
+    input="samples", sample_rate_hz=16_000, min_samples=80, max_samples=80_000
+)
 
 
 def tensor_model(weights: np.ndarray = TENSOR_WEIGHTS) -> onnx.ModelProto:
@@ -189,6 +202,115 @@ def write_tiny_classifier_bundle(
                 labels=CLASSIFIER_LABELS,
                 label_output="scores",
                 variants=(_variant("fp32", placement=("edge", "cloud"), quality_rank=0),),
+            )
+        )
+
+
+def mean_model(
+    name: str,
+    shape: list[int | str],
+    weights: np.ndarray,
+    bias: np.ndarray,
+    *,
+    is_ids: bool = False,
+) -> onnx.ModelProto:
+    """``scores = softmax(mean(|input|) @ weights + bias)``; the mean is over the last axes."""
+    axes = list(range(-1, 1 - len(shape), -1)) if len(shape) > 2 else [-1]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", [name], ["number"], to=TensorProto.FLOAT),
+            helper.make_node("Abs", ["number"], ["size"]),
+            helper.make_node("ReduceMean", ["size"], ["mean"], axes=axes, keepdims=len(shape) == 2),
+            helper.make_node("MatMul", ["mean", "weights"], ["weighted"]),
+            helper.make_node("Add", ["weighted", "bias"], ["sum"]),
+            helper.make_node("Softmax", ["sum"], ["scores"], axis=-1),
+        ],
+        "mean",
+        [
+            helper.make_tensor_value_info(
+                name, TensorProto.INT64 if is_ids else TensorProto.FLOAT, shape
+            )
+        ],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", weights.shape[1]])],
+        [
+            numpy_helper.from_array(weights.astype(np.float32), "weights"),
+            numpy_helper.from_array(bias.astype(np.float32), "bias"),
+        ],
+    )
+    return _model(graph)
+
+
+def write_tiny_image_bundle(path: Path, name: str = "colour") -> Bundle:
+    """Variants ``fp32`` (cloud first) and ``int8`` (edge first); `IMAGE`, `COLOURS`."""
+    shape = ["batch", *IMAGE.shape]
+    models = {
+        variant: mean_model("pixels", shape, factor * np.eye(3), np.zeros(3))
+        for variant, factor in (("fp32", 8.0), ("int8", 7.9))
+    }
+    return _write_classifier(path, name, models, IMAGE, shape, COLOURS)
+
+
+def write_tiny_sound_bundle(path: Path, name: str = "noise") -> Bundle:
+    """Variants ``fp32`` (cloud first) and ``int8`` (edge first); `AUDIO`, `LOUDNESS`."""
+    shape: list[int | str] = ["batch", "samples"]
+    models = {
+        variant: mean_model("samples", shape, factor * np.array([[-9, 9]]), np.array([1, -1]))
+        for variant, factor in (("fp32", 1.0), ("int8", 0.99))
+    }
+    return _write_classifier(path, name, models, AUDIO, shape, LOUDNESS)
+
+
+def write_tiny_text_bundle(path: Path, name: str = "mood") -> Bundle:
+    """Variants ``fp32`` (cloud first) and ``int8`` (edge first); `MOODS`. Needs `tokenizers`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    numbers = {word: number for number, word in enumerate(("other", "?", "[PAD]", *GLAD))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="other"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    shape: list[int | str] = ["batch", "tokens"]
+    graphs = {
+        variant: mean_model(
+            "input_ids", shape, factor * np.array([[-1, 1]]), np.array([0.5, -0.5]), is_ids=True
+        )
+        for variant, factor in (("fp32", 1.0), ("int8", 0.99))
+    }
+    spec = TextPreprocessing(tokenizer="tokenizer.json", max_length_tokens=16)
+    return _write_classifier(path, name, graphs, spec, shape, MOODS, tokenizer.to_str())
+
+
+def _write_classifier(
+    path: Path,
+    name: str,
+    models: dict[str, onnx.ModelProto],
+    spec: ImagePreprocessing | AudioPreprocessing | TextPreprocessing,
+    shape: list[int | str],
+    labels: tuple[str, ...],
+    tokenizer: str = "",
+) -> Bundle:
+    sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
+    is_text = isinstance(spec, TextPreprocessing)
+    given = "input_ids" if isinstance(spec, TextPreprocessing) else spec.input
+    with BundleWriter(path) as writer:
+        if is_text:
+            writer.file("tokenizer.json").write_text(tokenizer)
+        for variant_id, model in models.items():
+            onnx.save(model, writer.file(f"{variant_id}/model.onnx"))
+        return writer.finish(
+            Manifest(
+                name=name,
+                version="1.0.0",
+                task="classification",
+                inputs=(
+                    TensorSpec(name=given, datatype="INT64" if is_text else "FP32", shape=sizes),
+                ),
+                outputs=(TensorSpec(name="scores", datatype="FP32", shape=(-1, len(labels))),),
+                preprocessing=spec,
+                labels=labels,
+                label_output="scores",
+                variants=(
+                    _variant("int8", placement=("edge", "cloud"), quality_rank=1),
+                    _variant("fp32", placement=("cloud", "edge"), quality_rank=0),
+                ),
             )
         )
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nearfar.errors import InvalidInput
+from nearfar.errors import EngineError, InvalidInput
 from nearfar.processing.classification import top_labels
 
 LABELS = ("a", "b", "c")
@@ -41,3 +41,9 @@ def test_scores_that_do_not_fit_the_labels_are_refused(shape):
 def test_asking_for_no_label_is_refused():
     with pytest.raises(InvalidInput, match="top_k is 0"):
         top_labels(np.zeros(3), LABELS, 0)
+
+
+def test_no_label_is_the_best_of_scores_that_are_no_numbers():
+    with pytest.raises(EngineError, match="NaN"):
+        top_labels(np.full((1, 3), np.nan, np.float32), LABELS)
+    assert top_labels(np.array([np.nan, 0.1, 0.2]), LABELS) == [("c", 0.2)]

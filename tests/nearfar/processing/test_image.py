@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from nearfar.bundle.manifest import ImagePreprocessing
 from nearfar.errors import InvalidInput
 from nearfar.processing import image as module
-from nearfar.processing.image import pixels_of
+from nearfar.processing.image import pixels_of, reduce
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -69,6 +70,80 @@ def test_a_photograph_that_lies_on_its_side_is_turned():
     picture = colours(6, 4)
     turned = pixels_of([png(picture, exif=exif)], PLAIN)[0].transpose(1, 2, 0)
     np.testing.assert_array_equal(turned, np.rot90(picture, -1))
+
+
+SPECS = [
+    PLAIN,
+    ImagePreprocessing(input="x", resize=(9,), crop=(8, 7), channels="BGR"),
+    ImagePreprocessing(input="x", resize=(30, 5), resample="bicubic", channels="L", mean=(0.5,),
+                       std=(2.0,)),
+]  # fmt: skip
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(SPECS), st.integers(1, 8))
+def test_what_leaves_of_an_image_is_all_that_the_model_sees(
+    height: int, width: int, spec: ImagePreprocessing, orientation: int
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = png(colours(height, width), exif=exif)
+    part = reduce(whole, spec)
+    np.testing.assert_array_equal(pixels_of([part], spec), pixels_of([whole], spec))
+    assert reduce(part, spec) == part
+
+
+def photograph(height: int = 300, width: int = 400, kind: str = "JPEG") -> bytes:
+    """With an owner and a profile, as cameras write them."""
+    exif = Image.Exif()
+    exif[0x8298] = "canary the owner"
+    exif.get_ifd(0x8825)[1] = "canary the place"
+    stream = io.BytesIO()
+    image = Image.fromarray(colours(height, width))
+    image.save(stream, kind, exif=exif, icc_profile=b"canary the profile", comment=b"canary")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_nothing_but_pixels_leaves(kind: str):
+    whole = photograph(kind=kind)
+    assert b"canary" in whole
+    part = reduce(whole, ImagePreprocessing(input="x", resize=(16,), crop=(16, 16)))
+    chunks, at = [], 8
+    while at < len(part):
+        chunks.append(part[at + 4 : at + 8])
+        at += 12 + int.from_bytes(part[at : at + 4], "big")
+    assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"}
+    assert len(part) < 16 * 22 * 3 + 200 < len(whole)
+    transparent = io.BytesIO()
+    Image.new("P", (3, 3)).save(transparent, "PNG", transparency=0)
+    assert b"tRNS" not in reduce(transparent.getvalue(), PLAIN)
+
+
+def test_tags_of_an_image_are_logged_nowhere(caplog: pytest.LogCaptureFixture):
+    images = [photograph(kind=kind) for kind in ("JPEG", "PNG", "WEBP")]
+    library = logging.getLogger("PIL")
+    level = library.level
+    library.setLevel(logging.NOTSET)
+    caplog.set_level(logging.DEBUG)
+    try:
+        pixels_of(images, PLAIN)
+        for image in images:
+            reduce(image, PLAIN)
+        assert "canary" not in caplog.text
+        library.setLevel(logging.DEBUG)  # who asks for it by name has it
+        pixels_of(images, PLAIN)
+        assert "canary the owner" in caplog.text
+    finally:
+        library.setLevel(level)
+
+
+def test_a_strip_that_would_grow_without_end_is_refused():
+    spec = ImagePreprocessing(input="x", resize=(224,), crop=(224, 224))
+    strip = png(np.zeros((1, 60_000), np.uint8))
+    assert len(strip) < 1000
+    for see in (lambda: pixels_of([strip], spec), lambda: reduce(strip, spec)):
+        with pytest.raises(InvalidInput, match="60000 x 1 pixels, and is too long"):
+            see()
 
 
 def test_an_image_that_claims_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -83,3 +83,15 @@ def test_a_file_that_is_no_tokenizer_is_a_bundle_error(tmp_path):
     file.write_text('{"version": "1.0"}')
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
         encoder(file)
+
+
+def test_texts_without_a_token_or_a_meaning_are_refused(path):
+    with pytest.raises(InvalidInput, match="surrogates"):
+        encoder(path)(["near", "\ud800"])
+    assert encoder(path)([""])["input_ids"].tolist() == [[1, 2]]
+    bare = tokenizers.Tokenizer.from_file(str(path))
+    bare.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
+    bare.save(str(path))
+    for texts in ([""], ["near", ""]):
+        with pytest.raises(InvalidInput, match=f"Text {len(texts) - 1} has no tokens"):
+            encoder(path)(texts)
