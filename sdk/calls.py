@@ -360,7 +360,7 @@ class Calls:
             return self._generate_request(model, requests.text_prompt(prompt), options)
         if messages is not None:
             return self._generate_request(model, requests.chat_prompt(messages), options)
-        # The sampling options mean nothing to the other methods, which refuse them by name.
+        _check_no_sampling(options)
         common: Any = options
         if texts is not None:
             return self._embed_request(model, texts, common)
@@ -385,6 +385,7 @@ class Calls:
         sampling = None
         if method == "generate":
             sampling = _sampling(**{n: common.pop(n) for n in _SAMPLING if n in common})
+        _check_no_sampling(common)
         return sizes.sized_request(
             model,
             method,
@@ -513,6 +514,16 @@ class Calls:
 
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+def _check_no_sampling(options: Mapping[str, Any]) -> None:
+    for name in _SAMPLING:
+        if name in options:
+            raise InvalidInput(
+                f"{name} is given for a model that generates no text",
+                field=name,
+                fix="Leave it out, or ask with a prompt or messages",
+            )
 
 
 def _sampling(

@@ -208,8 +208,7 @@ def texts_of(texts: Sequence[str]) -> tuple[str, ...]:
             raise InvalidInput(
                 f"texts[{index}] is a {type(item).__name__}", field="texts", fix="Give str objects"
             )
-        if not item.isascii():
-            _check_unicode(item, "texts")
+        _check_unicode(item, "texts")
     return items
 
 
@@ -231,8 +230,7 @@ def data_of(data: bytes | bytearray | memoryview | Path | str) -> str | bytes:
     if isinstance(data, (bytearray, memoryview)):
         return bytes(data)
     if isinstance(data, str):
-        if not data.isascii():
-            _check_unicode(data, "data")
+        _check_unicode(data, "data")
         return data
     if isinstance(data, bytes):
         return data
@@ -242,6 +240,8 @@ def data_of(data: bytes | bytearray | memoryview | Path | str) -> str | bytes:
 
 
 def _check_unicode(text: str, field: str) -> None:
+    if text.isascii():  # which strings know of themselves
+        return
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -256,7 +256,7 @@ def text_prompt(text: str) -> Prompt:
     """Raw text to continue.
 
     Raises:
-        InvalidInput: It is empty or not text.
+        InvalidInput: It is empty or not text, or not Unicode.
     """
     if not isinstance(text, str) or not text:
         raise InvalidInput(
@@ -264,6 +264,7 @@ def text_prompt(text: str) -> Prompt:
             field="prompt",
             fix="Give a string with at least one character; chat() takes messages",
         )
+    _check_unicode(text, "prompt")
     return Prompt(text=text)
 
 
@@ -271,7 +272,8 @@ def chat_prompt(messages: Sequence[Mapping[str, str] | ChatMessage]) -> Prompt:
     """A conversation to answer.
 
     Raises:
-        InvalidInput: A message lacks its role or content, or the order makes no sense.
+        InvalidInput: A message lacks its role or content, or the order makes no sense, or a text
+            is not Unicode.
     """
     if isinstance(messages, (str, bytes)) or not messages:
         raise InvalidInput(
@@ -298,6 +300,7 @@ def chat_prompt(messages: Sequence[Mapping[str, str] | ChatMessage]) -> Prompt:
                 field="messages",
                 fix=f"Roles are {', '.join(_ROLES)}; content is text",
             )
+        _check_unicode(content, "messages")
         turns.append(ChatMessage(role=role, content=content))
     if turns[-1].role == "assistant":
         raise InvalidInput(
@@ -337,6 +340,8 @@ def generation_options(
             field="stop",
             fix="Give strings, or leave it out",
         )
+    for string in strings:
+        _check_unicode(string, "stop")
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
