@@ -37,12 +37,7 @@ from nearfar.errors import (
 from nearfar.secure import records
 from nearfar.secure.attestation import AttestedFacts, Verifier
 from nearfar.secure.credentials import PROOF_BYTES, ApiKeyCredentials, Credentials
-from nearfar.secure.frames import (
-    HEADER_BYTES,
-    MAX_PLAINTEXT_BYTES,
-    MAX_WHOLE_BYTES,
-    Assembler,
-)
+from nearfar.secure.frames import Assembler, max_record_bytes
 from nearfar.secure.handshake import (
     MAX_HANDSHAKE_MESSAGE_BYTES,
     MAX_HELLO_BYTES,
@@ -53,9 +48,9 @@ from nearfar.secure.handshake import (
 )
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
-from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Outbox, Traits
+from nearfar.secure.outbox import PLAIN, Outbox, Traits
 from nearfar.secure.records import Buffer, RecordOpener, RecordSealer
-from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
+from nearfar.secure.shaping import LEVELS, Shaping, strongest
 from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
@@ -98,21 +93,13 @@ def max_sealed_bytes(limits: Limits) -> int:
 
     Longer messages of the wire protocol come in pieces, so it is small.
     """
-    return _max_record_bytes(limits.max_message_bytes)
+    return max_record_bytes(limits.max_message_bytes)
 
 
 #: Shorter records are not worth a look at where their plaintext belongs.
 _LONG_BYTES = 4096
-#: With ordinary limits.
-_MAX_RECORD_BYTES = MAX_PLAINTEXT_BYTES + records.OVERHEAD_BYTES
-
-
-def _max_record_bytes(max_message_bytes: int) -> int:
-    if max_message_bytes >= MAX_WHOLE_BYTES:
-        return _MAX_RECORD_BYTES
-    # Short limits must not refuse what shaping adds.
-    longest_bytes = max(padded_bytes(HEADER_BYTES + max_message_bytes), MAX_BATCH_BYTES)
-    return longest_bytes + records.OVERHEAD_BYTES
+#: Nor at how long they may be: no limit is below what shaping adds.
+_SHORT_BYTES = max_record_bytes(0)
 
 
 #: What the queue must know about a message; nothing of its contents.
@@ -188,13 +175,10 @@ class _Session(abc.ABC):
         max_message_bytes = connection.max_message_bytes
         record_bytes = len(data)
         # Checked before decryption spends memory on it.
-        if record_bytes > _MAX_RECORD_BYTES or (
-            max_message_bytes < MAX_WHOLE_BYTES
-            and record_bytes > _max_record_bytes(max_message_bytes)
-        ):
+        if record_bytes > _SHORT_BYTES and record_bytes > max_record_bytes(max_message_bytes):
             raise RemoteProtocolError(
                 f"The peer sent a record of {record_bytes} bytes where "
-                f"{_max_record_bytes(max_message_bytes)} are allowed",
+                f"{max_record_bytes(max_message_bytes)} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
             )
         arrived = None
