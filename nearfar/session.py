@@ -21,7 +21,7 @@ import abc
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -225,7 +225,9 @@ class _Session(abc.ABC):
     def _heed(self, message: Message) -> None:
         """Take note of what a message says about the session itself."""
 
-    def next_to_send(self, now_s: float | None = None) -> Buffer | None:
+    def next_to_send(
+        self, now_s: float | None = None, room: memoryview | None = None
+    ) -> Buffer | None:
         """The websocket binary message that leaves next; `None` when none does now.
 
         Sealed only now, so that what is queued while the one before is being sent can overtake
@@ -234,6 +236,7 @@ class _Session(abc.ABC):
         Args:
             now_s: Any steady clock (`time.monotonic()`), always the same one; `None` does not wait
                 for ticks of shaped traffic.
+            room: Where a long record may be sealed; it then is a view of that.
         """
         if self._outgoing:
             return self._outgoing.popleft()
@@ -242,26 +245,27 @@ class _Session(abc.ABC):
             is_busy = outbox.shaping == "strict" and self._connection.in_flight > 0
             plaintext = outbox.next(now_s, is_busy=is_busy)
             if plaintext is not None:
-                return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
+                return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s, room=room)
         if not self._outbox.has_ready:
             self._unsent_replies = 0
         return None
 
-    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> tuple[list[Buffer], bool]:
-        """Several at once: as many as may leave now, until they are that long together.
+    def records_to_send(
+        self, now_s: float | None, at_most_bytes: int, room: memoryview | None = None
+    ) -> Iterator[Buffer]:
+        """Several: as many as may leave now, until they are that long together.
 
-        Returns:
-            The records, and whether they are all: `is_quiet`.
+        Args:
+            now_s: As `next_to_send`.
+            at_most_bytes: As said.
+            room: As `next_to_send`; a record in it must be sent before the next is asked for.
         """
-        sealed: list[Buffer] = []
-        outbox = self._outbox
-        while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
-            sealed.append(record)
+        while at_most_bytes > 0 and (record := self.next_to_send(now_s, room)) is not None:
             at_most_bytes -= len(record)
-            if outbox.is_idle and not self._outgoing:
+            yield record
+            if self.is_quiet:
                 self._unsent_replies = 0
-                return sealed, True
-        return sealed, not sealed and self.is_quiet
+                return
 
     @property
     def is_quiet(self) -> bool:

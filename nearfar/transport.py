@@ -218,12 +218,11 @@ class Transport:
         for _ in range(_TURN_BATCHES):
             if not websocket.is_writable:
                 return False
-            records, were_all = session.records_to_send(now_s, _BATCH_BYTES)
-            if records:
-                websocket.write(records)
-            if were_all:
+            records = session.records_to_send(now_s, _BATCH_BYTES, websocket.room)
+            has_written = websocket.write(records)
+            if session.is_quiet:
                 return None
-            if not records:
+            if not has_written:
                 return False
         return True
 

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import struct
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any, Protocol, Union
 
 from websockets.asyncio.connection import Connection
@@ -43,7 +43,7 @@ _LENGTH_16, _LENGTH_64 = 126, 127
 _MASK_BYTES = 4
 _HEAD_16, _HEAD_64 = struct.Struct("!BBH"), struct.Struct("!BBQ")
 #: Longer frames are the library's to refuse or to collect.
-_MAX_LENGTH = 128 * 1024
+_MAX_LENGTH = 192 * 1024
 #: The longest head of a frame.
 _HEAD_BYTES = _HEAD_64.size + _MASK_BYTES
 
@@ -90,8 +90,10 @@ class DirectConnection(Connection):
     Messages wait until `listen` is called.
     """
 
+    #: Where records may lie that are given to `write`, if they need not be their owner's.
+    room: memoryview | None = None
     _listener: Listener | None = None
-    _writer: asyncio.WriteTransport | DirectTls
+    _direct: DirectTls | None = None
     _is_writable = True
     _fragments: bytearray | None = None
     _is_amid_text = False
@@ -103,7 +105,9 @@ class DirectConnection(Connection):
             listener: Called on the event loop.
         """
         self._listener = listener
-        self._writer = take_over(self) or self.transport
+        self._direct = take_over(self)
+        if self._direct is not None:
+            self.room = self._direct.room
         while self._early:
             self._take(listener, self._early.pop(0))
         listener.batch_ended()
@@ -120,31 +124,51 @@ class DirectConnection(Connection):
         """Whether `write` may be called: open, and the other end keeps up."""
         return self._is_writable and self.protocol.state is State.OPEN
 
-    def write(self, records: list[Buffer]) -> None:
+    def write(self, records: Iterable[Buffer]) -> bool:
         """Write binary messages at once, together; only while `is_writable`.
 
         Args:
-            records: Each becomes one message, in their order.
+            records: Each becomes one message, in their order. One that lies at the beginning of
+                `room` is changed, and has left before the next one is asked for.
+
+        Returns:
+            Whether there were any.
         """
         parts: list[Buffer] = []
-        masks = self._masks
+        direct, masks = self._direct, self._masks
         bit = _MASKED if masks else 0
-        # From the system's generator, as RFC 6455, section 10.3, asks; one call for all of them.
-        keys = os.urandom(_MASK_BYTES * len(records)) if masks else b""
-        for place, record in enumerate(records):
+        shared = None if direct is None else direct.room.obj
+        is_encrypted = False
+        for record in records:
             length = len(record)
             if length < _LENGTH_16:
-                parts.append(bytes((_WHOLE_BINARY, bit | length)))
+                head = bytes((_WHOLE_BINARY, bit | length))
             elif length < 1 << 16:
-                parts.append(_HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length))
+                head = _HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length)
             else:
-                parts.append(_HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length))
-            if masks:
-                mask = keys[_MASK_BYTES * place : _MASK_BYTES * (place + 1)]
-                parts += (mask, apply_mask(record, mask))
+                head = _HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length)
+            # From the system's generator, as RFC 6455, section 10.3, asks.
+            mask = os.urandom(_MASK_BYTES) if masks else b""
+            if direct is not None and type(record) is memoryview and record.obj is shared:
+                if parts:
+                    direct.encrypt(b"".join(parts))
+                    parts.clear()
+                direct.encrypt_framed(length, head + mask, mask)
+                is_encrypted = True
+            elif masks:
+                parts += (head, mask, apply_mask(record, mask))
             else:
-                parts.append(record)
-        self._writer.write(b"".join(parts))
+                parts += (head, record)
+        if direct is None:
+            if parts:
+                self.transport.write(b"".join(parts))
+            return bool(parts)
+        if parts:
+            direct.encrypt(b"".join(parts))
+        elif not is_encrypted:
+            return False
+        direct.send()
+        return True
 
     async def until_writable(self) -> None:
         """Wait until the other end has read most of what was written, or the connection ended."""
@@ -161,7 +185,6 @@ class DirectConnection(Connection):
         self._masks = self.protocol.side is Side.CLIENT
         self.protocol.reader.__class__ = _Reader  # its parser holds the object already
         super().connection_made(transport)
-        self._writer = self.transport
 
     def data_received(self, data: Buffer) -> None:
         listener = self._listener

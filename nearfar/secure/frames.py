@@ -282,16 +282,15 @@ class Assembler:
             plaintext = bytes(plaintext)
         view = memoryview(plaintext)
         total, position = len(view), 0
-        if total > HEADER_BYTES:  # nearly always: one whole message, and perhaps padding
+        if total > HEADER_BYTES:  # nearly always: one frame, and perhaps padding
             word, length = _HEADER.unpack_from(view)
             end = HEADER_BYTES + length
-            if (
-                word == _WHOLE
-                and length <= max_message_bytes
-                and end <= total
-                and plaintext.count(0, end) == total - end
-            ):
-                return [Arrived(view[HEADER_BYTES:end], record_bytes)]
+            if end == total or (end < total and plaintext.count(0, end) == total - end):
+                body = view[HEADER_BYTES:end]
+                if word == _WHOLE and length <= max_message_bytes:
+                    return [Arrived(body, record_bytes)]
+                if word >> 24 == _FIRST_PIECE and length <= max_message_bytes:
+                    return [self._begin(word - _FIRST, body, record_bytes, max_message_bytes)]
         arrived: list[Arrived] = []
         while position + HEADER_BYTES <= total:
             word, length = _HEADER.unpack_from(view, position)
@@ -331,10 +330,11 @@ class Assembler:
         stream, total_bytes = _ANNOUNCEMENT.unpack_from(body)
         if total_bytes > max_message_bytes:
             raise _too_long(total_bytes, max_message_bytes)
-        if number in self._unfinished:
+        unfinished = self._unfinished
+        if number in unfinished:
             raise _bad("a message begins twice")
-        if len(self._unfinished) >= MAX_UNFINISHED or (
-            self.held_bytes + total_bytes > max_message_bytes
+        if unfinished and (
+            len(unfinished) >= MAX_UNFINISHED or self.held_bytes + total_bytes > max_message_bytes
         ):
             raise _bad("too many messages are unfinished")
         data = body[_ANNOUNCEMENT.size :]
@@ -342,7 +342,7 @@ class Assembler:
             raise _bad("a piece is empty or too long")
         if len(data) == total_bytes:
             return Arrived(data, record_bytes, stream)
-        one = self._unfinished[number] = _Unfinished(total_bytes, stream)
+        one = unfinished[number] = _Unfinished(total_bytes, stream)
         self._put(one, data, record_bytes)
         return Arrived(None, 0, stream)
 

@@ -145,7 +145,7 @@ def test_messages_arrive_as_they_were_sent(state, monkeypatch, is_known):
     async def scenario() -> None:
         async with ends(state) as (client, server):
             for end in (client, server):
-                assert isinstance(end.websocket._writer, DirectTls) is is_known
+                assert isinstance(end.websocket._direct, DirectTls) is is_known
             there, back = messages(1), messages(2)
             for one, other in zip(there, back):  # noqa: B905 (same length)
                 for end, data in ((client, one), (server, other)):
@@ -298,7 +298,7 @@ def test_a_connection_without_tls_stays_as_it_is(tmp_path: Path):
             url = f"ws://127.0.0.1:{port_of(server)}"
             end = End(await connect(url, create_connection=ClientWebsocket, proxy=None))
             await end.until(lambda: end.heard.messages == [b"plain"])
-            assert end.websocket._writer is end.websocket.transport
+            assert end.websocket._direct is None
             await end.websocket.close()
 
     run(scenario())

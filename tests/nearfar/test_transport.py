@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from nearfar.transport import TextReceived, Transport
 from nearfar.wire import messages as wire
 from tests.support.wire import Pair, infer, result
 
-LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
+LARGE = np.arange(100_000, dtype=np.float64)  # 800 KB: five pieces
 SMALL = np.arange(8, dtype=np.float32)
 
 
@@ -23,6 +23,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.is_writable = self.is_open = True
+        self.room = memoryview(bytearray(1 << 18))
         self.batches: list[list[bytes]] = []
         self.listener: Any = None
         self.transport = self
@@ -30,8 +31,11 @@ class Wire:
     def listen(self, listener: Any) -> None:
         self.listener = listener
 
-    def write(self, records: list[bytes | bytearray]) -> None:
-        self.batches.append([bytes(record) for record in records])
+    def write(self, records: Iterable[Any]) -> bool:
+        batch = [bytes(record) for record in records]
+        if batch:
+            self.batches.append(batch)
+        return bool(batch)
 
     async def until_writable(self) -> None:
         await asyncio.sleep(0)

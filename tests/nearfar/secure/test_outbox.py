@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfar.secure.frames import HEADER_BYTES, MAX_UNFINISHED, MAX_WHOLE_BYTES, Assembler
+from nearfar.secure.frames import (
+    HEADER_BYTES,
+    MAX_UNFINISHED,
+    MAX_WHOLE_BYTES,
+    PIECE_RECORD_BYTES,
+    Assembler,
+)
 from nearfar.secure.outbox import (
     END_BYTES,
     STRICT_RECORD_BYTES,
@@ -207,7 +213,7 @@ def test_long_messages_count_what_their_records_take(shaping: Shaping) -> None:
     assert counted_bytes == sum(sizes) + OVERHEAD_BYTES * len(sizes)
     if shaping == "strict":
         assert set(sizes) == {STRICT_RECORD_BYTES}
-    assert max(sizes) <= MAX_WHOLE_BYTES
+    assert max(sizes) <= PIECE_RECORD_BYTES
 
 
 # balanced
