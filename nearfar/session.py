@@ -21,7 +21,7 @@ import abc
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -244,28 +244,11 @@ class _Session(abc.ABC):
             outbox = self._outbox
             is_busy = outbox.shaping == "strict" and self._connection.in_flight > 0
             plaintext = outbox.next(now_s, is_busy=is_busy)
+            if self._unsent_replies and not outbox.has_ready:
+                self._unsent_replies = 0
             if plaintext is not None:
                 return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s, room=room)
-        if not self._outbox.has_ready:
-            self._unsent_replies = 0
         return None
-
-    def records_to_send(
-        self, now_s: float | None, at_most_bytes: int, room: memoryview | None = None
-    ) -> Iterator[Buffer]:
-        """Several: as many as may leave now, until they are that long together.
-
-        Args:
-            now_s: As `next_to_send`.
-            at_most_bytes: As said.
-            room: As `next_to_send`; a record in it must be sent before the next is asked for.
-        """
-        while at_most_bytes > 0 and (record := self.next_to_send(now_s, room)) is not None:
-            at_most_bytes -= len(record)
-            yield record
-            if self.is_quiet:
-                self._unsent_replies = 0
-                return
 
     @property
     def is_quiet(self) -> bool:

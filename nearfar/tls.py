@@ -61,6 +61,10 @@ class DirectTls(asyncio.BufferedProtocol):
     Args:
         layer: An `asyncio.sslproto.SSLProtocol`, past its handshake.
         websocket: Its protocol.
+
+    Attributes:
+        room: As of `Scratch`.
+        framed: As of `Scratch`.
     """
 
     def __init__(self, layer: Any, websocket: DirectConnection) -> None:
@@ -75,7 +79,7 @@ class DirectTls(asyncio.BufferedProtocol):
         self._read: Callable[[int, memoryview], int] = layer._sslobj._sslobj.read
         self._encrypt: Callable[[Buffer], int] = layer._sslobj._sslobj.write
         self._sealed, self._plain, self.room = SCRATCH.sealed, SCRATCH.plain, SCRATCH.room
-        self._framed = SCRATCH.framed
+        self.framed = SCRATCH.framed
         self._is_paused = self._is_aside = False
         self._problem: Exception | None = None
         # The layer makes its buffer anew if it is to read again.
@@ -83,12 +87,8 @@ class DirectTls(asyncio.BufferedProtocol):
         layer._ssl_buffer_view = memoryview(layer._ssl_buffer)
         self._socket.set_protocol(self)
 
-    def encrypt_framed(self, size_bytes: int, head: bytes, mask: bytes) -> None:
-        """Encrypt what lies in `room`, as `Scratch.framed` lays it out; `send` sends it."""
-        self.encrypt(self._framed(size_bytes, head, mask))
-
     def encrypt(self, data: Buffer) -> None:
-        """Encrypt; `send` sends it."""
+        """Encrypt, for `send` to send."""
         if self._is_aside or self._outer.is_closing():
             self._outer.write(bytes(data))  # the layer's to send, or to drop; it may keep it
             return

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import struct
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from typing import Any, Protocol, Union
 
 from websockets.asyncio.connection import Connection
@@ -90,7 +90,7 @@ class DirectConnection(Connection):
     Messages wait until `listen` is called.
     """
 
-    #: Where records may lie that are given to `write`, if they need not be their owner's.
+    #: Where a record may be sealed that is `put` next; `None` if it must have its own memory.
     room: memoryview | None = None
     _listener: Listener | None = None
     _direct: DirectTls | None = None
@@ -124,51 +124,44 @@ class DirectConnection(Connection):
         """Whether `write` may be called: open, and the other end keeps up."""
         return self._is_writable and self.protocol.state is State.OPEN
 
-    def write(self, records: Iterable[Buffer]) -> bool:
-        """Write binary messages at once, together; only while `is_writable`.
+    def put(self, record: Buffer) -> None:
+        """Make a binary message of a record, for `push` to send; only while `is_writable`.
 
         Args:
-            records: Each becomes one message, in their order. One that lies at the beginning of
-                `room` is changed, and has left before the next one is asked for.
-
-        Returns:
-            Whether there were any.
+            record: If it lies at the beginning of `room`, that is free again afterwards.
         """
-        parts: list[Buffer] = []
-        direct, masks = self._direct, self._masks
-        bit = _MASKED if masks else 0
-        shared = None if direct is None else direct.room.obj
-        is_encrypted = False
-        for record in records:
-            length = len(record)
-            if length < _LENGTH_16:
-                head = bytes((_WHOLE_BINARY, bit | length))
-            elif length < 1 << 16:
-                head = _HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length)
-            else:
-                head = _HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length)
-            # From the system's generator, as RFC 6455, section 10.3, asks.
-            mask = os.urandom(_MASK_BYTES) if masks else b""
-            if direct is not None and type(record) is memoryview and record.obj is shared:
-                if parts:
-                    direct.encrypt(b"".join(parts))
-                    parts.clear()
-                direct.encrypt_framed(length, head + mask, mask)
-                is_encrypted = True
-            elif masks:
-                parts += (head, mask, apply_mask(record, mask))
-            else:
-                parts += (head, record)
-        if direct is None:
+        parts, direct, length = self._parts, self._direct, len(record)
+        bit = _MASKED if self._masks else 0
+        if length < _LENGTH_16:
+            head = bytes((_WHOLE_BINARY, bit | length))
+        elif length < 1 << 16:
+            head = _HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length)
+        else:
+            head = _HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length)
+        # From the system's generator, as RFC 6455, section 10.3, asks.
+        mask = os.urandom(_MASK_BYTES) if bit else b""
+        if direct is not None and type(record) is memoryview and record.obj is direct.room.obj:
             if parts:
-                self.transport.write(b"".join(parts))
-            return bool(parts)
+                direct.encrypt(b"".join(parts))
+                parts.clear()
+            direct.encrypt(direct.framed(length, head + mask, mask))
+        elif bit:
+            parts += (head, mask, apply_mask(record, mask))
+        else:
+            parts += (head, record)
+
+    def push(self) -> None:
+        """Send what was put, together."""
+        parts, direct = self._parts, self._direct
         if parts:
-            direct.encrypt(b"".join(parts))
-        elif not is_encrypted:
-            return False
-        direct.send()
-        return True
+            data = b"".join(parts)
+            parts.clear()
+            if direct is None:
+                self.transport.write(data)
+                return
+            direct.encrypt(data)
+        if direct is not None:
+            direct.send()
 
     async def until_writable(self) -> None:
         """Wait until the other end has read most of what was written, or the connection ended."""
@@ -180,6 +173,7 @@ class DirectConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._early: list[Frame] = []  # what came before `listen`
+        self._parts: list[Buffer] = []  # put, and not pushed
         self._begun = bytearray()  # a whole binary message of which the end is missing
         self._wanted_bytes = 0
         self._masks = self.protocol.side is Side.CLIENT

@@ -134,7 +134,8 @@ def messages(seed: int) -> list[bytes]:
 
 
 def send(end: End, data: bytes) -> None:
-    end.websocket.write([data])
+    end.websocket.put(data)
+    end.websocket.push()
 
 
 @pytest.mark.parametrize("is_known", [pytest.param(True, marks=takes_over), False])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Wire:
     def __init__(self) -> None:
         self.is_writable = self.is_open = True
         self.room = memoryview(bytearray(1 << 18))
+        self.parts: list[bytes] = []
         self.batches: list[list[bytes]] = []
         self.listener: Any = None
         self.transport = self
@@ -31,11 +32,13 @@ class Wire:
     def listen(self, listener: Any) -> None:
         self.listener = listener
 
-    def write(self, records: Iterable[Any]) -> bool:
-        batch = [bytes(record) for record in records]
-        if batch:
-            self.batches.append(batch)
-        return bool(batch)
+    def put(self, record: Any) -> None:
+        self.parts.append(bytes(record))
+
+    def push(self) -> None:
+        if self.parts:
+            self.batches.append(self.parts)
+            self.parts = []
 
     async def until_writable(self) -> None:
         await asyncio.sleep(0)

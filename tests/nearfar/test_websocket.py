@@ -162,7 +162,9 @@ def said_by(transport: FakeTransport, reader: Protocol) -> list[Frame]:
 def test_the_library_reads_what_was_written(records: list[bytes], side: Side) -> None:
     def body(end: DirectConnection, transport: FakeTransport, heard: Heard) -> None:
         end.listen(heard)
-        end.write(list(records))
+        for record in records:
+            end.put(record)
+        end.push()
         frames = said_by(transport, other(side))
         assert [bytes(frame.data) for frame in frames] == records
         assert {(frame.opcode, frame.fin) for frame in frames} == {(Opcode.BINARY, True)}
