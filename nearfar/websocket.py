@@ -19,6 +19,7 @@ import struct
 from collections.abc import Generator
 from typing import Any, Protocol, Union
 
+import numpy as np
 from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import DATA_OPCODES, Frame, Opcode
@@ -174,8 +175,8 @@ class DirectConnection(Connection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._early: list[Frame] = []  # what came before `listen`
         self._parts: list[Buffer] = []  # put, and not pushed
-        self._begun = bytearray()  # a whole binary message of which the end is missing
-        self._wanted_bytes = 0
+        self._begun: memoryview | None = None  # a whole binary message whose end is missing
+        self._begun_bytes = 0
         self._masks = self.protocol.side is Side.CLIENT
         self.protocol.reader.__class__ = _Reader  # its parser holds the object already
         super().connection_made(transport)
@@ -185,24 +186,32 @@ class DirectConnection(Connection):
         if listener is None:
             super().data_received(bytes(data))
             return
-        came = data
-        if self._begun:
-            self._begun += data
-            if len(self._begun) < self._wanted_bytes:
+        begun = self._begun
+        if begun is not None:
+            start = self._begun_bytes
+            end = start + len(data)
+            if end < len(begun):
+                begun[start:end] = data
+                self._begun_bytes = end
                 return
-            came, self._begun = self._begun, bytearray()
-        # Whether the next byte begins a frame that belongs to no message begun before.
+            missing_bytes = len(begun) - start
+            begun[start:] = data[:missing_bytes]
+            self._begun = None
+            self._read(listener, begun)
+            data = data[missing_bytes:]
+        if data:
+            self._read(listener, data)
+        listener.batch_ended()
+
+    def _read(self, listener: Listener, data: Buffer) -> None:
+        """Take the whole binary messages at the beginning; what is left the library must read."""
         protocol = self.protocol
         reader: _Reader = protocol.reader  # type: ignore[assignment]
         is_amid = self._fragments is not None or self._is_amid_text
-        if reader.waits_for_frame and not is_amid and protocol.state is State.OPEN:
-            came = self._take_whole(listener, came)
-        if came:
-            super().data_received(bytes(came))
-        listener.batch_ended()
-
-    def _take_whole(self, listener: Listener, data: Buffer) -> Buffer:
-        """Take the whole binary messages at the beginning; returns what the library must read."""
+        if is_amid or not reader.waits_for_frame or protocol.state is not State.OPEN:
+            # The next byte begins no frame, or one that belongs to a message begun before.
+            super().data_received(bytes(data))
+            return
         position, total = 0, len(data)
         view = memoryview(data)  # long messages are read where they lie
         is_masked = not self._masks
@@ -225,15 +234,18 @@ class DirectConnection(Connection):
                 start += _MASK_BYTES
             end = start + length
             if end > total:
-                self._begun += view[position:]
-                self._wanted_bytes = end - position
-                return b""
+                # Not cleared first, and not touched before it is filled.
+                self._begun = np.empty(end - position, np.uint8).data
+                self._begun_bytes = total - position
+                self._begun[: total - position] = view[position:]
+                return
             message: Buffer = view[start:end]
             if is_masked:
                 message = apply_mask(message, bytes(view[start - _MASK_BYTES : start]))
             position = end
             listener.message_received(message)
-        return data[position:]
+        if position < total:
+            super().data_received(bytes(view[position:]))
 
     def process_event(self, event: Any) -> None:
         if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
