@@ -7,7 +7,6 @@ message is memory that no cache holds: at 150 kB that is what copying costs.
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import numpy as np
@@ -36,6 +35,8 @@ class Scratch(threading.local):
         buffer = bytearray(READ_BYTES)
         self.sealed = memoryview(buffer)
         self.room = self.sealed[_HEAD_BYTES:]
+        self._mask = bytearray(_WORD_BYTES)
+        self._mask_word = np.frombuffer(self._mask, np.uint64).reshape(())  # quicker than a number
         self._words = np.frombuffer(buffer, np.uint64)[_HEAD_BYTES // _WORD_BYTES :]
         self.plain = memoryview(bytearray(READ_BYTES + _TLS_RECORD_BYTES))
 
@@ -49,7 +50,8 @@ class Scratch(threading.local):
         """
         if mask:
             words = self._words[: -(-size_bytes // _WORD_BYTES)]
-            words ^= int.from_bytes(mask * 2, sys.byteorder)
+            self._mask[:] = mask * 2
+            np.bitwise_xor(words, self._mask_word, words)
         start = _HEAD_BYTES - len(head)
         self.sealed[start:_HEAD_BYTES] = head
         return self.sealed[start : _HEAD_BYTES + size_bytes]
