@@ -70,6 +70,8 @@ __all__ = ["ClientSession", "Limits", "Received", "ServerSession", "max_sealed_b
 #: Of `Auth` beside the texts of its sender, at most.
 _AUTH_BYTES = 256
 
+_CLOSED = ConnectionState.CLOSED  # as in `nearfar.wire.connection`
+
 #: Kept, as a client connects to the same server again and again.
 _pin_of = functools.lru_cache(maxsize=16)(Pin.parse)
 
@@ -148,7 +150,7 @@ class _Session(abc.ABC):
         """
         if self._failure is not None:
             raise self._failure
-        if self._connection.state is ConnectionState.CLOSED:
+        if self._connection.state is _CLOSED:
             return []
         try:
             if self._opener is None:
@@ -313,7 +315,7 @@ class _Session(abc.ABC):
             InvalidInput: A tensor's dtype cannot be sent; likewise.
         """
         connection = self._connection
-        if self._sealer is None or connection.state is ConnectionState.CLOSED:
+        if self._sealer is None or connection.state is _CLOSED:
             name = type(message).__name__
             if self.is_closed:
                 raise LocalProtocolError(
@@ -355,7 +357,7 @@ class _Session(abc.ABC):
     @property
     def is_closed(self) -> bool:
         """Whether the session is dead: failed, closed, or ended by `Error` on stream 0."""
-        return self._connection.state is ConnectionState.CLOSED
+        return self._connection.state is _CLOSED
 
     @property
     def oldest_unfinished(self) -> tuple[int, int] | None:

@@ -45,6 +45,7 @@ _MASK_BYTES = 4
 _HEAD_16, _HEAD_64 = struct.Struct("!BBH"), struct.Struct("!BBQ")
 #: Longer frames are the library's to refuse or to collect.
 _MAX_LENGTH = 192 * 1024
+_OPEN = State.OPEN  # as in `nearfar.wire.connection`
 #: The longest head of a frame.
 _HEAD_BYTES = _HEAD_64.size + _MASK_BYTES
 
@@ -118,12 +119,12 @@ class DirectConnection(Connection):
     @property
     def is_open(self) -> bool:
         """Whether neither end has begun to close it."""
-        return self.protocol.state is State.OPEN
+        return self.protocol.state is _OPEN
 
     @property
     def is_writable(self) -> bool:
         """Whether `write` may be called: open, and the other end keeps up."""
-        return self._is_writable and self.protocol.state is State.OPEN
+        return self._is_writable and self.protocol.state is _OPEN
 
     def put(self, record: Buffer) -> None:
         """Make a binary message of a record, for `push` to send; only while `is_writable`.
@@ -208,7 +209,7 @@ class DirectConnection(Connection):
         protocol = self.protocol
         reader: _Reader = protocol.reader  # type: ignore[assignment]
         is_amid = self._fragments is not None or self._is_amid_text
-        if is_amid or not reader.waits_for_frame or protocol.state is not State.OPEN:
+        if is_amid or not reader.waits_for_frame or protocol.state is not _OPEN:
             # The next byte begins no frame, or one that belongs to a message begun before.
             super().data_received(bytes(data))
             return
