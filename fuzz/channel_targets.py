@@ -234,7 +234,9 @@ def _overwrite(source: bytearray) -> None:
 #: `balanced`: of the records with tokens; all others are multiples of 128 bytes.
 _GRAIN_BYTES = 32
 #: Of messages; those beyond 64 KiB leave in pieces, in `strict` those beyond 4 KiB.
-_SIZES = (4, 60, 500, 4087, 4088, 4089, 5000, MAX_WHOLE_BYTES, MAX_WHOLE_BYTES + 1, 150_000)
+_SIZES = (
+    4, 60, 500, 4087, 4088, 4089, 5000, MAX_WHOLE_BYTES, MAX_WHOLE_BYTES + 1, 150_000, 400_000
+)  # fmt: skip
 
 
 def outbox(data: bytes) -> None:

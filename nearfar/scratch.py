@@ -21,8 +21,8 @@ _HEAD_BYTES = 16
 _WORD_BYTES = 8
 
 
-class Scratch(threading.local):
-    """One thread's buffers.
+class Scratch:
+    """One thread's buffers; see `of_thread`.
 
     Attributes:
         sealed: What came from the socket, until TLS has taken it.
@@ -44,7 +44,7 @@ class Scratch(threading.local):
         """A frame around what lies at the beginning of the room.
 
         Args:
-            size_bytes: Its length; its last word may go on behind it.
+            size_bytes: Its length; what follows it, up to a whole word, may change.
             head: Laid before it.
             mask: XORed onto it (RFC 6455, section 5.3), if it is not empty.
         """
@@ -57,5 +57,14 @@ class Scratch(threading.local):
         return self.sealed[start : _HEAD_BYTES + size_bytes]
 
 
-#: Of the thread that looks.
-SCRATCH = Scratch()
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_threads = _Threads()
+
+
+def of_thread() -> Scratch:
+    """Those of the thread that calls."""
+    return _threads.scratch

@@ -19,7 +19,7 @@ from asyncio import sslproto
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nearfar.scratch import READ_BYTES, SCRATCH
+from nearfar.scratch import READ_BYTES, of_thread
 
 if TYPE_CHECKING:
     from nearfar.websocket import Buffer, DirectConnection
@@ -78,8 +78,9 @@ class DirectTls(asyncio.BufferedProtocol):
         # Without the method around it, which is a call more for each record of 16 KiB.
         self._read: Callable[[int, memoryview], int] = layer._sslobj._sslobj.read
         self._encrypt: Callable[[Buffer], int] = layer._sslobj._sslobj.write
-        self._sealed, self._plain, self.room = SCRATCH.sealed, SCRATCH.plain, SCRATCH.room
-        self.framed = SCRATCH.framed
+        scratch = of_thread()
+        self._sealed, self._plain, self.room = scratch.sealed, scratch.plain, scratch.room
+        self.framed = scratch.framed
         self._is_paused = self._is_aside = False
         self._problem: Exception | None = None
         # The layer makes its buffer anew if it is to read again.

@@ -43,7 +43,7 @@ _MASKED, _LENGTH = 0x80, 0x7F
 _LENGTH_16, _LENGTH_64 = 126, 127
 _MASK_BYTES = 4
 _HEAD_16, _HEAD_64 = struct.Struct("!BBH"), struct.Struct("!BBQ")
-#: Longer frames are the library's to refuse or to collect.
+#: Longer frames are the library's to refuse or to collect; no sealed record is longer.
 _MAX_LENGTH = 192 * 1024
 _OPEN = State.OPEN  # as in `nearfar.wire.connection`
 #: The longest head of a frame.
@@ -123,7 +123,7 @@ class DirectConnection(Connection):
 
     @property
     def is_writable(self) -> bool:
-        """Whether `write` may be called: open, and the other end keeps up."""
+        """Whether `put` may be called: open, and the other end keeps up."""
         return self._is_writable and self.protocol.state is _OPEN
 
     def put(self, record: Buffer) -> None:
