@@ -161,6 +161,35 @@ def test_messages_arrive_as_they_were_sent(state, monkeypatch, is_known):
 
 
 @takes_over
+@pytest.mark.parametrize("is_aside", [False, True])
+def test_what_lies_in_the_room_leaves_in_its_turn(state, is_aside):
+    long = [np.random.default_rng(seed).bytes(150_000 + seed) for seed in range(3)]
+    expected = [b"first", long[0], long[1], b"between", b"short", long[2]]
+
+    def lay(end: End, data: bytes) -> None:
+        record = end.websocket.room[: len(data)]
+        record[:] = data
+        end.websocket.put(record)
+        end.websocket.room[: len(data)] = bytes(len(data))
+
+    async def scenario() -> None:
+        async with ends(state) as (client, server):
+            for end, other in ((client, server), (server, client)):
+                if is_aside:  # asyncio's layer goes on where this one stands
+                    end.websocket._direct._step_aside()
+                for data in expected:
+                    if len(data) > 4096:
+                        lay(end, data)
+                    else:
+                        end.websocket.put(data)
+                end.websocket.push()
+                await other.until(lambda other=other: len(other.heard.messages) == len(expected))
+                assert other.heard.messages == expected
+
+    run(scenario())
+
+
+@takes_over
 def test_sessions_keep_nothing_that_lies_in_the_shared_buffer(state, monkeypatch):
     genuine = DirectTls.buffer_updated
 
