@@ -65,11 +65,12 @@ class _Timed:
             size_bytes: int = super().send(message, tensors, borrow=borrow)  # type: ignore[misc]
         return size_bytes
 
-    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> tuple[list[Buffer], bool]:
+    def next_to_send(
+        self, now_s: float | None = None, room: memoryview | None = None
+    ) -> Buffer | None:
         with CLOCK:
-            leave = super().records_to_send  # type: ignore[misc]
-            leaving: tuple[list[Buffer], bool] = leave(now_s, at_most_bytes)
-        return leaving
+            record: Buffer | None = super().next_to_send(now_s, room)  # type: ignore[misc]
+        return record
 
 
 class TimedClientSession(_Timed, ClientSession):

@@ -37,12 +37,7 @@ from nearfar.errors import (
 from nearfar.secure import records
 from nearfar.secure.attestation import AttestedFacts, Verifier
 from nearfar.secure.credentials import PROOF_BYTES, ApiKeyCredentials, Credentials
-from nearfar.secure.frames import (
-    HEADER_BYTES,
-    MAX_PLAINTEXT_BYTES,
-    MAX_WHOLE_BYTES,
-    Assembler,
-)
+from nearfar.secure.frames import Assembler, max_record_bytes
 from nearfar.secure.handshake import (
     MAX_HANDSHAKE_MESSAGE_BYTES,
     MAX_HELLO_BYTES,
@@ -53,9 +48,9 @@ from nearfar.secure.handshake import (
 )
 from nearfar.secure.identity import Pin
 from nearfar.secure.keys import KeyRing
-from nearfar.secure.outbox import MAX_BATCH_BYTES, PLAIN, Outbox, Traits
+from nearfar.secure.outbox import PLAIN, Outbox, Traits
 from nearfar.secure.records import Buffer, RecordOpener, RecordSealer
-from nearfar.secure.shaping import LEVELS, Shaping, padded_bytes, strongest
+from nearfar.secure.shaping import LEVELS, Shaping, strongest
 from nearfar.wire.connection import OPENERS, Connection, ConnectionState, Role
 from nearfar.wire.limits import Limits
 from nearfar.wire.messages import (
@@ -74,6 +69,8 @@ __all__ = ["ClientSession", "Limits", "Received", "ServerSession", "max_sealed_b
 
 #: Of `Auth` beside the texts of its sender, at most.
 _AUTH_BYTES = 256
+
+_CLOSED = ConnectionState.CLOSED  # as in `nearfar.wire.connection`
 
 #: Kept, as a client connects to the same server again and again.
 _pin_of = functools.lru_cache(maxsize=16)(Pin.parse)
@@ -98,21 +95,13 @@ def max_sealed_bytes(limits: Limits) -> int:
 
     Longer messages of the wire protocol come in pieces, so it is small.
     """
-    return _max_record_bytes(limits.max_message_bytes)
+    return max_record_bytes(limits.max_message_bytes)
 
 
 #: Shorter records are not worth a look at where their plaintext belongs.
 _LONG_BYTES = 4096
-#: With ordinary limits.
-_MAX_RECORD_BYTES = MAX_PLAINTEXT_BYTES + records.OVERHEAD_BYTES
-
-
-def _max_record_bytes(max_message_bytes: int) -> int:
-    if max_message_bytes >= MAX_WHOLE_BYTES:
-        return _MAX_RECORD_BYTES
-    # Short limits must not refuse what shaping adds.
-    longest_bytes = max(padded_bytes(HEADER_BYTES + max_message_bytes), MAX_BATCH_BYTES)
-    return longest_bytes + records.OVERHEAD_BYTES
+#: Nor at how long they may be: no limit is below what shaping adds.
+_SHORT_BYTES = max_record_bytes(0)
 
 
 #: What the queue must know about a message; nothing of its contents.
@@ -161,7 +150,7 @@ class _Session(abc.ABC):
         """
         if self._failure is not None:
             raise self._failure
-        if self._connection.state is ConnectionState.CLOSED:
+        if self._connection.state is _CLOSED:
             return []
         try:
             if self._opener is None:
@@ -188,13 +177,10 @@ class _Session(abc.ABC):
         max_message_bytes = connection.max_message_bytes
         record_bytes = len(data)
         # Checked before decryption spends memory on it.
-        if record_bytes > _MAX_RECORD_BYTES or (
-            max_message_bytes < MAX_WHOLE_BYTES
-            and record_bytes > _max_record_bytes(max_message_bytes)
-        ):
+        if record_bytes > _SHORT_BYTES and record_bytes > max_record_bytes(max_message_bytes):
             raise RemoteProtocolError(
                 f"The peer sent a record of {record_bytes} bytes where "
-                f"{_max_record_bytes(max_message_bytes)} are allowed",
+                f"{max_record_bytes(max_message_bytes)} are allowed",
                 fix="Check that both sides run compatible nearfar versions",
             )
         arrived = None
@@ -241,7 +227,9 @@ class _Session(abc.ABC):
     def _heed(self, message: Message) -> None:
         """Take note of what a message says about the session itself."""
 
-    def next_to_send(self, now_s: float | None = None) -> Buffer | None:
+    def next_to_send(
+        self, now_s: float | None = None, room: memoryview | None = None
+    ) -> Buffer | None:
         """The websocket binary message that leaves next; `None` when none does now.
 
         Sealed only now, so that what is queued while the one before is being sent can overtake
@@ -250,6 +238,7 @@ class _Session(abc.ABC):
         Args:
             now_s: Any steady clock (`time.monotonic()`), always the same one; `None` does not wait
                 for ticks of shaped traffic.
+            room: Where a long record may be sealed; it then is a view of that.
         """
         if self._outgoing:
             return self._outgoing.popleft()
@@ -257,27 +246,11 @@ class _Session(abc.ABC):
             outbox = self._outbox
             is_busy = outbox.shaping == "strict" and self._connection.in_flight > 0
             plaintext = outbox.next(now_s, is_busy=is_busy)
-            if plaintext is not None:
-                return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s)
-        if not self._outbox.has_ready:
-            self._unsent_replies = 0
-        return None
-
-    def records_to_send(self, now_s: float | None, at_most_bytes: int) -> tuple[list[Buffer], bool]:
-        """Several at once: as many as may leave now, until they are that long together.
-
-        Returns:
-            The records, and whether they are all: `is_quiet`.
-        """
-        sealed: list[Buffer] = []
-        outbox = self._outbox
-        while at_most_bytes > 0 and (record := self.next_to_send(now_s)) is not None:
-            sealed.append(record)
-            at_most_bytes -= len(record)
-            if outbox.is_idle and not self._outgoing:
+            if self._unsent_replies and not outbox.has_ready:
                 self._unsent_replies = 0
-                return sealed, True
-        return sealed, not sealed and self.is_quiet
+            if plaintext is not None:
+                return self._sealer.seal(records.TYPE_MESSAGE, plaintext, now_s=now_s, room=room)
+        return None
 
     @property
     def is_quiet(self) -> bool:
@@ -342,7 +315,7 @@ class _Session(abc.ABC):
             InvalidInput: A tensor's dtype cannot be sent; likewise.
         """
         connection = self._connection
-        if self._sealer is None or connection.state is ConnectionState.CLOSED:
+        if self._sealer is None or connection.state is _CLOSED:
             name = type(message).__name__
             if self.is_closed:
                 raise LocalProtocolError(
@@ -384,7 +357,7 @@ class _Session(abc.ABC):
     @property
     def is_closed(self) -> bool:
         """Whether the session is dead: failed, closed, or ended by `Error` on stream 0."""
-        return self._connection.state is ConnectionState.CLOSED
+        return self._connection.state is _CLOSED
 
     @property
     def oldest_unfinished(self) -> tuple[int, int] | None:

@@ -15,36 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import threading
 from asyncio import sslproto
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from nearfar.websocket import DirectConnection
+from nearfar.scratch import READ_BYTES, of_thread
 
-#: Read from the socket at once. OpenSSL's buffer of a connection grows to what came together, and
-#: keeps that size.
-_READ_BYTES = 256 * 1024
-#: More than a TLS record can be (RFC 8446, section 5.2): what an earlier read left of one.
-_RECORD_BYTES = 32 * 1024
+if TYPE_CHECKING:
+    from nearfar.websocket import Buffer, DirectConnection
+
 #: What is used of the layer: without one of them it is not the one we know.
 _USED = ("_transport", "_incoming", "_outgoing", "_sslobj", "_write_backlog", "_app_reading_paused")
-
-
-class _Scratch(threading.local):
-    """One thread's buffers, for all its connections.
-
-    What came is decrypted and handed over before the event loop, which has its thread for itself,
-    lets the next connection read.
-    """
-
-    def __init__(self) -> None:
-        self.sealed = memoryview(bytearray(_READ_BYTES))
-        self.plain = memoryview(bytearray(_READ_BYTES + _RECORD_BYTES))
-
-
-_scratch = _Scratch()
 
 
 def take_over(websocket: DirectConnection) -> DirectTls | None:
@@ -80,6 +61,10 @@ class DirectTls(asyncio.BufferedProtocol):
     Args:
         layer: An `asyncio.sslproto.SSLProtocol`, past its handshake.
         websocket: Its protocol.
+
+    Attributes:
+        room: As of `Scratch`.
+        framed: As of `Scratch`.
     """
 
     def __init__(self, layer: Any, websocket: DirectConnection) -> None:
@@ -92,7 +77,10 @@ class DirectTls(asyncio.BufferedProtocol):
         self._tls: ssl.SSLObject = layer._sslobj
         # Without the method around it, which is a call more for each record of 16 KiB.
         self._read: Callable[[int, memoryview], int] = layer._sslobj._sslobj.read
-        self._sealed, self._plain = _scratch.sealed, _scratch.plain
+        self._encrypt: Callable[[Buffer], int] = layer._sslobj._sslobj.write
+        scratch = of_thread()
+        self._sealed, self._plain, self.room = scratch.sealed, scratch.plain, scratch.room
+        self.framed = scratch.framed
         self._is_paused = self._is_aside = False
         self._problem: Exception | None = None
         # The layer makes its buffer anew if it is to read again.
@@ -100,19 +88,22 @@ class DirectTls(asyncio.BufferedProtocol):
         layer._ssl_buffer_view = memoryview(layer._ssl_buffer)
         self._socket.set_protocol(self)
 
-    def write(self, data: bytes) -> None:
-        """Encrypt and send; what the socket does not take now waits, see `pause_writing`."""
+    def encrypt(self, data: Buffer) -> None:
+        """Encrypt, for `send` to send."""
         if self._is_aside or self._outer.is_closing():
-            self._outer.write(data)  # the layer's to send, or to drop
+            self._outer.write(bytes(data))  # the layer's to send, or to drop; it may keep it
             return
         try:
-            written = self._tls.write(data)
+            written = self._encrypt(data)
             while written < len(data):
-                written += self._tls.write(memoryview(data)[written:])
+                written += self._encrypt(memoryview(data)[written:])
         except ssl.SSLError as exc:
             self._fail(exc)
-            return
-        self._socket.write(self._outgoing.read())
+
+    def send(self) -> None:
+        """Send what was encrypted; what the socket does not take now waits: `pause_writing`."""
+        if self._outgoing.pending:
+            self._socket.write(self._outgoing.read())
 
     # Called by the socket's transport
 
@@ -132,7 +123,7 @@ class DirectTls(asyncio.BufferedProtocol):
             # Each call reads one record; one that is not whole is told by an error, which costs
             # more than asking whether anything is left.
             while count and incoming.pending:
-                count = read(_READ_BYTES, plain[end:])
+                count = read(READ_BYTES, plain[end:])
                 end += count
         except ssl.SSLWantReadError:
             pass

@@ -215,16 +215,21 @@ class Transport:
             tick must be waited for, `None` when everything has left.
         """
         session, websocket = self._session, self._websocket
+        room = websocket.room
         for _ in range(_TURN_BATCHES):
             if not websocket.is_writable:
                 return False
-            records, were_all = session.records_to_send(now_s, _BATCH_BYTES)
-            if records:
-                websocket.write(records)
-            if were_all:
-                return None
-            if not records:
-                return False
+            left_bytes = _BATCH_BYTES
+            while left_bytes > 0:
+                record = session.next_to_send(now_s, room)
+                if record is not None:
+                    websocket.put(record)
+                    left_bytes -= len(record)
+                is_quiet = session.is_quiet
+                if is_quiet or record is None:
+                    websocket.push()
+                    return None if is_quiet else False
+            websocket.push()
         return True
 
     # Called by the websocket (`nearfar.websocket.Listener`)

@@ -19,6 +19,7 @@ import struct
 from collections.abc import Generator
 from typing import Any, Protocol, Union
 
+import numpy as np
 from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import DATA_OPCODES, Frame, Opcode
@@ -42,8 +43,9 @@ _MASKED, _LENGTH = 0x80, 0x7F
 _LENGTH_16, _LENGTH_64 = 126, 127
 _MASK_BYTES = 4
 _HEAD_16, _HEAD_64 = struct.Struct("!BBH"), struct.Struct("!BBQ")
-#: Longer frames are the library's to refuse or to collect.
-_MAX_LENGTH = 128 * 1024
+#: Longer frames are the library's to refuse or to collect; no sealed record is longer.
+_MAX_LENGTH = 192 * 1024
+_OPEN = State.OPEN  # as in `nearfar.wire.connection`
 #: The longest head of a frame.
 _HEAD_BYTES = _HEAD_64.size + _MASK_BYTES
 
@@ -90,8 +92,10 @@ class DirectConnection(Connection):
     Messages wait until `listen` is called.
     """
 
+    #: Where a record may be sealed that is `put` next; `None` if it must have its own memory.
+    room: memoryview | None = None
     _listener: Listener | None = None
-    _writer: asyncio.WriteTransport | DirectTls
+    _direct: DirectTls | None = None
     _is_writable = True
     _fragments: bytearray | None = None
     _is_amid_text = False
@@ -103,7 +107,9 @@ class DirectConnection(Connection):
             listener: Called on the event loop.
         """
         self._listener = listener
-        self._writer = take_over(self) or self.transport
+        self._direct = take_over(self)
+        if self._direct is not None:
+            self.room = self._direct.room
         while self._early:
             self._take(listener, self._early.pop(0))
         listener.batch_ended()
@@ -113,38 +119,51 @@ class DirectConnection(Connection):
     @property
     def is_open(self) -> bool:
         """Whether neither end has begun to close it."""
-        return self.protocol.state is State.OPEN
+        return self.protocol.state is _OPEN
 
     @property
     def is_writable(self) -> bool:
-        """Whether `write` may be called: open, and the other end keeps up."""
-        return self._is_writable and self.protocol.state is State.OPEN
+        """Whether `put` may be called: open, and the other end keeps up."""
+        return self._is_writable and self.protocol.state is _OPEN
 
-    def write(self, records: list[Buffer]) -> None:
-        """Write binary messages at once, together; only while `is_writable`.
+    def put(self, record: Buffer) -> None:
+        """Make a binary message of a record, for `push` to send; only while `is_writable`.
 
         Args:
-            records: Each becomes one message, in their order.
+            record: If it lies at the beginning of `room`, that is free again afterwards.
         """
-        parts: list[Buffer] = []
-        masks = self._masks
-        bit = _MASKED if masks else 0
-        # From the system's generator, as RFC 6455, section 10.3, asks; one call for all of them.
-        keys = os.urandom(_MASK_BYTES * len(records)) if masks else b""
-        for place, record in enumerate(records):
-            length = len(record)
-            if length < _LENGTH_16:
-                parts.append(bytes((_WHOLE_BINARY, bit | length)))
-            elif length < 1 << 16:
-                parts.append(_HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length))
-            else:
-                parts.append(_HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length))
-            if masks:
-                mask = keys[_MASK_BYTES * place : _MASK_BYTES * (place + 1)]
-                parts += (mask, apply_mask(record, mask))
-            else:
-                parts.append(record)
-        self._writer.write(b"".join(parts))
+        parts, direct, length = self._parts, self._direct, len(record)
+        bit = _MASKED if self._masks else 0
+        if length < _LENGTH_16:
+            head = bytes((_WHOLE_BINARY, bit | length))
+        elif length < 1 << 16:
+            head = _HEAD_16.pack(_WHOLE_BINARY, bit | _LENGTH_16, length)
+        else:
+            head = _HEAD_64.pack(_WHOLE_BINARY, bit | _LENGTH_64, length)
+        # From the system's generator, as RFC 6455, section 10.3, asks.
+        mask = os.urandom(_MASK_BYTES) if bit else b""
+        if direct is not None and type(record) is memoryview and record.obj is direct.room.obj:
+            if parts:
+                direct.encrypt(b"".join(parts))
+                parts.clear()
+            direct.encrypt(direct.framed(length, head + mask, mask))
+        elif bit:
+            parts += (head, mask, apply_mask(record, mask))
+        else:
+            parts += (head, record)
+
+    def push(self) -> None:
+        """Send what was put, together."""
+        parts, direct = self._parts, self._direct
+        if parts:
+            data = b"".join(parts)
+            parts.clear()
+            if direct is None:
+                self.transport.write(data)
+                return
+            direct.encrypt(data)
+        if direct is not None:
+            direct.send()
 
     async def until_writable(self) -> None:
         """Wait until the other end has read most of what was written, or the connection ended."""
@@ -156,36 +175,44 @@ class DirectConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._early: list[Frame] = []  # what came before `listen`
-        self._begun = bytearray()  # a whole binary message of which the end is missing
-        self._wanted_bytes = 0
+        self._parts: list[Buffer] = []  # put, and not pushed
+        self._begun: memoryview | None = None  # a whole binary message whose end is missing
+        self._begun_bytes = 0
         self._masks = self.protocol.side is Side.CLIENT
         self.protocol.reader.__class__ = _Reader  # its parser holds the object already
         super().connection_made(transport)
-        self._writer = self.transport
 
     def data_received(self, data: Buffer) -> None:
         listener = self._listener
         if listener is None:
             super().data_received(bytes(data))
             return
-        came = data
-        if self._begun:
-            self._begun += data
-            if len(self._begun) < self._wanted_bytes:
+        begun = self._begun
+        if begun is not None:
+            start = self._begun_bytes
+            end = start + len(data)
+            if end < len(begun):
+                begun[start:end] = data
+                self._begun_bytes = end
                 return
-            came, self._begun = self._begun, bytearray()
-        # Whether the next byte begins a frame that belongs to no message begun before.
+            missing_bytes = len(begun) - start
+            begun[start:] = data[:missing_bytes]
+            self._begun = None
+            self._read(listener, begun)
+            data = data[missing_bytes:]
+        if data:
+            self._read(listener, data)
+        listener.batch_ended()
+
+    def _read(self, listener: Listener, data: Buffer) -> None:
+        """Take the whole binary messages at the beginning; what is left the library must read."""
         protocol = self.protocol
         reader: _Reader = protocol.reader  # type: ignore[assignment]
         is_amid = self._fragments is not None or self._is_amid_text
-        if reader.waits_for_frame and not is_amid and protocol.state is State.OPEN:
-            came = self._take_whole(listener, came)
-        if came:
-            super().data_received(bytes(came))
-        listener.batch_ended()
-
-    def _take_whole(self, listener: Listener, data: Buffer) -> Buffer:
-        """Take the whole binary messages at the beginning; returns what the library must read."""
+        if is_amid or not reader.waits_for_frame or protocol.state is not _OPEN:
+            # The next byte begins no frame, or one that belongs to a message begun before.
+            super().data_received(bytes(data))
+            return
         position, total = 0, len(data)
         view = memoryview(data)  # long messages are read where they lie
         is_masked = not self._masks
@@ -208,15 +235,18 @@ class DirectConnection(Connection):
                 start += _MASK_BYTES
             end = start + length
             if end > total:
-                self._begun += view[position:]
-                self._wanted_bytes = end - position
-                return b""
+                # Not cleared first, and not touched before it is filled.
+                self._begun = np.empty(end - position, np.uint8).data
+                self._begun_bytes = total - position
+                self._begun[: total - position] = view[position:]
+                return
             message: Buffer = view[start:end]
             if is_masked:
                 message = apply_mask(message, bytes(view[start - _MASK_BYTES : start]))
             position = end
             listener.message_received(message)
-        return data[position:]
+        if position < total:
+            super().data_received(bytes(view[position:]))
 
     def process_event(self, event: Any) -> None:
         if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:

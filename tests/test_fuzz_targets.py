@@ -68,7 +68,7 @@ def test_an_error_that_is_not_documented_gets_out(monkeypatch: pytest.MonkeyPatc
         ("decision", state_targets, "decode_decision"),
         ("frames", targets.frame_layout.Assembler, "feed"),
         ("policy_cases", targets, "parse_cases"),
-        ("websocket", channel_targets.DirectConnection, "_take_whole"),
+        ("websocket", channel_targets.DirectConnection, "_read"),
         ("pieces_of_messages", channel_targets.Pieces, "take"),
         ("outbox", channel_targets.queue.Outbox, "next"),
     ):

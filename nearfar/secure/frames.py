@@ -12,25 +12,38 @@ from typing import NamedTuple, Union
 import numpy as np
 
 from nearfar.errors import RemoteProtocolError
+from nearfar.secure.pace import MAX_BATCH_BYTES
 from nearfar.secure.records import OVERHEAD_BYTES, TYPE_MESSAGE, Buffer, RecordOpener
+from nearfar.secure.shaping import padded_bytes
 
 #: A longer message travels in pieces, so that others can overtake it.
 MAX_WHOLE_BYTES = 64 * 1024
-#: Plaintext of a record that carries a piece.
-PIECE_RECORD_BYTES = 64 * 1024
-#: No record has more plaintext: the longest whole message, its header, and Padmé's padding.
-MAX_PLAINTEXT_BYTES = 68 * 1024
+#: Plaintext of a record that carries a piece; none has more. A picture of 224 × 224 in bytes goes
+#: into one: each further record of a message walks through more code than caches hold.
+PIECE_RECORD_BYTES = 160 * 1024
 #: Messages of which pieces are missing, at once.
 MAX_UNFINISHED = 4
 
 _HEADER = struct.Struct(">II")  # kind << 24 | number of the message, length
 _ANNOUNCEMENT = struct.Struct(">II")  # stream, length of the whole message
-#: A multiple of 8, so that tensors stay aligned where they lie.
+#: Multiples of 8, so that tensors stay aligned where they lie.
 HEADER_BYTES = _HEADER.size
+FIRST_PIECE_BYTES = HEADER_BYTES + _ANNOUNCEMENT.size
 
 _MESSAGE, _FIRST_PIECE, _PIECE = 1, 2, 3
 _WHOLE, _FIRST, _NEXT = _MESSAGE << 24, _FIRST_PIECE << 24, _PIECE << 24
 _NUMBERS = 1 << 24
+
+
+def max_record_bytes(max_message_bytes: int) -> int:
+    """The longest record that may come while messages may have that length.
+
+    Longer ones are in pieces, so it is small; short limits must not refuse what shaping adds.
+    """
+    if max_message_bytes > MAX_WHOLE_BYTES:
+        return PIECE_RECORD_BYTES + OVERHEAD_BYTES
+    longest_bytes = max(padded_bytes(HEADER_BYTES + max_message_bytes), MAX_BATCH_BYTES)
+    return longest_bytes + OVERHEAD_BYTES
 
 
 def frame(parts: Sequence[Buffer], size_bytes: int, plaintext_bytes: int = 0) -> bytes:
@@ -46,6 +59,27 @@ def frame(parts: Sequence[Buffer], size_bytes: int, plaintext_bytes: int = 0) ->
     if missing_bytes > 0:
         return b"".join((header, *parts, bytes(missing_bytes)))
     return b"".join((header, *parts))
+
+
+def only_piece(
+    parts: Sequence[Buffer], size_bytes: int, stream: int, number: int, plaintext_bytes: int
+) -> bytes:
+    """A record's plaintext with a first piece that is the whole message.
+
+    Args:
+        parts: The message, in order.
+        size_bytes: Their length together, not 0.
+        stream: Stream it belongs to.
+        number: As of `Pieces`.
+        plaintext_bytes: As of `frame`.
+    """
+    length = _ANNOUNCEMENT.size + size_bytes
+    header = _HEADER.pack(_FIRST | number % _NUMBERS, length)
+    announcement = _ANNOUNCEMENT.pack(stream, size_bytes)
+    missing_bytes = plaintext_bytes - HEADER_BYTES - length
+    if missing_bytes > 0:
+        return b"".join((header, announcement, *parts, bytes(missing_bytes)))
+    return b"".join((header, announcement, *parts))
 
 
 class Pieces:
@@ -248,16 +282,15 @@ class Assembler:
             plaintext = bytes(plaintext)
         view = memoryview(plaintext)
         total, position = len(view), 0
-        if total > HEADER_BYTES:  # nearly always: one whole message, and perhaps padding
+        if total > HEADER_BYTES:  # nearly always: one frame, and perhaps padding
             word, length = _HEADER.unpack_from(view)
             end = HEADER_BYTES + length
-            if (
-                word == _WHOLE
-                and length <= max_message_bytes
-                and end <= total
-                and plaintext.count(0, end) == total - end
-            ):
-                return [Arrived(view[HEADER_BYTES:end], record_bytes)]
+            if end == total or (end < total and plaintext.count(0, end) == total - end):
+                body = view[HEADER_BYTES:end]
+                if word == _WHOLE and length <= max_message_bytes:
+                    return [Arrived(body, record_bytes)]
+                if word >> 24 == _FIRST_PIECE and length <= max_message_bytes:
+                    return [self._begin(word - _FIRST, body, record_bytes, max_message_bytes)]
         arrived: list[Arrived] = []
         while position + HEADER_BYTES <= total:
             word, length = _HEADER.unpack_from(view, position)
@@ -277,9 +310,9 @@ class Assembler:
             elif kind in (_FIRST_PIECE, _PIECE):
                 number = word & (_NUMBERS - 1)
                 if kind == _FIRST_PIECE:
-                    body = self._begin(number, body, max_message_bytes)
-                    arrived.append(Arrived(None, 0, self._unfinished[number].stream))
-                arrived += self._add(number, body, record_bytes)
+                    arrived.append(self._begin(number, body, record_bytes, max_message_bytes))
+                else:
+                    arrived += self._add(number, body, record_bytes)
             else:
                 raise _bad(f"a frame has kind {kind}")
         # count() is C: a padded record may have tens of kilobytes of zeros
@@ -289,32 +322,44 @@ class Assembler:
             return [Arrived(arrived[0].message, record_bytes)]
         return arrived
 
-    def _begin(self, number: int, body: memoryview, max_message_bytes: int) -> memoryview:
+    def _begin(
+        self, number: int, body: memoryview, record_bytes: int, max_message_bytes: int
+    ) -> Arrived:
         if len(body) < _ANNOUNCEMENT.size:
             raise _bad("a first piece is cut")
         stream, total_bytes = _ANNOUNCEMENT.unpack_from(body)
         if total_bytes > max_message_bytes:
             raise _too_long(total_bytes, max_message_bytes)
-        if number in self._unfinished:
+        unfinished = self._unfinished
+        if number in unfinished:
             raise _bad("a message begins twice")
-        if len(self._unfinished) >= MAX_UNFINISHED or (
-            self.held_bytes + total_bytes > max_message_bytes
+        if unfinished and (
+            len(unfinished) >= MAX_UNFINISHED or self.held_bytes + total_bytes > max_message_bytes
         ):
             raise _bad("too many messages are unfinished")
-        self._unfinished[number] = _Unfinished(total_bytes, stream)
-        return body[_ANNOUNCEMENT.size :]
+        data = body[_ANNOUNCEMENT.size :]
+        if not data or len(data) > total_bytes:
+            raise _bad("a piece is empty or too long")
+        if len(data) == total_bytes:
+            return Arrived(data, record_bytes, stream)
+        one = unfinished[number] = _Unfinished(total_bytes, stream)
+        self._put(one, data, record_bytes)
+        return Arrived(None, 0, stream)
 
     def _add(self, number: int, data: memoryview, record_bytes: int) -> Sequence[Arrived]:
         one = self._unfinished.get(number)
         if one is None:
             raise _bad("a piece has no beginning")
-        end = one.filled_bytes + len(data)
-        if not data or end > len(one.area):
+        if not data or one.filled_bytes + len(data) > len(one.area):
             raise _bad("a piece is empty or too long")
+        self._put(one, data, record_bytes)
+        return self._finish(number, one) if one.filled_bytes == len(one.area) else ()
+
+    def _put(self, one: _Unfinished, data: memoryview, record_bytes: int) -> None:
+        end = one.filled_bytes + len(data)
         one.area[one.filled_bytes : end] = data
         one.filled_bytes = end
         one.size_bytes += record_bytes
-        return self._finish(number, one) if end == len(one.area) else ()
 
     def _finish(self, number: int, one: _Unfinished) -> tuple[Arrived]:
         del self._unfinished[number]

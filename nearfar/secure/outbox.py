@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nearfar.secure.frames import (
+    FIRST_PIECE_BYTES,
     HEADER_BYTES,
     MAX_UNFINISHED,
     MAX_WHOLE_BYTES,
     PIECE_RECORD_BYTES,
     Pieces,
     frame,
+    only_piece,
 )
-from nearfar.secure.pace import MAX_BATCH_BYTES as MAX_BATCH_BYTES
-from nearfar.secure.pace import CreditPace, TokenPace
+from nearfar.secure.pace import MAX_BATCH_BYTES, CreditPace, TokenPace
 from nearfar.secure.records import OVERHEAD_BYTES, Buffer
 from nearfar.secure.shaping import Shaping, padded_bytes
 
@@ -144,6 +145,15 @@ class Outbox:
             else:
                 self._ready.append(plaintext)
             return len(plaintext) + OVERHEAD_BYTES
+        pad = _PADS[shaping]
+        whole_bytes = FIRST_PIECE_BYTES + size_bytes
+        if whole_bytes <= PIECE_RECORD_BYTES and not self._is_crowded and shaping != "strict":
+            # It leaves next, at once and in one record: no state of it needs to be kept.
+            self._number += 1
+            padded = 0 if pad is None else pad(whole_bytes)
+            plaintext = only_piece(parts, size_bytes, stream, self._number, padded)
+            self._ready.append(plaintext)
+            return len(plaintext) + OVERHEAD_BYTES
         pieces = self._cut(parts, size_bytes, stream)
         sealed_bytes = pieces.left_bytes + pieces.count * OVERHEAD_BYTES
         # Keeps nothing of the caller's arrays for long, which may change once a message was
@@ -210,6 +220,11 @@ class Outbox:
         return stream != 0 and any(
             stream == other.stream for queue in (self._under_way, self._held) for other in queue
         )
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether a long message put in now must wait for others, or let some pass."""
+        return bool(self._ready or self._under_way or self._held)
 
     def _cut(self, parts: Sequence[Buffer], size_bytes: int, stream: int) -> Pieces:
         self._number += 1
@@ -285,7 +300,7 @@ class Outbox:
         taken, size_bytes = [first], len(first)
         while self._ready:
             found = self._ready[0]
-            if not isinstance(found, bytes) or size_bytes + len(found) > PIECE_RECORD_BYTES:
+            if not isinstance(found, bytes) or size_bytes + len(found) > MAX_WHOLE_BYTES:
                 break
             taken.append(found)
             size_bytes += len(found)

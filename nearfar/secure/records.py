@@ -128,13 +128,21 @@ class RecordSealer:
         self._sequence = 0
         self._limits = limits
 
-    def seal(self, record_type: int, plaintext: Buffer, *, now_s: float | None = None) -> Buffer:
+    def seal(
+        self,
+        record_type: int,
+        plaintext: Buffer,
+        *,
+        now_s: float | None = None,
+        room: memoryview | None = None,
+    ) -> Buffer:
         """One record, ready to send; records must be sent in the order they were sealed.
 
         Args:
             record_type: First byte of the record, in the clear.
             plaintext: Any size; it is copied only by the cipher.
             now_s: Any clock that does not jump, always the same; without it age is not looked at.
+            room: Where a long record that fits is sealed: what is returned is then its beginning.
         """
         size_bytes = len(plaintext)
         epoch = self._epoch
@@ -154,8 +162,12 @@ class RecordSealer:
         if size_bytes <= _SHORT_BYTES:
             record = header + epoch.aead.encrypt(nonce, plaintext, header)
         else:
-            # numpy's memory is not cleared first, as that of a bytearray is
-            record = np.empty(size_bytes + OVERHEAD_BYTES, np.uint8).data
+            record_bytes = size_bytes + OVERHEAD_BYTES
+            if room is not None and record_bytes <= len(room):
+                record = room[:record_bytes]
+            else:
+                # numpy's memory is not cleared first, as that of a bytearray is
+                record = np.empty(record_bytes, np.uint8).data
             record[: _HEADER.size] = header
             epoch.aead.encrypt_into(nonce, plaintext, header, record[_HEADER.size :])
         epoch.records += 1

@@ -80,6 +80,9 @@ State = Union[ConnectionState, StreamState]
 
 _CLIENT, _SERVER = Role.CLIENT, Role.SERVER
 _C, _S = ConnectionState, StreamState
+# In Python 3.11 looking a member up in its class takes as long as a call.
+_OPEN, _DRAINING, _CLOSED = _C.OPEN, _C.DRAINING, _C.CLOSED
+_IDLE, _ENDED = _S.IDLE, _S.ENDED
 
 #: (who sends, state, message) -> next state. What is not here is illegal.
 TRANSITIONS: dict[tuple[Role, State, type[Message]], State] = {
@@ -256,7 +259,7 @@ class Connection:
     @property
     def can_open(self) -> bool:
         """Whether the client may open one more stream now."""
-        return self.state is ConnectionState.OPEN and len(self._streams) < self._max_streams
+        return self.state is _OPEN and len(self._streams) < self._max_streams
 
     def credit(self, stream: int) -> int:
         """Tokens the server may still send."""
@@ -352,13 +355,13 @@ class Connection:
         Args:
             problem: Why; a server queues it for the client as `Error` on stream 0.
         """
-        if self.state is ConnectionState.CLOSED:
+        if self.state is _CLOSED:
             return
         if problem is not None and self.role is Role.SERVER:
             texts = [_sendable(text) for text in (problem.problem, problem.fix)]
             error = Error(stream=0, code=problem.code, problem=texts[0], fix=texts[1])
             self.outgoing.append(Outgoing(error, *self.prepare(error, is_own=True)))
-        self.state = ConnectionState.CLOSED
+        self.state = _CLOSED
 
     def take(self) -> list[Outgoing]:
         """What was queued by `send`, and by this end itself, in order; empties the queue."""
@@ -379,7 +382,7 @@ class Connection:
         if (
             self.role is Role.SERVER
             and self._highest_stream < stream <= MAX_STREAM
-            and self.state is ConnectionState.OPEN
+            and self.state is _OPEN
         ):
             self._arriving.add(stream)
             self._highest_stream = stream
@@ -402,7 +405,7 @@ class Connection:
             RemoteProtocolError: The peer broke the rules; the connection is closed, and a server
                 has queued the error for its client.
         """
-        if self.state is ConnectionState.CLOSED:
+        if self.state is _CLOSED:
             return None
         try:
             if len(data) > self.max_message_bytes:
@@ -459,7 +462,7 @@ class Connection:
 
     def _state_without_entry(self, stream: int) -> State:
         is_new = stream > self._highest_stream or stream in self._arriving
-        return StreamState.IDLE if is_new else StreamState.ENDED
+        return _IDLE if is_new else _ENDED
 
     def _judge(self, sender: Role, message: Message) -> State:
         """The state the message leads to; changes nothing.
@@ -489,10 +492,10 @@ class Connection:
             )
         if not stream:
             self._judge_connection(sender, message)
-        elif self.state is not ConnectionState.OPEN and self.state is not ConnectionState.DRAINING:
+        elif self.state is not _OPEN and self.state is not _DRAINING:
             raise _Violation(f"streams cannot be used while the connection is {self.state.value}")
         elif entry is None:
-            if len(self._streams) >= self._max_streams or self.state is ConnectionState.DRAINING:
+            if len(self._streams) >= self._max_streams or self.state is _DRAINING:
                 self._judge_opener()
         elif kind is not Result:
             self._judge_stream(entry, message)  # type: ignore[arg-type]
@@ -527,7 +530,7 @@ class Connection:
             raise _Violation("Pong answers no Ping")
 
     def _judge_opener(self) -> None:
-        if self.role is Role.CLIENT and self.state is ConnectionState.DRAINING:
+        if self.role is Role.CLIENT and self.state is _DRAINING:
             raise _Violation("the server is going away", "Open a new connection")
         if len(self._streams) >= self._max_streams:
             raise _Violation(
@@ -562,7 +565,7 @@ class Connection:
     # Following
 
     def _advance(self, message: Message, next_state: State) -> None:
-        if next_state is StreamState.ENDED:
+        if next_state is _ENDED:
             del self._streams[message.stream]  # type: ignore[union-attr]
         elif isinstance(next_state, ConnectionState):
             self._advance_connection(message, next_state)

@@ -81,7 +81,8 @@ class Echo:
         while self._waiting and websocket.is_writable:
             data, is_text = self._waiting.popleft()
             if not is_text:
-                websocket.write([data])
+                websocket.put(data)
+                websocket.push()
             elif _is_utf8(data):
                 websocket.protocol.send_text(data)
                 websocket.send_data()

@@ -164,7 +164,7 @@ def test_nothing_of_a_message_is_visible_outside(
 # Pieces
 
 
-LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
+LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: two pieces
 
 
 @pytest.mark.parametrize(

@@ -129,12 +129,13 @@ async def ends(state: Any) -> AsyncIterator[tuple[End, End]]:
 
 def messages(seed: int) -> list[bytes]:
     """Around the sizes of TLS records, reads and the longest frame that is taken whole."""
-    sizes = [0, 1, 125, 126, 16_383, 16_384, 16_385, 65_535, 65_536, 131_072, 300_000, 1 << 20]
+    sizes = [0, 1, 125, 126, 16_383, 16_384, 16_385, 65_535, 65_536, 196_608, 300_000, 1 << 20]
     return [np.random.default_rng(seed + size).bytes(size) for size in sizes]
 
 
 def send(end: End, data: bytes) -> None:
-    end.websocket.write([data])
+    end.websocket.put(data)
+    end.websocket.push()
 
 
 @pytest.mark.parametrize("is_known", [pytest.param(True, marks=takes_over), False])
@@ -145,7 +146,7 @@ def test_messages_arrive_as_they_were_sent(state, monkeypatch, is_known):
     async def scenario() -> None:
         async with ends(state) as (client, server):
             for end in (client, server):
-                assert isinstance(end.websocket._writer, DirectTls) is is_known
+                assert isinstance(end.websocket._direct, DirectTls) is is_known
             there, back = messages(1), messages(2)
             for one, other in zip(there, back):  # noqa: B905 (same length)
                 for end, data in ((client, one), (server, other)):
@@ -160,12 +161,42 @@ def test_messages_arrive_as_they_were_sent(state, monkeypatch, is_known):
 
 
 @takes_over
+@pytest.mark.parametrize("is_aside", [False, True])
+def test_what_lies_in_the_room_leaves_in_its_turn(state, is_aside):
+    long = [np.random.default_rng(seed).bytes(150_000 + seed) for seed in range(3)]
+    expected = [b"first", long[0], long[1], b"between", b"short", long[2]]
+
+    def lay(end: End, data: bytes) -> None:
+        record = end.websocket.room[: len(data)]
+        record[:] = data
+        end.websocket.put(record)
+        end.websocket.room[: len(data)] = bytes(len(data))
+
+    async def scenario() -> None:
+        async with ends(state) as (client, server):
+            for end, other in ((client, server), (server, client)):
+                if is_aside:  # asyncio's layer goes on where this one stands
+                    end.websocket._direct._step_aside()
+                for data in expected:
+                    if len(data) > 4096:
+                        lay(end, data)
+                    else:
+                        end.websocket.put(data)
+                end.websocket.push()
+                await other.until(lambda other=other: len(other.heard.messages) == len(expected))
+                assert other.heard.messages == expected
+
+    run(scenario())
+
+
+@takes_over
 def test_sessions_keep_nothing_that_lies_in_the_shared_buffer(state, monkeypatch):
     genuine = DirectTls.buffer_updated
 
     def poisoned(self: DirectTls, nbytes: int) -> None:
         genuine(self, nbytes)
         self._plain[:] = bytes([0xAA]) * len(self._plain)
+        self.room[:] = bytes([0x55]) * len(self.room)
 
     monkeypatch.setattr(DirectTls, "buffer_updated", poisoned)
 
@@ -179,7 +210,7 @@ def test_sessions_keep_nothing_that_lies_in_the_shared_buffer(state, monkeypatch
         ) as server:  # fmt: skip
             config = config_of(state, port_of(server))
             session = await wire_ends.Session.open(config, client_tls(config))
-            for size_bytes in (8, 1024, 150_000, 1 << 20):
+            for size_bytes in (8, 1024, 70_000, 150_000, 1 << 20):
                 payload = np.frombuffer(np.random.default_rng(size_bytes).bytes(size_bytes), "u1")
                 session._send(payload)
                 received = await session._next()
@@ -298,7 +329,7 @@ def test_a_connection_without_tls_stays_as_it_is(tmp_path: Path):
             url = f"ws://127.0.0.1:{port_of(server)}"
             end = End(await connect(url, create_connection=ClientWebsocket, proxy=None))
             await end.until(lambda: end.heard.messages == [b"plain"])
-            assert end.websocket._writer is end.websocket.transport
+            assert end.websocket._direct is None
             await end.websocket.close()
 
     run(scenario())

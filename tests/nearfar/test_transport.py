@@ -14,7 +14,7 @@ from nearfar.transport import TextReceived, Transport
 from nearfar.wire import messages as wire
 from tests.support.wire import Pair, infer, result
 
-LARGE = np.arange(40_000, dtype=np.float64)  # 320 KB: five pieces
+LARGE = np.arange(100_000, dtype=np.float64)  # 800 KB: five pieces
 SMALL = np.arange(8, dtype=np.float32)
 
 
@@ -23,6 +23,8 @@ class Wire:
 
     def __init__(self) -> None:
         self.is_writable = self.is_open = True
+        self.room = memoryview(bytearray(1 << 18))
+        self.parts: list[bytes] = []
         self.batches: list[list[bytes]] = []
         self.listener: Any = None
         self.transport = self
@@ -30,8 +32,13 @@ class Wire:
     def listen(self, listener: Any) -> None:
         self.listener = listener
 
-    def write(self, records: list[bytes | bytearray]) -> None:
-        self.batches.append([bytes(record) for record in records])
+    def put(self, record: Any) -> None:
+        self.parts.append(bytes(record))
+
+    def push(self) -> None:
+        if self.parts:
+            self.batches.append(self.parts)
+            self.parts = []
 
     async def until_writable(self) -> None:
         await asyncio.sleep(0)

@@ -145,12 +145,13 @@ _TOKENS: tuple[Put, ...] = tuple((35 * number, 1, "token", 28) for number in ran
 _TRAFFIC: dict[str, tuple[Shaping, tuple[Put, ...]]] = {
     "off: at once, as they are": ("off", ((0, 1, "message", 40), (30, 1, "token", 28))),
     "off: a long message and a short one": (
-        "off", ((0, 1, "message", 150_000), (0, 2, "message", 40)),
+        "off", ((0, 1, "message", 400_000), (0, 2, "message", 40)),
     ),
     "balanced: messages": (
         "balanced", ((0, 1, "message", 1), (0, 0, "message", 120), (10, 2, "message", 121)),
     ),
-    "balanced: a long message": ("balanced", ((0, 1, "message", 150_000),)),
+    "balanced: a long message": ("balanced", ((0, 1, "message", 400_000),)),
+    "balanced: a long message in one record": ("balanced", ((0, 1, "message", 150_000),)),
     "balanced: an answer": ("balanced", (*_TOKENS, (420, 1, "end", 80))),
     "balanced: an answer that pauses": (
         "balanced", (*_TOKENS[:3], (950, 1, "token", 28), (960, 1, "end", 80)),

@@ -256,7 +256,7 @@ def _unshaped(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
             assert record["bytes"] == sum(8 + one["bytes"] for one in alone)
             assert {one["ms"] for one in alone} == {record["ms"]}
         else:
-            assert record["bytes"] <= 65536
+            assert record["bytes"] <= 163840
 
 
 def _balanced(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
@@ -288,7 +288,7 @@ def _balanced(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
 
 def _with_headers(size: int) -> int:
     """A message with its frame's header, or all headers of its pieces and the announcement."""
-    return size + 8 if size <= 65536 else size + 8 + 8 * -(-(size + 8) // (65536 - 8))
+    return size + 8 if size <= 65536 else size + 8 + 8 * -(-(size + 8) // (163840 - 8))
 
 
 def _strict(put: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:

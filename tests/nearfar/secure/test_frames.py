@@ -16,6 +16,7 @@ from nearfar.secure.frames import (
     Assembler,
     Pieces,
     frame,
+    only_piece,
 )
 from nearfar.secure.records import OVERHEAD_BYTES, TYPE_MESSAGE, RecordOpener, RecordSealer
 from nearfar.secure.shaping import padded_bytes
@@ -162,6 +163,25 @@ def test_it_does_not_matter_where_a_plaintext_lay(
         assert whole(found) == whole(expected)
         assert [one[1:] for one in found] == [one[1:] for one in expected]
         assert placing.assembler.oldest == copying.oldest
+
+
+def test_a_first_piece_may_be_all_and_is_not_copied() -> None:
+    plaintext = only_piece([b"near", b"far!"], 8, 7, 5 + (1 << 24), 64)
+    assert plaintext.hex() == "02000005000000100000000700000008" + b"nearfar!".hex() + ("00" * 40)
+    assembler = Assembler()
+    (one,) = feed(assembler, plaintext)
+    assert one == (b"nearfar!", 64 + OVERHEAD_BYTES, 7)
+    assert one.message is not None
+    assert one.message.obj is plaintext
+    assert assembler.unfinished == 0
+    assert whole(feed(assembler, plaintext)) == [b"nearfar!"]  # its number is free again
+
+
+def test_a_first_piece_that_is_all_counts_against_what_is_unfinished() -> None:
+    assembler = Assembler()
+    feed(assembler, first_piece(1, LIMIT - 7))
+    with pytest.raises(RemoteProtocolError):
+        feed(assembler, only_piece([bytes(8)], 8, 1, 2, 0))
 
 
 def test_sizes_on_the_wire_are_counted() -> None:

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfar.secure.frames import HEADER_BYTES, MAX_UNFINISHED, MAX_WHOLE_BYTES, Assembler
+from nearfar.secure.frames import (
+    HEADER_BYTES,
+    MAX_UNFINISHED,
+    MAX_WHOLE_BYTES,
+    PIECE_RECORD_BYTES,
+    Assembler,
+)
 from nearfar.secure.outbox import (
     END_BYTES,
     STRICT_RECORD_BYTES,
@@ -74,6 +80,16 @@ def test_short_messages_overtake_a_long_one_between_its_pieces() -> None:
         reader.read(plaintext)
         box.put(*item(name, 2))
     assert reader.drain(box).names == ["a", "b", "c", "large"]
+
+
+def test_of_many_that_fit_into_a_record_few_are_before_a_short_one() -> None:
+    box = outbox()
+    for number in range(MAX_UNFINISHED + 3):
+        box.put(*item(f"{number}", number + 1, MAX_WHOLE_BYTES + 1))
+    box.put(*item("ping"))
+    names = Reader().drain(box).names
+    assert names[: MAX_UNFINISHED + 2][-1] == "ping"
+    assert sorted(names[MAX_UNFINISHED + 2 :]) == ["5", "6"]
 
 
 def test_messages_of_one_stream_keep_their_order() -> None:
@@ -159,7 +175,11 @@ SHAPINGS: list[Shaping] = ["off", "balanced", "strict"]
 @given(
     st.sampled_from(SHAPINGS),
     st.lists(
-        st.tuples(st.integers(1, 3), st.sampled_from([1, 60, 500, 5000, LARGE]), st.booleans()),
+        st.tuples(
+            st.integers(1, 3),
+            st.sampled_from([1, 60, 5000, MAX_WHOLE_BYTES + 1, LARGE]),
+            st.booleans(),
+        ),
         max_size=25,
     ),
     st.lists(st.integers(0, 3), min_size=25, max_size=25),
@@ -199,15 +219,16 @@ def test_sizes_of_whole_messages(shaping: Shaping, size_bytes: int, padded_bytes
     assert counted_bytes == padded_bytes + OVERHEAD_BYTES
 
 
+@pytest.mark.parametrize("size_bytes", [100_000, 200_000])
 @pytest.mark.parametrize("shaping", SHAPINGS)
-def test_long_messages_count_what_their_records_take(shaping: Shaping) -> None:
+def test_long_messages_count_what_their_records_take(shaping: Shaping, size_bytes: int) -> None:
     box = outbox(shaping)
-    counted_bytes = box.put(*item("x", 1, 200_000))
+    counted_bytes = box.put(*item("x", 1, size_bytes))
     sizes = Reader().drain(box, None).sizes
     assert counted_bytes == sum(sizes) + OVERHEAD_BYTES * len(sizes)
     if shaping == "strict":
         assert set(sizes) == {STRICT_RECORD_BYTES}
-    assert max(sizes) <= MAX_WHOLE_BYTES
+    assert max(sizes) <= PIECE_RECORD_BYTES
 
 
 # balanced

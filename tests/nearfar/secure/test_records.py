@@ -95,6 +95,16 @@ def test_keys_change_after_ten_minutes_of_use() -> None:
     assert epochs == [0, 0, 0, 1, 1, 1, 1, 2, 3]
 
 
+def test_a_long_record_is_sealed_where_there_is_room() -> None:
+    room = memoryview(bytearray(10_000))
+    for size_bytes in (4096, 4097, 10_000 - OVERHEAD_BYTES, 10_001 - OVERHEAD_BYTES):
+        plaintext = bytes(size_bytes)
+        record = RecordSealer(SECRET).seal(16, plaintext, room=room)
+        is_in_room = isinstance(record, memoryview) and record.obj is room.obj
+        assert is_in_room is (4096 < size_bytes <= 10_000 - OVERHEAD_BYTES)
+        assert record == RecordSealer(SECRET).seal(16, plaintext)
+
+
 def test_any_buffer_can_be_sealed() -> None:
     for plaintext in (b"text", bytearray(b"text"), memoryview(b"..text")[2:]):
         assert RecordSealer(SECRET).seal(TYPE_MESSAGE, plaintext) == _record(SECRET, 0, 0, b"text")
