@@ -43,6 +43,7 @@ from converters.steps.verify_tensors import (
     synthetic_samples,
     verify_tensors,
 )
+from converters.tensorrt.ranges import GROWTH, Bounds
 from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
     AudioPreprocessing,
@@ -120,7 +121,8 @@ def build(
     full = _optimised(source, samples, shop)
     narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     base = (narrow or pruned.path) if pruned is not None else (full or source.path)
-    compiled = TensorrtVariants(shop, base, ids, sample=first)
+    bounds = _bounds(meaning.preprocessing, first)
+    compiled = TensorrtVariants(shop, base, ids, sample=first, bounds=bounds)
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
@@ -183,6 +185,7 @@ def build(
         compiled,
         quality,
         sample=first,
+        bounds=bounds,
     )
     shop.check_any([variant.id for variant in variants])
     return Manifest(
@@ -212,6 +215,16 @@ def variants_of(own: str, *, narrow: str = "") -> tuple[tuple[str, ...], tuple[s
     if narrow:
         return (narrow, own), (own, narrow, *COMPRESSED, *TENSORRT_IDS)
     return (own,), (own, *COMPRESSED, *TENSORRT_IDS) if own == "fp32" else (own,)
+
+
+def _bounds(spec: Preprocessing | None, sample: Feeds) -> Bounds:
+    """Which sizes of texts and sounds the bundle itself lets through."""
+    if isinstance(spec, TextPreprocessing):
+        return Bounds(most=spec.max_length_tokens)
+    if isinstance(spec, AudioPreprocessing):
+        usual = sample[spec.input].shape[-1]
+        return Bounds(spec.min_samples, min(spec.max_samples, GROWTH * usual))
+    return Bounds()
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:

@@ -2,16 +2,15 @@
 
 Seen in 1.31, with the smallest graphs that show it:
 
-- ``static``: a weight that is read by ``Gemm`` and by ``Gemm`` with ``transB`` (or by ``MatMul``, or
-  looked up by ``Gather``) has its scales along one axis only, which is the last reader's. The
+- ``static``: a weight that is read by ``Gemm`` and by ``Gemm`` with ``transB`` (or by ``MatMul``,
+  or looked up by ``Gather``) has its scales along one axis only, which is the last reader's. The
   quantizer fails, or writes a graph that does not run; of a square matrix one that is wrong.
-- ``dynamic``: ``Gemm`` with ``transB`` becomes ``MatMul`` of a weight that is turned in place, whoever
-  else reads it. The graph does not load; of a square matrix it is wrong.
+- ``dynamic``: ``Gemm`` with ``transB`` becomes ``MatMul`` of a weight that is turned in place,
+  whoever else reads it. The graph does not load; of a square matrix it is wrong.
 - Both: a node that shall stay in full precision gets the rounded weight of the others.
 
-So readers that need other forms of a weight get a copy of their own before it is rounded. Models with
-tied weights become larger by that: a table of words that is the head too is stored twice, as it is by
-any quantizer that has one scale for each output channel.
+So readers that need other forms of a weight get a copy of their own before it is rounded. Models
+with tied weights become larger by that: a table of words that is the head too is stored twice.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import msgspec
 
 from converters.libraries import load
 from converters.tensorrt.findings import Finding, explain, merged
-from converters.tensorrt.ranges import Three, profile_of
+from converters.tensorrt.ranges import ANY_SIZE, Bounds, Three, profile_of
 from converters.tensorrt.repair import repair
 from converters.tensorrt.scan import scan
 from nearfar.bundle.manifest import ShapeRange, TensorrtCheck
@@ -68,7 +68,7 @@ def check_graph(
     axes: Mapping[str, Three] | None = None,
     fixed: Mapping[str, float] | None = None,
     sample: Mapping[str, Sequence[int]] | None = None,
-    limit: int = 0,
+    bounds: Bounds = ANY_SIZE,
     profile: Sequence[ShapeRange] | None = None,
     try_repair: bool = True,
     save_fixed: Path | None = None,
@@ -81,7 +81,7 @@ def check_graph(
         axes: See `profile_of`.
         fixed: Inputs to replace by a value before anything else is judged.
         sample: See `profile_of`.
-        limit: See `profile_of`.
+        bounds: See `profile_of`.
         profile: Ranges that are known already; the three above do not count then.
         try_repair: Whether to repair.
         save_fixed: Where to write the repaired graph, if it is accepted.
@@ -97,7 +97,7 @@ def check_graph(
     if profile is not None:
         ranges = tuple(profile)
     else:
-        ranges = profile_of(model, axes or {}, sample=sample, limit=limit)
+        ranges = profile_of(model, axes or {}, sample=sample, bounds=bounds)
     if fixed:
         # The graph is meant with these values: it is judged as it is then.
         result: BuildResult | None = None

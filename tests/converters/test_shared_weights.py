@@ -24,7 +24,7 @@ WAYS = {
     "dynamic": Int8Settings(method="dynamic"),
     "dynamic per tensor": Int8Settings(method="dynamic", per_channel=False),
 }
-#: What reads the weight first and second, where the first gives as many numbers as the second takes.
+#: What reads the weight first and second: the first gives as many numbers as the second takes.
 PAIRS = [("gemm", "turned"), ("product", "turned"), ("turned", "gemm"), ("turned", "product"),
          ("table", "turned")]  # fmt: skip
 #: The same of a square one, where a wrong graph runs.

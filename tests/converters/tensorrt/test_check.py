@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from converters.tensorrt.check import Verdict, check_graph, require_library
 from converters.tensorrt.commands import app
 from converters.tensorrt.findings import FIXES, explain
-from converters.tensorrt.ranges import profile_of, stated_axes
+from converters.tensorrt.ranges import Bounds, profile_of, stated_axes
 from nearfar.bundle.manifest import ShapeRange
 from nearfar.cli import run
 from nearfar.engines.tensorrt_build import BuildResult, RawError, build
@@ -220,7 +220,7 @@ def test_ranges_come_from_statements_samples_and_limits():
         model,
         {"height": (8, 16, 32), "image.3": (1, 2, 3)},
         sample={"ids": (1, 50), "image": (1, 3, 20, 20)},
-        limit=64,
+        bounds=Bounds(most=64),
     )
     assert [one.name for one in profile] == ["ids", "image"]
     assert (profile[0].smallest, profile[0].usual, profile[0].largest) == (
