@@ -43,7 +43,7 @@ from converters.steps.verify_tensors import (
     synthetic_samples,
     verify_tensors,
 )
-from converters.tensorrt.ranges import GROWTH, Bounds
+from converters.tensorrt.ranges import bounds_of
 from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
     AudioPreprocessing,
@@ -121,7 +121,8 @@ def build(
     full = _optimised(source, samples, shop)
     narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     base = (narrow or pruned.path) if pruned is not None else (full or source.path)
-    bounds = _bounds(meaning.preprocessing, first)
+    shapes = {key: array.shape for key, array in first.items()}
+    bounds = bounds_of(meaning.preprocessing, shapes)
     compiled = TensorrtVariants(shop, base, ids, sample=first, bounds=bounds)
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
@@ -215,16 +216,6 @@ def variants_of(own: str, *, narrow: str = "") -> tuple[tuple[str, ...], tuple[s
     if narrow:
         return (narrow, own), (own, narrow, *COMPRESSED, *TENSORRT_IDS)
     return (own,), (own, *COMPRESSED, *TENSORRT_IDS) if own == "fp32" else (own,)
-
-
-def _bounds(spec: Preprocessing | None, sample: Feeds) -> Bounds:
-    """Which sizes of texts and sounds the bundle itself lets through."""
-    if isinstance(spec, TextPreprocessing):
-        return Bounds(most=spec.max_length_tokens)
-    if isinstance(spec, AudioPreprocessing):
-        usual = sample[spec.input].shape[-1]
-        return Bounds(spec.min_samples, min(spec.max_samples, GROWTH * usual))
-    return Bounds()
 
 
 def _meaning(source: OnnxSource, shop: Workshop) -> Meaning:

@@ -17,10 +17,18 @@ import msgspec
 
 from converters.libraries import load
 from converters.tensorrt.findings import Finding, explain, merged
-from converters.tensorrt.ranges import ANY_SIZE, Bounds, Three, profile_of
+from converters.tensorrt.ranges import (
+    ANY_SIZE,
+    Bounds,
+    Three,
+    bounds_of,
+    profile_of,
+    usual_of,
+)
 from converters.tensorrt.repair import repair
 from converters.tensorrt.scan import scan
-from nearfar.bundle.manifest import ShapeRange, TensorrtCheck
+from nearfar.bundle import Bundle
+from nearfar.bundle.manifest import ShapeRange, TensorrtCheck, Variant
 from nearfar.engines.tensorrt_build import BuildResult, Library, build, find_interpreter
 from nearfar.errors import ConversionError
 
@@ -129,6 +137,36 @@ def check_graph(
         fixed_accepted=is_taken,
         engine_bytes=again.engine_bytes,
         build_s=again.build_s,
+    )
+
+
+def check_variant(
+    bundle: Bundle,
+    variant: Variant,
+    *,
+    axes: Mapping[str, Three] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Verdict:
+    """`check_graph` of a variant, with its own ranges of sizes or those that its bundle knows.
+
+    Args:
+        bundle, variant: What is asked about.
+        axes, fixed, timeout_s: See `check_graph`.
+
+    Raises:
+        ConfigError, ConversionError: See `check_graph`.
+    """
+    spec = bundle.manifest.preprocessing
+    usual = usual_of(spec)
+    return check_graph(
+        bundle.variant_entry(variant),
+        axes=axes,
+        fixed=fixed,
+        sample=usual,
+        bounds=bounds_of(spec, usual),
+        profile=variant.tensorrt.profile if variant.tensorrt is not None else None,
+        timeout_s=timeout_s,
     )
 
 

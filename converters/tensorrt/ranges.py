@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from converters.libraries import load
-from nearfar.bundle.manifest import ShapeRange
+from nearfar.bundle.manifest import (
+    AudioPreprocessing,
+    Preprocessing,
+    ShapeRange,
+    TextPreprocessing,
+)
 from nearfar.errors import ConfigError
 
 Three = tuple[int, int, int]
@@ -97,6 +102,28 @@ def profile_of(
             f"{next(iter(axes), 'input')}.0",
         )
     return tuple(found)
+
+
+def bounds_of(spec: Preprocessing | None, sample: Mapping[str, Sequence[int]]) -> Bounds:
+    """Which sizes of texts and sounds a bundle lets through.
+
+    Args:
+        spec: How its inputs are prepared.
+        sample: Shapes of one real input, or `usual_of`.
+    """
+    if isinstance(spec, TextPreprocessing):
+        return Bounds(most=spec.max_length_tokens)
+    if isinstance(spec, AudioPreprocessing):
+        return Bounds(spec.min_samples, min(spec.max_samples, GROWTH * sample[spec.input][-1]))
+    return ANY_SIZE
+
+
+def usual_of(spec: Preprocessing | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of an input, where there is no real one at hand: a sound has a second."""
+    if not isinstance(spec, AudioPreprocessing):
+        return {}
+    usual = min(max(spec.sample_rate_hz, spec.min_samples), spec.max_samples)
+    return {spec.input: (1, usual)}
 
 
 def stated_axes(model: Any, profile: Sequence[ShapeRange]) -> dict[str, Three]:
