@@ -16,8 +16,9 @@ from converters.recipes.base import Workshop
 from converters.recipes.int8 import make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.settings import TensorrtSettings
-from converters.steps.bfloat16 import as_floats, to_bfloat16
+from converters.steps.bfloat16 import to_bfloat16
 from converters.steps.half_precision import to_half
+from converters.steps.rounding_twin import write_twin
 from converters.tensorrt.ranges import ANY_SIZE, Bounds, load_model, profile_of, stated_axes
 from nearfar.bundle.manifest import (
     QualityFigure,
@@ -29,7 +30,6 @@ from nearfar.bundle.manifest import (
 from nearfar.errors import ConversionError
 
 IDS = ("trt-fp32", "trt-fp16", "trt-bf16", "trt-int8")
-_BF16 = "trt-bf16"
 _HALF_SCALES_OPSET = 19
 _TOOLS = ("onnx", "onnxruntime", "onnxslim", "numpy")
 
@@ -95,8 +95,8 @@ class TensorrtVariants:
             if one == "trt-fp32":
                 shutil.copyfile(base, path)
                 continue
-            if one == _BF16:
-                self._write_bfloat16(base, path)
+            if one == "trt-bf16":
+                self._written(one, base, path, to_bfloat16)
                 continue
             precise = base
             if one == "trt-int8":
@@ -104,14 +104,7 @@ class TensorrtVariants:
             if one == "trt-int8" and (self._settings.rest == "fp32" or not _takes_half(precise)):
                 shutil.copyfile(precise, path)
                 continue
-            with self._shop.reporter.step(f"write {one} with FP16"):
-                self._shop.cache.output(
-                    "half",
-                    {"source": digest_of_path(precise)},
-                    path,
-                    lambda target, precise=precise: to_half(precise, target),  # type: ignore[misc]
-                    tools=_TOOLS,
-                )
+            self._written(one, precise, path, to_half)
         return paths
 
     def judged(
@@ -140,25 +133,30 @@ class TensorrtVariants:
             blame_layers, self._shop, variant_id, self._base, path, lambda: self._calibration
         )
 
-    def _judged(self, variant_id: str) -> Path:
-        """What is run here for a variant: itself, or a twin where no kernel here knows its type."""
-        if variant_id == _BF16:
-            return self._shop.work / f"{_BF16}-in-floats" / "model.onnx"
-        return self._shop.writer.file(self._entry(variant_id))
-
-    def _write_bfloat16(self, base: Path, target: Path) -> None:
-        """The variant, and the twin that it is judged by."""
-        with self._shop.reporter.step(f"write {_BF16}"):
+    def _written(
+        self, variant_id: str, source: Path, target: Path, write: Callable[[Path, Path], None]
+    ) -> None:
+        """Write a variant in 16 bits, and the twin that it is judged by."""
+        words = "BF16" if variant_id == "trt-bf16" else "FP16"
+        with self._shop.reporter.step(f"write {variant_id} with {words}"):
             self._shop.cache.output(
-                "bfloat16",
-                {"source": digest_of_path(base)},
+                words.lower(),
+                {"source": digest_of_path(source)},
                 target,
-                lambda path: to_bfloat16(base, path),
-                tools=("onnx", "numpy"),
+                lambda path: write(source, path),
+                tools=_TOOLS,
             )
-            twin = self._judged(_BF16)
+            twin = self._twin(variant_id)
             twin.parent.mkdir(exist_ok=True)
-            as_floats(target, twin)
+            write_twin(target, twin)
+
+    def _judged(self, variant_id: str) -> Path:
+        """What is run here for a variant: itself, or its twin where it has one."""
+        twin = self._twin(variant_id)
+        return twin if twin.is_file() else self._shop.writer.file(self._entry(variant_id))
+
+    def _twin(self, variant_id: str) -> Path:
+        return self._shop.work / f"{variant_id}-twin" / "model.onnx"
 
     def meant(self, samples: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
         """Samples with the fixed inputs at their value."""

@@ -5,8 +5,7 @@ numbers or magnifies small differences stays in FP32 (`_PRECISE`), and so does w
 numbers alone: positions, angles and masks, of which BF16 knows 256 one after another. ONNX says
 which operators take BF16 at an opset (`Conv` since 22); the others stay in FP32 too.
 
-ONNX Runtime has no BF16 kernels on CPUs. `as_floats` makes a twin that runs there and rounds every
-value that is BF16 as BF16: what a variant is judged by. TensorRT's kernels keep more inside.
+ONNX Runtime cannot run it on CPUs: it is judged by its twin (`converters.steps.rounding_twin`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import numpy as np
 
 from converters.libraries import load, quiet
 from converters.steps.round_weights import LARGEST, bfloat16_tensor
+from converters.steps.rounding_twin import BF16_SUFFIX, types_of
 from converters.tensorrt.graph import Graph
 from nearfar.errors import ConversionError
 
@@ -41,7 +41,6 @@ _LEAST_OPSET, _CONV_OPSET = 13, 22
 _SINCE_CONV = frozenset(
     ("AveragePool", "Conv", "ConvTranspose", "GlobalAveragePool", "GlobalMaxPool", "MaxPool")
 )
-_SUFFIX = "_bf16"
 
 
 def to_bfloat16(source: Path, target: Path) -> None:
@@ -71,58 +70,18 @@ def to_bfloat16(source: Path, target: Path) -> None:
     onnx.save(model, str(target))
 
 
-def as_floats(source: Path, target: Path) -> None:
-    """Write a twin of a model from `to_bfloat16` for FP32 kernels, which rounds where it rounds."""
-    onnx = load("onnx")
-    types = onnx.TensorProto
-    model = onnx.load(str(source))
-    with quiet():
-        known = _types_of(onnx.shape_inference.infer_shapes(model))
-    for tensor in model.graph.initializer:
-        if tensor.data_type == types.BFLOAT16:
-            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
-    nodes: list[Any] = []
-    # Under the names that they have in FP32, values can be compared with those of the source.
-    renamed: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type == "Cast" and f"{node.output[0]}{_SUFFIX}" == node.input[0]:
-            continue
-        for position, name in enumerate(node.input):
-            node.input[position] = renamed.get(name, name)
-        if node.op_type == "Cast" and Graph.attribute(node, "to") == types.BFLOAT16:
-            short = f"{node.output[0]}_short"
-            widening = onnx.helper.make_node("Cast", [short], list(node.output), to=types.FLOAT)
-            node.output[0] = short
-            nodes += [node, widening]
-            continue
-        nodes.append(node)
-        for position, name in enumerate(node.output):
-            if known.get(name) == types.BFLOAT16:
-                plain = renamed[name] = name.removesuffix(_SUFFIX)
-                node.output[position] = f"{plain}_exact"
-                nodes += [
-                    onnx.helper.make_node(
-                        "Cast", [f"{plain}_exact"], [f"{plain}_short"], to=types.BFLOAT16
-                    ),
-                    onnx.helper.make_node("Cast", [f"{plain}_short"], [plain], to=types.FLOAT),
-                ]
-    _replace_nodes(model, nodes)
-    onnx.save(model, str(target))
-
-
 class _Typing:
     """Decides for every node, and writes the casts between them.
 
-    A value keeps its name in FP32; its form in BF16 has `_SUFFIX` behind it. Either is made by a
-    `Cast` of the other where somebody reads it.
+    A value keeps its name in FP32; its form in BF16 has `BF16_SUFFIX` behind it. Either is made by
+    a `Cast` of the other where somebody reads it.
     """
 
     def __init__(self, model: Any, known: Any) -> None:
         self._onnx = load("onnx")
         self._model = model
         self._graph = Graph(model)
-        self._types = _types_of(known)
+        self._types = types_of(known)
         self._stored = {
             tensor.name: tensor
             for tensor in model.graph.initializer
@@ -155,7 +114,7 @@ class _Typing:
                 for position, name in enumerate(node.output):
                     if self._is_float(name):
                         self._short.add(name)
-                        node.output[position] = name + _SUFFIX
+                        node.output[position] = name + BF16_SUFFIX
         for value in self._model.graph.output:
             if self._is_float(value.name):
                 nodes += self._cast(value.name, value.name, made)
@@ -197,24 +156,24 @@ class _Typing:
         if not name or not self._is_float(name):
             return None
         if node.op_type in _ANY_FORM and name in self._short:
-            return name + _SUFFIX
+            return name + BF16_SUFFIX
         if not is_short:
             return str(name)
         schema = self._schema(node)
         allowed = _allowed(schema).get(_type_name(schema.inputs, position), ())
         # Some inputs are FP32 whatever the others are: the scales of `Resize`.
-        return name + _SUFFIX if "tensor(bfloat16)" in allowed else str(name)
+        return name + BF16_SUFFIX if "tensor(bfloat16)" in allowed else str(name)
 
     def _cast(self, name: str, form: str, made: set[str]) -> Iterator[Any]:
         """The node that makes a form that nobody made yet."""
         if form in made:
             return
         made.add(form)
-        is_there = form == (name + _SUFFIX if name in self._short else name)
+        is_there = form == (name + BF16_SUFFIX if name in self._short else name)
         if name in self._stored or is_there:
             return
         types = self._onnx.TensorProto
-        given, to = (name + _SUFFIX, types.FLOAT) if form == name else (name, types.BFLOAT16)
+        given, to = (name + BF16_SUFFIX, types.FLOAT) if form == name else (name, types.BFLOAT16)
         yield self._onnx.helper.make_node("Cast", [given], [form], name=f"{form}_cast", to=to)
 
     def _store(self, read: set[str]) -> None:
@@ -226,9 +185,9 @@ class _Typing:
             array = np.clip(array, -LARGEST["bf16"], LARGEST["bf16"])
             if name in read:
                 rest.append(self._onnx.numpy_helper.from_array(array, name))
-            if name + _SUFFIX in read:
+            if name + BF16_SUFFIX in read:
                 short = bfloat16_tensor(array)
-                short.name = name + _SUFFIX
+                short.name = name + BF16_SUFFIX
                 rest.append(short)
         del graph.initializer[:]
         graph.initializer.extend(rest)
@@ -283,16 +242,6 @@ def _constants_first(model: Any) -> None:
 def _replace_nodes(model: Any, nodes: list[Any]) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def _types_of(model: Any) -> dict[str, int]:
-    """Name of a value to the type of its elements."""
-    graph = model.graph
-    found = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-    return found | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
 def _read_inside(node: Any) -> Iterator[str]:

@@ -13,8 +13,9 @@ from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.report.contents import report_in
 from converters.settings import Gates, Settings
-from converters.steps.bfloat16 import as_floats, to_bfloat16
+from converters.steps.bfloat16 import to_bfloat16
 from converters.steps.onnx_session import open_session, run
+from converters.steps.rounding_twin import write_twin
 from nearfar.errors import ConversionError
 from tests.converters.tensorrt import graphs
 
@@ -28,7 +29,7 @@ def written(model: onnx.ModelProto, folder: Path) -> tuple[Path, Path, Path]:
     paths = folder / "m.onnx", folder / "b.onnx", folder / "t.onnx"
     graphs.save(model, paths[0])
     to_bfloat16(*paths[:2])
-    as_floats(*paths[1:])
+    assert write_twin(*paths[1:])
     return paths
 
 
