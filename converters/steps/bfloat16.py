@@ -152,17 +152,17 @@ class _Typing:
 
     def _form(self, node: Any, position: int, *, is_short: bool) -> str | None:
         """Under which name a node reads a float; `None` where it is none."""
-        name = node.input[position]
+        name: str = node.input[position]
         if not name or not self._is_float(name):
             return None
         if node.op_type in _ANY_FORM and name in self._short:
             return name + BF16_SUFFIX
         if not is_short:
-            return str(name)
+            return name
         schema = self._schema(node)
         allowed = _allowed(schema).get(_type_name(schema.inputs, position), ())
         # Some inputs are FP32 whatever the others are: the scales of `Resize`.
-        return name + BF16_SUFFIX if "tensor(bfloat16)" in allowed else str(name)
+        return name + BF16_SUFFIX if "tensor(bfloat16)" in allowed else name
 
     def _cast(self, name: str, form: str, made: set[str]) -> Iterator[Any]:
         """The node that makes a form that nobody made yet."""
@@ -196,7 +196,7 @@ class _Typing:
     def _is_float(self, name: str) -> bool:
         if name in self._stored:
             return True
-        return self._types.get(name) == self._onnx.TensorProto.FLOAT
+        return bool(self._types.get(name) == self._onnx.TensorProto.FLOAT)
 
     def _schema(self, node: Any) -> Any:
         return self._onnx.defs.get_schema(
