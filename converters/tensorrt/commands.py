@@ -25,8 +25,8 @@ Axes = Annotated[
     typer.Option(
         "--axis",
         metavar="NAME=MIN,OPT,MAX",
-        help="Sizes of a free axis, by its name or as INPUT.AXIS; repeatable. Default: 1,4,16 for "
-        "the first axis of every input, 1,32,128 for others.",
+        help="Sizes of a free axis, by its name or as INPUT.AXIS; repeatable. Default: what "
+        "the bundle says; else 1,4,16 for the first axis of every input, 1,32,128 for others.",
         show_default=False,
     ),
 ]
