@@ -22,8 +22,8 @@ from converters.pipeline import convert_model
 from converters.recipes.tensorrt import IDS
 from converters.settings import CalibrationSettings, Gates, Int8Settings, TensorrtSettings
 from converters.settings import Settings as ConverterSettings
-from converters.tensorrt.check import Verdict, check_graph, require_library
-from nearfar.bundle import BundleStore
+from converters.tensorrt.check import Verdict, check_graph, check_variant, require_library
+from nearfar.bundle import Bundle, BundleStore
 from nearfar.bundle.manifest import Variant
 from nearfar.errors import ConversionError, InvalidInput
 
@@ -171,20 +171,16 @@ def _of_store(models: Path, timeout_s: float, begin: Begin) -> list[Answer]:
     answers = []
     for manifest, variant in found:
         bundle = store.open(manifest.name, manifest.version)
-        answers.append(
-            _asked(manifest.name, variant, bundle.variant_entry(variant), timeout_s=timeout_s)
-        )
+        answers.append(_asked(bundle, variant, timeout_s=timeout_s))
         step()
     return answers
 
 
-def _asked(name: str, variant: Variant, path: Path, *, timeout_s: float) -> Answer:
-    plan = variant.tensorrt
-    verdict = check_graph(
-        path, profile=plan.profile if plan is not None else None, timeout_s=timeout_s
-    )
+def _asked(bundle: Bundle, variant: Variant, *, timeout_s: float) -> Answer:
+    verdict = check_variant(bundle, variant, timeout_s=timeout_s)
     is_own = variant.engine == "tensorrt" or variant.id in _PLAIN
-    return Answer(graph=f"{name}/{variant.id}", is_for_tensorrt=is_own, verdict=verdict)
+    graph = f"{bundle.manifest.name}/{variant.id}"
+    return Answer(graph=graph, is_for_tensorrt=is_own, verdict=verdict)
 
 
 def _subjects(settings: Settings) -> Iterator[tuple[str, Path, ConversionOptions]]:
@@ -261,10 +257,7 @@ def _converted(
         bundle = convert_model(source, folder / name, options)
     except ConversionError as exc:
         return [Answer(graph=name, is_for_tensorrt=True, why=str(exc))]
-    answers = [
-        _asked(name, variant, bundle.variant_entry(variant), timeout_s=timeout_s)
-        for variant in bundle.manifest.variants
-    ]
+    answers = [_asked(bundle, variant, timeout_s=timeout_s) for variant in bundle.manifest.variants]
     made = {variant.id for variant in bundle.manifest.variants}
     answers += [
         Answer(

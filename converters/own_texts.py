@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import texts
+from converters.text_file import read_text_file
 from nearfar.errors import ConversionError
 
-_MAX_FILE_BYTES = 64 << 20
 #: As many are read at most, as of rows in an ``.npz``.
 _MAX_TEXTS = 2000
 #: One in so many is calibrated with, and never judged on.
@@ -65,21 +65,15 @@ def read_texts(path: Path, labels: Sequence[str] = ()) -> list[OwnText]:
     Raises:
         ConversionError: It cannot be read, or a line does not fit; names the line.
     """
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ConversionError(
-                f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB",
-                fix=f"Give a part of it: {_MAX_TEXTS} texts are read at most",
-            )
-        # Not splitlines(), which also ends lines at characters that texts may have inside.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConversionError(
-            f"{path} cannot be read as texts ({exc})",
-            fix="Give a UTF-8 file with one text a line, or JSONL (--samples)",
-        ) from exc
+    text = read_text_file(
+        path,
+        "texts",
+        less=f"{_MAX_TEXTS} texts are read at most",
+        form="Give a UTF-8 file with one text a line, or JSONL (--samples)",
+    )
     found: list[OwnText] = []
-    for number, line in enumerate(lines, 1):
+    # Not splitlines(), which also ends lines at characters that texts may have inside.
+    for number, line in enumerate(text.split("\n"), 1):
         if len(found) == _MAX_TEXTS:
             break
         if not line.strip():

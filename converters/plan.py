@@ -27,7 +27,7 @@ from converters.sources.torch_module import TorchSource
 #: other machines and models are easily two times off.
 _SIZE = {
     "fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.3, "int4": 0.22,
-    "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-int8": 0.3,
+    "trt-fp32": 1.0, "trt-fp16": 0.5, "trt-bf16": 0.5, "trt-int8": 0.3,
 }  # fmt: skip
 _SIZE_TEXT = {
     "fp32": 1.0, "int8": 0.4, "int4": 0.22,

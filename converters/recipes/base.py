@@ -43,7 +43,7 @@ from nearfar.units import format_ms
 
 #: Best quality first.
 _QUALITY_ORDER = (
-    "fp32", "onnx-fp32", "trt-fp32", "fp16", "onnx-fp16", "trt-fp16", "bf16",
+    "fp32", "onnx-fp32", "trt-fp32", "fp16", "onnx-fp16", "trt-fp16", "bf16", "trt-bf16",
     "pruned", "slim", "int8", "onnx-int8", "trt-int8", "int4", "onnx-int4",
 )  # fmt: skip
 

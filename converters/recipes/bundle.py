@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -74,26 +74,24 @@ def _tensors(
     source: BundleSource, name: str, shop: Workshop, wished: tuple[str, ...]
 ) -> tuple[Variant, ...]:
     old = source.bundle.manifest
-    spec = old.preprocessing
     folder = shop.work / "bundle"
     root = source.full.entry.rpartition("/")[0]
     for entry in source.full.files:
         target = folder / entry.path[len(root) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / entry.path, target)
-    if isinstance(spec, TextPreprocessing):
-        shutil.copyfile(source.path / spec.tokenizer, folder / spec.tokenizer)
     opened = open_onnx(folder / Path(source.full.entry).name)
     values = {field.name: getattr(opened, field.name) for field in fields(OnnxSource)}
-    options = replace(
-        shop.options,
-        variants=wished,
+    # As the bundle says it: a graph alone does not know which output has the scores.
+    meaning = onnx_model.Meaning(
         task=old.task,
-        labels=old.labels or None,
-        preprocessing=msgspec.json.encode(spec).decode() if spec is not None else None,
+        labels=old.labels,
+        label_output=old.label_output,
+        preprocessing=old.preprocessing,
+        multi_label=old.multi_label,
     )
     full = FullVariant(**{**values, "variant_id": source.full.id})
-    return onnx_model.build(full, name, replace(shop, options=options)).variants
+    return onnx_model.build(full, name, shop, meaning=meaning).variants
 
 
 def _embedding(

@@ -7,6 +7,7 @@ operators of ONNX Runtime.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from converters.sources.gguf import GgufSource
 from converters.steps.apart import run_apart
 from converters.steps.carry_gguf import can_carry, carry_blocks
 from converters.steps.export_cached import AXES, export_cached
+from converters.steps.rounding_twin import write_twin
 from converters.tensorrt.ranges import Three, load_model, profile_of
 from nearfar.bundle.manifest import EngineName, ShapeRange, TensorrtPlan, Variant
 from nearfar.engines.cached_graph import GRAPH, read_config
@@ -31,6 +33,8 @@ ENGINE: EngineName = "onnxruntime"
 TOOLS = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers", "gguf")
 #: The full-precision graph, that the others are made of.
 _FULL = "onnx-fp32"
+#: Rounded only where GPUs compute it.
+_HALF = "onnx-fp16"
 #: TensorRT's profile, where the recipe states none: tuned for one token after some hundred, and
 #: good for pieces of a prompt, and for caches up to `_MOST_PAST`, or what the context leaves.
 _ROWS: Three = (1, 1, 4)
@@ -98,6 +102,29 @@ def make_cached(
     return "".join(said)
 
 
+def twins(targets: Mapping[str, Path], shop: Workshop, *, is_large: bool) -> dict[str, Path]:
+    """Folders that variants are judged by which ONNX Runtime would not round as they are written.
+
+    Args:
+        targets: Id to folder.
+        shop: Where and how.
+        is_large: Whether steps run in processes of their own.
+    """
+    if _HALF not in targets:
+        return {}
+    folder = shop.work / f"{_HALF}-twin"
+    graph = targets[_HALF] / GRAPH
+    folder.mkdir()
+    for file in targets[_HALF].iterdir():
+        if not file.name.startswith(GRAPH):
+            shutil.copyfile(file, folder / file.name)
+    if is_large:
+        run_apart(write_twin, graph, folder / GRAPH)
+    else:
+        write_twin(graph, folder / GRAPH)
+    return {_HALF: folder}
+
+
 def finished(
     variants: tuple[Variant, ...], shop: Workshop, context_tokens: int
 ) -> tuple[Variant, ...]:
@@ -108,7 +135,7 @@ def finished(
             path = shop.writer.folder.joinpath(*variant.entry.split("/"))
             profile = cached_profile(path, shop.settings.tensorrt.axes, context_tokens)
             needs = variant.requirements
-            if variant.id == "onnx-fp16":
+            if variant.id == _HALF:
                 # On CPUs ONNX Runtime widens it to 32 bits: as much memory, and slower.
                 needs = structs.replace(needs, execution_provider="CUDAExecutionProvider")
             variant = structs.replace(

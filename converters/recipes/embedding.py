@@ -35,6 +35,7 @@ from converters.steps.optimise import slim
 from converters.steps.reduce_embedding import Projection, fit, reduced_encoder, space_of
 from converters.steps.tokenizer_file import write_tokenizer
 from converters.steps.verify_embedding import EmbeddingCheck, check_short, may_mix
+from converters.tensorrt.ranges import Bounds
 from nearfar.bundle.manifest import (
     EngineName,
     LatencyFigure,
@@ -92,6 +93,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         return found if projection is None else reduced_encoder(found, projection, pooling)
 
     limit = pooling.max_length_tokens
+    bounds = Bounds(most=limit)
     full = base = None
     if slimmed is None or "fp32" in ids:
         full = base = _full(shop, encoder, made_of, limit)
@@ -140,7 +142,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
                 quality[SLIM] += check.against_long(sliced_vectors, *far)
             step.note(summary(quality[SLIM]))
         ids = shop.accept_slim(ids, quality[SLIM])
-    compiled = TensorrtVariants(shop, base, ids, sample=check.example, limit=limit)
+    compiled = TensorrtVariants(shop, base, ids, sample=check.example, bounds=bounds)
     ids = tuple(variant_id for variant_id in ids if variant_id not in compiled.ids)
 
     def truth_of(trial: EmbeddingCheck) -> np.ndarray:
@@ -188,7 +190,7 @@ def build(source: HuggingFaceSource, name: str, shop: Workshop) -> Manifest:
         compiled,
         quality,
         sample=check.example,
-        limit=limit,
+        bounds=bounds,
     )
     shop.check_any([variant.id for variant in variants])
     inputs, outputs = io_specs(base)

@@ -43,6 +43,7 @@ from converters.steps.verify_tensors import (
     synthetic_samples,
     verify_tensors,
 )
+from converters.tensorrt.ranges import bounds_of
 from nearfar.bundle.checks import stream_problems
 from nearfar.bundle.manifest import (
     AudioPreprocessing,
@@ -120,7 +121,9 @@ def build(
     full = _optimised(source, samples, shop)
     narrow = _optimised(pruned, samples, shop) if pruned is not None else None
     base = (narrow or pruned.path) if pruned is not None else (full or source.path)
-    compiled = TensorrtVariants(shop, base, ids, sample=first)
+    shapes = {key: array.shape for key, array in first.items()}
+    bounds = bounds_of(meaning.preprocessing, shapes)
+    compiled = TensorrtVariants(shop, base, ids, sample=first, bounds=bounds)
     ids = tuple(i for i in ids if i not in compiled.ids)
     entries = {variant_id: f"{variant_id}/model.onnx" for variant_id in ids}
     paths = {variant_id: shop.writer.file(entry) for variant_id, entry in entries.items()}
@@ -183,6 +186,7 @@ def build(
         compiled,
         quality,
         sample=first,
+        bounds=bounds,
     )
     shop.check_any([variant.id for variant in variants])
     return Manifest(

@@ -16,7 +16,10 @@ from converters.recipes.base import Workshop
 from converters.recipes.int8 import make_int8
 from converters.recipes.layers import Blame, blame_layers, explained
 from converters.settings import TensorrtSettings
+from converters.steps.bfloat16 import to_bfloat16
 from converters.steps.half_precision import to_half
+from converters.steps.rounding_twin import write_twin
+from converters.tensorrt.ranges import ANY_SIZE, Bounds, load_model, profile_of, stated_axes
 from nearfar.bundle.manifest import (
     QualityFigure,
     Requirements,
@@ -26,7 +29,7 @@ from nearfar.bundle.manifest import (
 )
 from nearfar.errors import ConversionError
 
-IDS = ("trt-fp32", "trt-fp16", "trt-int8")
+IDS = ("trt-fp32", "trt-fp16", "trt-bf16", "trt-int8")
 _HALF_SCALES_OPSET = 19
 _TOOLS = ("onnx", "onnxruntime", "onnxslim", "numpy")
 
@@ -41,18 +44,24 @@ class TensorrtVariants:
         full: The FP32 graph.
         wished: Ids of all variants of the bundle; others are passed over.
         sample: One real input: the usual sizes.
-        limit: Largest size of axes other than the first, where it is known.
+        bounds: Sizes of axes other than the first.
     """
 
     def __init__(
-        self, shop: Workshop, full: Path, wished: Sequence[str], *, sample: Feeds, limit: int = 0
+        self,
+        shop: Workshop,
+        full: Path,
+        wished: Sequence[str],
+        *,
+        sample: Feeds,
+        bounds: Bounds = ANY_SIZE,
     ) -> None:
         self.ids = tuple(one for one in IDS if one in wished)
         self._shop = shop
         self._settings: TensorrtSettings = shop.settings.tensorrt
         self._full = full
         self._sample = {name: array.shape for name, array in sample.items()}
-        self._limit = limit
+        self._bounds = bounds
         self._base = shop.work / "tensorrt.onnx"
         self._calibration: list[dict[str, np.ndarray]] = []
         self._profile: tuple[ShapeRange, ...] = ()
@@ -86,20 +95,16 @@ class TensorrtVariants:
             if one == "trt-fp32":
                 shutil.copyfile(base, path)
                 continue
+            if one == "trt-bf16":
+                self._written(one, base, path, to_bfloat16)
+                continue
             precise = base
             if one == "trt-int8":
                 precise = self._quantized(base, calibration, judge)
             if one == "trt-int8" and (self._settings.rest == "fp32" or not _takes_half(precise)):
                 shutil.copyfile(precise, path)
                 continue
-            with self._shop.reporter.step(f"write {one} with FP16"):
-                self._shop.cache.output(
-                    "half",
-                    {"source": digest_of_path(precise)},
-                    path,
-                    lambda target, precise=precise: to_half(precise, target),  # type: ignore[misc]
-                    tools=_TOOLS,
-                )
+            self._written(one, precise, path, to_half)
         return paths
 
     def judged(
@@ -114,19 +119,44 @@ class TensorrtVariants:
             judge: Makes the figures of one.
         """
         found = {}
-        for one, path in paths.items():
+        for one in paths:
             try:
                 with explained(one, self._blame(one)):
-                    found[one] = judge(one, path)
+                    found[one] = judge(one, self._judged(one))
             except ConversionError as exc:
                 self._shop.refuse(one, f"{one}: {exc.problem}")
         return found
 
     def _blame(self, variant_id: str) -> Blame:
-        path = self._shop.writer.file(self._entry(variant_id))
+        path = self._judged(variant_id)
         return partial(
             blame_layers, self._shop, variant_id, self._base, path, lambda: self._calibration
         )
+
+    def _written(
+        self, variant_id: str, source: Path, target: Path, write: Callable[[Path, Path], None]
+    ) -> None:
+        """Write a variant in 16 bits, and the twin that it is judged by."""
+        words = "BF16" if variant_id == "trt-bf16" else "FP16"
+        with self._shop.reporter.step(f"write {variant_id} with {words}"):
+            self._shop.cache.output(
+                words.lower(),
+                {"source": digest_of_path(source)},
+                target,
+                lambda path: write(source, path),
+                tools=_TOOLS,
+            )
+            twin = self._twin(variant_id)
+            twin.parent.mkdir(exist_ok=True)
+            write_twin(target, twin)
+
+    def _judged(self, variant_id: str) -> Path:
+        """What is run here for a variant: itself, or its twin where it has one."""
+        twin = self._twin(variant_id)
+        return twin if twin.is_file() else self._shop.writer.file(self._entry(variant_id))
+
+    def _twin(self, variant_id: str) -> Path:
+        return self._shop.work / f"{variant_id}-twin" / "model.onnx"
 
     def meant(self, samples: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
         """Samples with the fixed inputs at their value."""
@@ -182,13 +212,12 @@ class TensorrtVariants:
     def _prepare(self, target: Path) -> str:
         """The graph with its fixed inputs gone; says what was done."""
         from converters.libraries import load
-        from converters.tensorrt.ranges import load_model, profile_of, stated_axes
         from converters.tensorrt.repair import repair
         from converters.tensorrt.scan import scan
 
         model = load_model(self._full)
         self._profile = profile_of(
-            model, self._settings.axes, sample=self._sample, limit=self._limit
+            model, self._settings.axes, sample=self._sample, bounds=self._bounds
         )
         self._shop.axes_tensorrt.update(stated_axes(model, self._profile))
         findings = repair(model, scan(model), fixed=self._settings.fixed, ranges=self._profile)
@@ -225,7 +254,6 @@ class TensorrtVariants:
 def _takes_half(path: Path) -> bool:
     """Whether `QuantizeLinear` may have FP16 scales in this graph: since opset 19."""
     from converters.tensorrt.graph import Graph
-    from converters.tensorrt.ranges import load_model
 
     return Graph(load_model(path, with_data=False)).opset >= _HALF_SCALES_OPSET
 
@@ -236,7 +264,7 @@ def with_check(
     *,
     profile: Sequence[ShapeRange] | None = None,
     sample: Feeds | None = None,
-    limit: int = 0,
+    bounds: Bounds = ANY_SIZE,
 ) -> Variant:
     """The variant with what TensorRT says about its graph, with a line of progress."""
     from converters.tensorrt.check import check_graph
@@ -249,7 +277,7 @@ def with_check(
             profile=profile,
             axes=settings.axes,
             sample={name: array.shape for name, array in (sample or {}).items()},
-            limit=limit,
+            bounds=bounds,
             try_repair=False,
         )
         step.note("takes it" if verdict.accepted else "refuses it")
@@ -265,12 +293,12 @@ def joined(
     quality: Mapping[str, tuple[QualityFigure, ...]],
     *,
     sample: Feeds,
-    limit: int = 0,
+    bounds: Bounds = ANY_SIZE,
 ) -> tuple[Variant, ...]:
     """All variants of a bundle, best quality first; with the gate's word where it was asked."""
     others = tuple(variants)
     if shop.settings.tensorrt.check:
-        others = tuple(with_check(shop, one, sample=sample, limit=limit) for one in others)
+        others = tuple(with_check(shop, one, sample=sample, bounds=bounds) for one in others)
     own = made.finish(quality)
     ids = shop.variant_ids_in_order([one.id for one in (*others, *own)])
     by_id = {one.id: one for one in (*others, *own)}

@@ -86,7 +86,8 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
             sizes = (f"{key} {format_bytes(_size(path))}" for key, path in own.items())
             step.note(", ".join(sizes) + said)
         give_back()
-    quality = _verify(shop, targets, token_windows, truth, sliced, is_large=model.is_large)
+    judged = targets | cached_text.twins(targets, shop, is_large=model.is_large)
+    quality = _verify(shop, judged, token_windows, truth, sliced, is_large=model.is_large)
     first, best = ids[0], next(f.value for f in quality[ids[0]] if f.metric == "perplexity")
     if sliced is not None and first != "fp32":
         first, best = "", sliced.whole_perplexity
@@ -102,7 +103,7 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
             variant_id,
             quality[variant_id],
             reference_perplexity=best,
-            blame=_blame(shop, variant_id, made_of, targets[variant_id], token_windows),
+            blame=_blame(shop, variant_id, made_of, judged[variant_id], token_windows),
         )
     )
     shop.check_any(ids)

@@ -12,10 +12,10 @@ from converters import texts
 from converters.libraries import load
 from converters.settings import SlimSettings
 from converters.slim.importance import Feeds
+from converters.text_file import read_text_file
 from nearfar.bundle.manifest import TextPreprocessing
 from nearfar.errors import ConversionError
 
-_MAX_TEXT_BYTES = 64 << 20
 #: Of the texts that importance is measured on, as many tell how training goes.
 _UNSEEN_BATCHES = 4
 
@@ -52,18 +52,12 @@ def read_texts(path: Path | None, settings: SlimSettings) -> list[str]:
     """
     if path is None:
         return texts.training_passages(settings.recovery_steps * settings.batch)
-    try:
-        if path.stat().st_size > _MAX_TEXT_BYTES:
-            raise ConversionError(
-                f"{path} is larger than {_MAX_TEXT_BYTES >> 20} MiB",
-                fix="Give a part of it: a short training reads a few thousand texts",
-            )
-        found = path.read_text(encoding="utf-8").split("\n\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConversionError(
-            f"{path} cannot be read as text to train on ({exc})",
-            fix="Give a UTF-8 file with an empty line between two texts (--train)",
-        ) from exc
+    found = read_text_file(
+        path,
+        "text to train on",
+        less="a short training reads a few thousand texts",
+        form="Give a UTF-8 file with an empty line between two texts (--train)",
+    ).split("\n\n")
     stripped = [text.strip() for text in found if text.strip()]
     if not stripped:
         raise ConversionError(f"{path} holds no text", fix="Give another file with --train")

@@ -19,8 +19,9 @@ from converters.settings import SlimSettings
 from converters.slim.corpus import Corpus
 from converters.slim.cut import slice_model
 from converters.slim.importance import measure_importance
-from converters.slim.recover import EncoderLoss, GeneratorLoss, OnStep, recover
+from converters.slim.recover import EncoderLoss, GeneratorLoss, recover
 from converters.slim.shape import cut_of, layout_of, shape_of
+from converters.slim.train import OnStep
 from converters.sources.base import Source
 from converters.sources.huggingface import HuggingFaceSource, load_huggingface
 from converters.steps.export_encoder import Pooling, pooled

@@ -8,8 +8,6 @@ Whole layers go by block influence, feed-forward channels by their activations, 
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import numpy as np
 
 from converters.libraries import load
 from converters.settings import SlimSettings
-from converters.slim.recover import OnStep, progress_of, schedule
+from converters.slim.train import OnStep, train
 from converters.sources.torch_module import TorchSource, TrainingData, run_module
 from converters.steps.prune import check_outputs, distance, floats_of
 from converters.steps.training import SMALL, seeded
@@ -296,8 +294,8 @@ def _recover(
     """(steps that were done, loss before and after), on rows that are not trained on."""
     torch = load("torch")
     total = len(next(iter(data.inputs.values())))
-    train = total - total // 8 if total >= _LEAST_TO_SPLIT else total
-    unseen = torch.arange(train, total) if train < total else torch.arange(total)
+    train_rows = total - total // 8 if total >= _LEAST_TO_SPLIT else total
+    unseen = torch.arange(train_rows, total) if train_rows < total else torch.arange(total)
 
     def loss_on(picked: Any) -> Any:
         given = {name: tensor[picked] for name, tensor in data.inputs.items()}
@@ -311,29 +309,15 @@ def _recover(
             return float(loss_on(unseen))
 
     first = judged()
-    parameters = list(module.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    started_s, done = time.monotonic(), 0
-    order: list[Any] = []
-    while settings.recovery_steps and (progress := progress_of(settings, done, started_s)) < 1:
-        if not order:
-            order = list(torch.randperm(train, generator=generator).split(settings.batch))
-        for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * schedule(progress, done, settings)
-        loss = loss_on(order.pop())
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        done += 1
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ConversionError(
-                f"Training the sliced {source.spec} diverges", fix="Lower slim.learning_rate"
-            )
-        if on_step is not None:
-            on_step(done, value)
+    done = train(
+        list(module.parameters()),
+        loss_on,
+        lambda shuffle: list(torch.randperm(train_rows, generator=shuffle).split(settings.batch)),
+        settings,
+        seed,
+        name=f"the sliced {source.spec}",
+        on_step=on_step,
+    )
     return done, first, judged() if done else first
 
 

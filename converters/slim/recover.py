@@ -8,8 +8,6 @@ fraction of the vocabulary, and would move its words away from the others.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +17,8 @@ import numpy as np
 from converters.libraries import load
 from converters.settings import SlimSettings
 from converters.slim.importance import Feeds
+from converters.slim.train import OnStep, train
 from nearfar.errors import ConversionError
-
-#: Told the number of steps that are done and the loss of the last one.
-OnStep = Callable[[int, float], None]
-#: The learning rate rises over that share of the steps.
-_WARM_UP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,30 +107,21 @@ def recover(
             "There is no text to train on", fix="Give one with --train, or slim.recovery_steps = 0"
         )
     torch = load("torch")
-    trained = _trained(student)
-    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    started_s, done = time.monotonic(), 0
-    order: list[int] = []
+
+    def shuffled(generator: Any) -> list[int]:
+        order: list[int] = torch.randperm(len(batches), generator=generator).tolist()
+        return order
+
     try:
-        while (progress := progress_of(settings, done, started_s)) < 1:
-            order = order or torch.randperm(len(batches), generator=generator).tolist()
-            feeds = _tensors(batches[order.pop()])
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * schedule(progress, done, settings)
-            loss = loss_of(student, teacher, feeds)
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
-            done += 1
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise ConversionError(
-                    "Training the sliced model diverges", fix="Lower slim.learning_rate"
-                )
-            if on_step is not None:
-                on_step(done, value)
+        done = train(
+            _trained(student),
+            lambda number: loss_of(student, teacher, _tensors(batches[number])),
+            shuffled,
+            settings,
+            seed,
+            name="the sliced model",
+            on_step=on_step,
+        )
     finally:
         for parameter in student.parameters():
             parameter.requires_grad_(True)
@@ -151,20 +136,6 @@ def _trained(student: Any) -> list[Any]:
             for parameter in table.parameters():
                 parameter.requires_grad_(False)
     return [parameter for parameter in student.parameters() if parameter.requires_grad]
-
-
-def progress_of(settings: SlimSettings, done: int, started_s: float) -> float:
-    """Share of the training that is over, by steps or by time."""
-    share = done / settings.recovery_steps
-    if settings.recovery_limit_s is not None:
-        share = max(share, (time.monotonic() - started_s) / settings.recovery_limit_s)
-    return share
-
-
-def schedule(progress: float, done: int, settings: SlimSettings) -> float:
-    """Factor of the learning rate: up in a line, down to nothing along a cosine."""
-    rising = max(1, round(_WARM_UP * settings.recovery_steps))
-    return min(1.0, (done + 1) / rising) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _mean_loss(

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 
 from converters.libraries import load, told_by_onnxruntime
+from converters.steps.shared_weights import part_all
 from nearfar.errors import ConversionError
+
+#: Where exact integer products are asked for, ONNX Runtime 1.31 writes the same widened weight once
+#: for each product that reads it, and refuses the second.
+_SHARED = "Attempt to replace the existing tensor"
 
 
 def open_session(path: Path, *, is_unfused: bool = False) -> Any:
@@ -34,13 +39,25 @@ def open_session(path: Path, *, is_unfused: bool = False) -> Any:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # ONNX Runtime's exceptions have no common base but Exception
+            if not is_unfused or _SHARED not in str(exc):
+                raise
+            return ort.InferenceSession(_parted(path), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:
         raise ConversionError(
             f"ONNX Runtime cannot load the converted model {path.name} "
             f"({told_by_onnxruntime(exc)})",
             fix="Report it with the model's name and the versions in the manifest",
         ) from exc
+
+
+def _parted(path: Path) -> bytes:
+    """The model with an integer weight of its own for every product."""
+    model = load("onnx").load(str(path))
+    part_all(model)
+    return bytes(model.SerializeToString())
 
 
 def run(session: Any, feeds: Mapping[str, np.ndarray], *, name: str) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from converters.settings import Int8Settings
 from converters.sources.onnx_file import stored_tensors
 from converters.steps.quantize_static import OPERATORS, Calibrated, calibrate, quantize_static
 from converters.steps.round_weights import Half, halve_weights
+from converters.steps.shared_weights import dynamic_form, part_shared
 from converters.steps.weight_blocks import LEAST_WEIGHTS, Blocks, quantize_blocks
 from converters.tensorrt.graph import nodes_below
 from nearfar.errors import ConversionError
@@ -103,15 +104,18 @@ class Int8Quantizer:
         return {node.name for node in nodes_below(graph)}
 
     def _dynamic(self, target: Path, keep: frozenset[str]) -> None:
-        quantization = load("onnxruntime.quantization")
+        onnx, quantization = load("onnx"), load("onnxruntime.quantization")
+        model = onnx.load(str(self._source))
+        is_parted = bool(part_shared(model, dynamic_form(keep)))
         try:
             with quiet():
                 quantization.quantize_dynamic(
-                    str(self._source),
+                    model if is_parted else str(self._source),
                     str(target),
                     per_channel=self._settings.per_channel,
                     weight_type=quantization.QuantType.QInt8,
-                    nodes_to_exclude=sorted(keep),
+                    # It writes Gemm as MatMul and Add first, and looks for these.
+                    nodes_to_exclude=sorted({*keep, *(f"{name}_MatMul" for name in keep)}),
                 )
         except Exception as exc:  # the quantizer raises plain exceptions of every kind
             raise _refused(exc) from exc

@@ -12,6 +12,7 @@ import numpy as np
 
 from converters.libraries import load, quiet
 from converters.settings import CalibrationSettings, Int8Settings
+from converters.steps.shared_weights import part_shared, static_form
 from nearfar.errors import ConversionError
 
 #: What is rounded. Additions are left out: in transformers they carry the residual stream and
@@ -96,10 +97,12 @@ def quantize_static(
     quantizers = load("onnxruntime.quantization.qdq_quantizer")
     kinds = load("onnxruntime.quantization").QuantType
     is_for_tensorrt = settings.calibration.target == "tensorrt"
+    model = copy.deepcopy(calibrated.model)
+    part_shared(model, static_form(keep, per_channel=settings.per_channel))
     try:
         with quiet():
             quantizer = quantizers.QDQQuantizer(
-                copy.deepcopy(calibrated.model),
+                model,
                 settings.per_channel,
                 False,  # reduce_range: CPUs that saturate are found by measuring
                 kinds.QInt8,

@@ -21,7 +21,7 @@ _LEAST_OPSET = 13
 
 #: The largest number that 16 bits hold, of FP16 and BF16. What is larger, such as a mask of
 #: -3.4e38, would become infinite.
-_LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
+LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 
 Half = Literal["fp16", "bf16"]
 _Store = Callable[[str, np.ndarray], list[Any]]
@@ -88,7 +88,7 @@ def halve_weights(model: Any, *, least_weights: int, kind: Half = "fp16") -> int
         return 0
 
     def sixteen_bits(name: str, weights: np.ndarray) -> list[Any]:
-        stored = _bfloat16(onnx, weights) if kind == "bf16" else weights.astype(np.float16)
+        stored = bfloat16_tensor(weights) if kind == "bf16" else weights.astype(np.float16)
         return [
             _constant(onnx, f"{name}_{kind}", stored),
             onnx.helper.make_node(
@@ -98,13 +98,14 @@ def halve_weights(model: Any, *, least_weights: int, kind: Half = "fp16") -> int
         ]  # fmt: skip
 
     return sum(
-        _replace(onnx, graph, None, least_weights, sixteen_bits, _LARGEST[kind])
+        _replace(onnx, graph, None, least_weights, sixteen_bits, LARGEST[kind])
         for graph in _graphs(model.graph)
     )
 
 
-def _bfloat16(onnx: Any, weights: np.ndarray) -> Any:
+def bfloat16_tensor(weights: np.ndarray) -> Any:
     """A tensor of BF16: the upper half of FP32, rounded to the nearest, ties to even."""
+    onnx = load("onnx")
     bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
     codes = ((bits + (((bits >> 16) & 1) + 0x7FFF).astype(np.uint32)) >> 16).astype("<u2")
     kind = onnx.TensorProto.BFLOAT16
@@ -121,7 +122,7 @@ def _replace(
     wanted: Collection[str] | None,
     least_weights: int,
     store: _Store,
-    largest: float = _LARGEST["fp16"],
+    largest: float = LARGEST["fp16"],
 ) -> int:
     """Put nodes that give a constant in the place of the constant; readers notice nothing."""
     taken = {value.name for value in graph.input}

@@ -17,10 +17,18 @@ import msgspec
 
 from converters.libraries import load
 from converters.tensorrt.findings import Finding, explain, merged
-from converters.tensorrt.ranges import Three, profile_of
+from converters.tensorrt.ranges import (
+    ANY_SIZE,
+    Bounds,
+    Three,
+    bounds_of,
+    profile_of,
+    usual_of,
+)
 from converters.tensorrt.repair import repair
 from converters.tensorrt.scan import scan
-from nearfar.bundle.manifest import ShapeRange, TensorrtCheck
+from nearfar.bundle import Bundle
+from nearfar.bundle.manifest import ShapeRange, TensorrtCheck, Variant
 from nearfar.engines.tensorrt_build import BuildResult, Library, build, find_interpreter
 from nearfar.errors import ConversionError
 
@@ -68,7 +76,7 @@ def check_graph(
     axes: Mapping[str, Three] | None = None,
     fixed: Mapping[str, float] | None = None,
     sample: Mapping[str, Sequence[int]] | None = None,
-    limit: int = 0,
+    bounds: Bounds = ANY_SIZE,
     profile: Sequence[ShapeRange] | None = None,
     try_repair: bool = True,
     save_fixed: Path | None = None,
@@ -81,7 +89,7 @@ def check_graph(
         axes: See `profile_of`.
         fixed: Inputs to replace by a value before anything else is judged.
         sample: See `profile_of`.
-        limit: See `profile_of`.
+        bounds: See `profile_of`.
         profile: Ranges that are known already; the three above do not count then.
         try_repair: Whether to repair.
         save_fixed: Where to write the repaired graph, if it is accepted.
@@ -97,7 +105,7 @@ def check_graph(
     if profile is not None:
         ranges = tuple(profile)
     else:
-        ranges = profile_of(model, axes or {}, sample=sample, limit=limit)
+        ranges = profile_of(model, axes or {}, sample=sample, bounds=bounds)
     if fixed:
         # The graph is meant with these values: it is judged as it is then.
         result: BuildResult | None = None
@@ -129,6 +137,36 @@ def check_graph(
         fixed_accepted=is_taken,
         engine_bytes=again.engine_bytes,
         build_s=again.build_s,
+    )
+
+
+def check_variant(
+    bundle: Bundle,
+    variant: Variant,
+    *,
+    axes: Mapping[str, Three] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Verdict:
+    """`check_graph` of a variant, with its own ranges of sizes or those that its bundle knows.
+
+    Args:
+        bundle, variant: What is asked about.
+        axes, fixed, timeout_s: See `check_graph`.
+
+    Raises:
+        ConfigError, ConversionError: See `check_graph`.
+    """
+    spec = bundle.manifest.preprocessing
+    usual = usual_of(spec)
+    return check_graph(
+        bundle.variant_entry(variant),
+        axes=axes,
+        fixed=fixed,
+        sample=usual,
+        bounds=bounds_of(spec, usual),
+        profile=variant.tensorrt.profile if variant.tensorrt is not None else None,
+        timeout_s=timeout_s,
     )
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from converters.tensorrt.check import Verdict
-    from nearfar.bundle.manifest import ShapeRange
 
 app = typer.Typer(
     help="Ask TensorRT about graphs, on a machine without a GPU, and repair what it refuses.",
@@ -24,8 +25,8 @@ Axes = Annotated[
     typer.Option(
         "--axis",
         metavar="NAME=MIN,OPT,MAX",
-        help="Sizes of a free axis, by its name or as INPUT.AXIS; repeatable. Default: 1,4,16 for "
-        "the first axis of every input, 1,32,128 for others.",
+        help="Sizes of a free axis, by its name or as INPUT.AXIS; repeatable. Default: what "
+        "the bundle says; else 1,4,16 for the first axis of every input, 1,32,128 for others.",
         show_default=False,
     ),
 ]
@@ -62,24 +63,18 @@ def check(
     import msgspec
     from rich.console import Console
 
-    from converters.tensorrt.check import check_graph, require_library
+    from converters.tensorrt.check import require_library
 
     axes, values = _axes(axis), _fixed(fixed)
     require_library()
     console = Console(highlight=False)
     is_complete = True
-    for name, graph, plan in _graphs(path):
-        if graph is None:
+    for name, ask in _graphs(path):
+        if ask is None:
             if not as_json:
                 console.print(f"{name}: not for TensorRT (onnxruntime-genai)", markup=False)
             continue
-        verdict = check_graph(
-            graph,
-            axes=axes,
-            fixed=values,
-            profile=plan,
-            timeout_s=timeout,
-        )
+        verdict = ask(axes=axes, fixed=values, timeout_s=timeout)
         is_complete &= verdict.accepted
         if as_json:
             line = {"graph": name, **msgspec.to_builtins(verdict)}
@@ -151,21 +146,21 @@ def _show(console: object, name: str, verdict: Verdict) -> None:
             console.print(Text(f"    {finding.fix}"), style="dim", soft_wrap=True)
 
 
-def _graphs(path: Path) -> list[tuple[str, Path | None, tuple[ShapeRange, ...] | None]]:
-    """(what to call it, ONNX file or `None`, its own profile) of everything to be checked."""
+def _graphs(path: Path) -> list[tuple[str, Callable[..., Verdict] | None]]:
+    """(what to call it, what asks about it or `None`) of everything to be checked."""
+    from functools import partial
+
+    from converters.tensorrt.check import check_graph, check_variant
     from nearfar.bundle import open_bundle
 
     if path.suffix == ".onnx":
-        return [(str(path), path, None)]
+        return [(str(path), partial(check_graph, path))]
     bundle = open_bundle(path)
-    found: list[tuple[str, Path | None, tuple[ShapeRange, ...] | None]] = []
+    found: list[tuple[str, Callable[..., Verdict] | None]] = []
     for variant in bundle.manifest.variants:
-        name = f"{bundle.manifest.name}/{variant.id}"
-        if variant.engine not in ("onnxruntime", "tensorrt"):
-            found.append((name, None, None))
-            continue
-        plan = variant.tensorrt.profile if variant.tensorrt is not None else None
-        found.append((name, bundle.variant_entry(variant), plan))
+        is_known = variant.engine in ("onnxruntime", "tensorrt")
+        ask = partial(check_variant, bundle, variant) if is_known else None
+        found.append((f"{bundle.manifest.name}/{variant.id}", ask))
     return found
 
 

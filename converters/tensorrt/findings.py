@@ -179,7 +179,8 @@ _WORDS: tuple[tuple[str, Kind, str], ...] = (
      "an input whose value decides about sizes"),
     (r"has no range of sizes|Dynamic dimensions required for input", "missing-range",
      "an input with a free size and no range for it"),
-    (r"Shape Error|reshape of empty|dimensions? .*(must be|is) (positive|non-?negative)",
+    (r"Shape Error|reshape of empty|dimensions? .*(must be|is) (positive|non-?negative)"
+     r"|violate shape constraints",
      "impossible-range", "a size within the ranges that the model cannot have"),
     (r"[Oo]ut ?of ?memory|[Ii]nsufficient memory|std::bad_alloc", "out-of-memory",
      "there is not enough memory"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.libraries import load
-from nearfar.bundle.manifest import ShapeRange
+from nearfar.bundle.manifest import (
+    AudioPreprocessing,
+    Preprocessing,
+    ShapeRange,
+    TextPreprocessing,
+)
 from nearfar.errors import ConfigError
 
 Three = tuple[int, int, int]
@@ -16,7 +21,23 @@ BATCH: Three = (1, 4, 16)
 #: Of every other free axis, where there is neither a statement nor a sample.
 _OTHER: Three = (1, 32, 128)
 #: Other axes may grow to this many times the sample's size.
-_GROWTH = 4
+GROWTH = 4
+
+
+class Bounds(NamedTuple):
+    """What is known of axes other than the first.
+
+    Attributes:
+        least: Their smallest size.
+        most: Their largest; 0 where it is not known.
+    """
+
+    least: int = 1
+    most: int = 0
+
+
+#: Nothing is known.
+ANY_SIZE = Bounds()
 
 
 def free_axes(model: Any) -> dict[str, tuple[int | str, ...]]:
@@ -38,7 +59,7 @@ def profile_of(
     stated: Mapping[str, Three],
     *,
     sample: Mapping[str, Sequence[int]] | None = None,
-    limit: int = 0,
+    bounds: Bounds = ANY_SIZE,
 ) -> tuple[ShapeRange, ...]:
     """Ranges of all inputs with a free axis.
 
@@ -47,7 +68,7 @@ def profile_of(
         stated: Smallest, usual and largest size by the axis' name in the graph, or by
             ``INPUT.AXIS`` (which wins), such as ``input.1``.
         sample: Shapes of one real input: the usual sizes of axes that are not stated.
-        limit: Largest size of axes other than the first, where it is known; 0 where not.
+        bounds: Sizes of axes other than the first that are not stated.
 
     Raises:
         ConfigError: A statement fits no free axis, or does not rise.
@@ -69,7 +90,7 @@ def profile_of(
                 ranges.append(_risen(keys[0], stated[keys[0]]))
             else:
                 usual = (sample or {}).get(name, ())[axis : axis + 1]
-                ranges.append(_default(axis, int(usual[0]) if usual else 0, limit))
+                ranges.append(_default(axis, int(usual[0]) if usual else 0, bounds))
         smallest, usual_, largest = zip(*ranges, strict=True)
         found.append(ShapeRange(name=name, smallest=smallest, usual=usual_, largest=largest))
     if unused:
@@ -81,6 +102,28 @@ def profile_of(
             f"{next(iter(axes), 'input')}.0",
         )
     return tuple(found)
+
+
+def bounds_of(spec: Preprocessing | None, sample: Mapping[str, Sequence[int]]) -> Bounds:
+    """Which sizes of texts and sounds a bundle lets through.
+
+    Args:
+        spec: How its inputs are prepared.
+        sample: Shapes of one real input, or `usual_of`.
+    """
+    if isinstance(spec, TextPreprocessing):
+        return Bounds(most=spec.max_length_tokens)
+    if isinstance(spec, AudioPreprocessing):
+        return Bounds(spec.min_samples, min(spec.max_samples, GROWTH * sample[spec.input][-1]))
+    return ANY_SIZE
+
+
+def usual_of(spec: Preprocessing | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of an input, where there is no real one at hand: a sound has a second."""
+    if not isinstance(spec, AudioPreprocessing):
+        return {}
+    usual = min(max(spec.sample_rate_hz, spec.min_samples), spec.max_samples)
+    return {spec.input: (1, usual)}
 
 
 def stated_axes(model: Any, profile: Sequence[ShapeRange]) -> dict[str, Three]:
@@ -107,12 +150,12 @@ def _risen(key: str, three: Three) -> Three:
     return three
 
 
-def _default(axis: int, usual: int, limit: int) -> Three:
+def _default(axis: int, usual: int, bounds: Bounds) -> Three:
     if axis == 0:
         return BATCH
-    if usual < 1:
-        return _OTHER if not limit else (1, min(_OTHER[1], limit), limit)
-    return 1, min(usual, limit or usual), limit or _GROWTH * usual
+    least, most = bounds
+    most = max(least, most or (GROWTH * usual if usual > 0 else _OTHER[2]))
+    return least, min(max(least, usual if usual > 0 else _OTHER[1]), most), most
 
 
 def load_model(path: Any, *, with_data: bool = True) -> Any:

@@ -17,6 +17,8 @@ from converters import texts
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.plan import plan
+from converters.report.contents import report_in
+from converters.search.search import search_model
 from converters.settings import Settings, SlimSettings
 from converters.sources.classifier import labels_of
 from converters.sources.detect import open_source
@@ -126,9 +128,12 @@ def test_sounds_get_the_labels_that_transformers_gives_them(audio_folder: Path, 
     for number, label in enumerate(("no", "yes") * 4):
         (samples / label).mkdir(parents=True, exist_ok=True)
         (samples / label / f"{number}.wav").write_bytes(_wav(4000 + 100 * number, number))
-    bundle = converted(audio_folder, samples=samples)
+    bundle = converted(audio_folder, samples=samples, variants=("fp32", "int8", "trt-bf16"))
     spec = bundle.manifest.preprocessing
     assert (spec.sample_rate_hz, spec.normalize, spec.min_samples) == (8000, True, 105)
+    (sizes,) = bundle.variant("trt-bf16").tensorrt.profile
+    # From the shortest sound to four times the first; TensorRT must have kernels for all of them.
+    assert (sizes.smallest, sizes.usual, sizes.largest) == ((1, 105), (4, 4000), (16, 16000))
     figures = {one.metric: one for one in bundle.variant("int8").quality}
     assert figures["accuracy"].samples == 8  # the folders' names are labels
     ask = transformers.pipeline("audio-classification", str(audio_folder), top_k=2)
@@ -167,6 +172,31 @@ def test_several_classes_may_be_true_where_the_model_was_trained_so(tmp_path: Pa
         found = module(ids, torch.ones_like(ids))
         wanted = model(input_ids=ids).logits.sigmoid()
     torch.testing.assert_close(found["scores"], wanted)
+
+
+def test_a_search_knows_what_a_classifier_is_judged_by(tmp_path: Path):
+    """Layers that share weights, texts with several classes, variants made of a bundle."""
+    folder = tiny_models.write_tiny_text_classifier(
+        tmp_path / "themes", kind="Albert", embedding_size=32, num_hidden_layers=2,
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    options = ConversionOptions(measure=False, variants=("fp32", "trt-fp16"))
+    bundle = convert_model(folder, tmp_path / "whole", options)
+    (sizes, *_) = bundle.variant("trt-fp16").tensorrt.profile
+    assert (sizes.usual, sizes.largest) == ((4, 130), (16, 130))  # as many as it has positions
+    found = search_model(
+        folder, tmp_path / "best", ConversionOptions(measure=False),
+        ways=("int8-dynamic", "int8-static-minmax"),
+    )  # fmt: skip
+    report = report_in(found)
+    tried = {one.id: one for one in report.variants if one.id != "fp32"}
+    assert set(tried) == {"int8-dynamic", "int8-static-minmax"}
+    for one in tried.values():
+        assert one.outcome != "failed", one.reason
+        figures = {figure.metric: figure for figure in one.quality}
+        assert figures["labels_agreement"].value > 0.7
+    assert found.manifest.multi_label
+    assert found.manifest.label_output == "scores"
 
 
 def edited(folder: Path, target: Path, name: str, change: Callable[[dict], None]) -> Path:  # type: ignore[type-arg]

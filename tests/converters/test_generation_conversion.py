@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from converters import texts
 from converters.options import ConversionOptions
 from converters.pipeline import convert_model
 from converters.plan import plan
+from converters.recipes.cached_text import twins
 from converters.settings import Int4Settings, Settings
 from converters.sources.detect import open_source
 from converters.steps import genai_build
@@ -29,6 +31,7 @@ from converters.steps.onnx_session import open_session
 from converters.steps.verify_generation import CachedLogits
 from nearfar.bundle import Bundle
 from nearfar.engines import load_engine
+from nearfar.engines.cached_graph import read_config
 from nearfar.errors import ConversionError
 from nearfar.generation import GenerationOptions, Prompt
 from tests.support.tiny_models import write_tiny_gguf, write_tiny_llama
@@ -139,6 +142,14 @@ def test_half_precision_is_typed_through_and_close(tiny_llama: Path, tmp_path: P
     assert {tensor.data_type for tensor in large} == {onnx.TensorProto.FLOAT16}
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     assert types["past_key_values.1.value"] == onnx.TensorProto.FLOAT16
+    # What it is judged by: CPUs would not round between operators.
+    (tmp_path / "work").mkdir()
+    shop = SimpleNamespace(work=tmp_path / "work")
+    found = twins({"onnx-fp16": tmp_path / "fp16"}, shop, is_large=False)  # type: ignore[arg-type]
+    assert read_config(found["onnx-fp16"]) == read_config(tmp_path / "fp16")
+    rounded = CachedLogits(found["onnx-fp16"])(ids)
+    np.testing.assert_allclose(rounded, full(ids), atol=0.02)
+    assert not np.array_equal(rounded, half(ids))
 
 
 def test_a_window_of_attention_bounds_the_context():

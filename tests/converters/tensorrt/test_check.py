@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from converters.tensorrt.check import Verdict, check_graph, require_library
 from converters.tensorrt.commands import app
 from converters.tensorrt.findings import FIXES, explain
-from converters.tensorrt.ranges import profile_of, stated_axes
-from nearfar.bundle.manifest import ShapeRange
+from converters.tensorrt.ranges import Bounds, bounds_of, profile_of, stated_axes, usual_of
+from nearfar.bundle.manifest import AudioPreprocessing, ShapeRange, TextPreprocessing
 from nearfar.cli import run
 from nearfar.engines.tensorrt_build import BuildResult, RawError, build
 from nearfar.errors import Cancelled, ConfigError, ConversionError, EngineError
@@ -74,6 +74,9 @@ def linear(folder: Path, doc: str = "") -> Path:
         ("", "input 'x' of shape [-1, 4] has no range of sizes", "missing-range"),
         ("", "IBuilder::buildSerializedNetwork: Error Code 4: Shape Error (reshape of empty tensor "
          "to non-empty tensor.", "impossible-range"),
+        ("", "Internal Error (kOPT values for profile 0 violate shape constraints: node_Conv_190: "
+         "convolution/deconvolution does not support nonzero spatial output dimension with "
+         "corresponding zero input dimension", "impossible-range"),
         ("Conv", "something nobody has seen", "refused"),
     ],
 )  # fmt: skip
@@ -220,7 +223,7 @@ def test_ranges_come_from_statements_samples_and_limits():
         model,
         {"height": (8, 16, 32), "image.3": (1, 2, 3)},
         sample={"ids": (1, 50), "image": (1, 3, 20, 20)},
-        limit=64,
+        bounds=Bounds(most=64),
     )
     assert [one.name for one in profile] == ["ids", "image"]
     assert (profile[0].smallest, profile[0].usual, profile[0].largest) == (
@@ -234,6 +237,23 @@ def test_ranges_come_from_statements_samples_and_limits():
     }  # fmt: skip
     # A recipe's statement gives the same profile without a sample.
     assert profile_of(model, stated_axes(model, profile)) == profile
+
+
+def test_ranges_of_texts_and_sounds_are_those_that_a_bundle_lets_through():
+    text = TextPreprocessing(tokenizer="tokenizer.json", max_length_tokens=130)
+    sound = AudioPreprocessing(input="x", sample_rate_hz=8000, min_samples=105, max_samples=240_000)
+    for spec, sample, sizes in (
+        (text, {"x": (1, 50)}, (1, 50, 130)),
+        (text, {}, (1, 32, 130)),
+        (text, {"x": (1, 400)}, (1, 130, 130)),
+        (sound, {"x": (1, 4000)}, (105, 4000, 16_000)),
+        (sound, usual_of(sound), (105, 8000, 32_000)),
+        (sound, {"x": (1, 239_000)}, (105, 239_000, 240_000)),
+        (None, {"x": (1, 7)}, (1, 7, 28)),
+    ):
+        model = free(("x", ["batch", "size"]))
+        (found,) = profile_of(model, {}, sample=sample, bounds=bounds_of(spec, sample))
+        assert (found.smallest[1], found.usual[1], found.largest[1]) == sizes
 
 
 def test_axes_without_a_name_are_stated_by_place():

@@ -22,7 +22,7 @@ from nearfar.errors import ConfigError, ConversionError
 from tests.converters.tensorrt import graphs
 from tests.support.tensorrt_path import use_stand_in
 
-ALL = ("fp32", "trt-fp32", "trt-fp16", "trt-int8")
+ALL = ("fp32", "trt-fp32", "trt-fp16", "trt-bf16", "trt-int8")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_each_variant_is_typed_onnx_with_its_ranges(source: Path):
     bundle = converted(source, axes={"batch": (1, 2, 32)})
     variants = {variant.id: variant for variant in bundle.manifest.variants}
     assert tuple(variants) == ALL
-    assert [variant.quality_rank for variant in variants.values()] == [0, 1, 2, 3]
+    assert [variant.quality_rank for variant in variants.values()] == [0, 1, 2, 3, 4]
     weights = {}
     for name in ALL[1:]:
         variant = variants[name]
@@ -77,11 +77,12 @@ def test_each_variant_is_typed_onnx_with_its_ranges(source: Path):
         # Inputs and outputs stay as the manifest has them.
         assert graph.input[0].type.tensor_type.elem_type == graphs.FLOAT
         figures = {figure.metric: figure.value for figure in variant.quality}
-        assert figures["relative_error"] < {"trt-int8": 0.08}.get(name, 0.001)
+        assert figures["relative_error"] < {"trt-int8": 0.08, "trt-bf16": 0.008}.get(name, 0.001)
         assert not [metric for metric in figures if metric.endswith("_unfused")]
     types = onnx.TensorProto
     assert weights == {
-        "trt-fp32": {types.FLOAT}, "trt-fp16": {types.FLOAT16}, "trt-int8": {types.INT8},
+        "trt-fp32": {types.FLOAT}, "trt-fp16": {types.FLOAT16}, "trt-bf16": {types.BFLOAT16},
+        "trt-int8": {types.INT8},
     }  # fmt: skip
 
 
