@@ -110,12 +110,16 @@ class GptqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             those that perplexity is measured on.
         block_size: How many weights of a row share a scale and a zero point. Longer blocks are
             faster and smaller, and lose more.
+        head_bits: Of the head, and of an embedding that shares its codes; 8 rounds them to the
+            nearest in blocks of 32. SmolLM2-135M, 1,530 tokens, blocks of 64, perplexity and size:
+            4 bits 19.30, 79 MB; 8 bits 18.53, 93 MB.
         damping: How much weight inputs get that the texts hardly ever use, as a share of what the
             others have.
     """
 
     windows: Annotated[int, msgspec.Meta(ge=1, le=128)] = 8
     block_size: Literal[32, 64] = 64
+    head_bits: Literal[4, 8] = 4
     damping: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
 
 

@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 
 def choose_codes(tell: Tell, folder: Path, target: Path, settings: GptqSettings) -> None:
-    """Write blocks for all matrices of a model's layers, and for its head, into a file.
+    """Write blocks for all matrices of a model's layers, and for a head of 4 bits, into a file.
 
     Args:
         tell: Told what is being done.
@@ -75,8 +75,8 @@ def choose_codes(tell: Tell, folder: Path, target: Path, settings: GptqSettings)
             f"{left[0]} was not run, or has no matrices",
             fix="Use another algorithm for int4 in the recipe, such as k_quant_mixed",
         )
-    tell("choose codes of the head")
-    if _can_round(head, settings):
+    if settings.head_bits == 4 and _can_round(head, settings):
+        tell("choose codes of the head")
         factor = feedback_factor(_gram(last), settings.damping)
         rows = (head.data[start : start + _ROWS] for start in range(0, len(head), _ROWS))
         whole = joined(

@@ -14,8 +14,8 @@ from converters.pipeline import convert_model
 from converters.settings import GptqSettings, Int4Settings, Settings, SlimSettings
 from converters.steps.error_feedback import feedback_factor, round_with_feedback
 from converters.steps.gguf_blocks import packed, unpacked
+from converters.steps.gptq import HEAD, ChosenCodes, choose_codes
 from converters.steps.verify_generation import CachedLogits
-from nearfar.bundle.hashing import sha256_of
 from nearfar.errors import ConfigError
 
 pytest.importorskip("torch")
@@ -93,12 +93,32 @@ def test_codes_are_packed_and_unpacked():
     np.testing.assert_array_equal(unpacked(packed(codes)), codes)
 
 
-def test_a_conversion_chooses_codes_the_same_every_time(tiny_llama: Path, tmp_path: Path):
-    first = convert_model(tiny_llama, tmp_path / "first", OPTIONS)
-    second = convert_model(tiny_llama, tmp_path / "second", OPTIONS)
-    folders = [made.variant_entry(made.variant("int4")) for made in (first, second)]
-    assert len({sha256_of(folder / "model.onnx.data") for folder in folders}) == 1
-    graph = onnx.load(folders[0] / "model.onnx", load_external_data=False).graph
+def test_codes_are_the_same_every_time(tiny_llama: Path, tmp_path: Path):
+    told: list[str] = []
+    for name in ("first.npz", "second.npz"):
+        choose_codes(told.append, tiny_llama, tmp_path / name, GptqSettings(windows=1))
+    first, second = (np.load(tmp_path / name) for name in ("first.npz", "second.npz"))
+    assert sorted(first) == sorted(second)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert told[:2] == ["choose codes, layer 1 of 2", "choose codes, layer 2 of 2"]
+    chosen = ChosenCodes(tmp_path / "first.npz")
+    assert chosen["model.layers.1.mlp.down_proj.weight"] is not None
+    assert chosen["model.layers.2.mlp.down_proj.weight"] is None
+    head = chosen[HEAD]
+    assert head is not None
+    assert head.codes.shape == (512, 1, 64)
+
+
+def test_a_head_of_eight_bits_is_not_chosen(tiny_llama: Path, tmp_path: Path):
+    settings = GptqSettings(windows=1, head_bits=8)
+    choose_codes(lambda _: None, tiny_llama, tmp_path / "codes.npz", settings)
+    assert ChosenCodes(tmp_path / "codes.npz")[HEAD] is None
+
+
+def test_a_conversion_takes_chosen_codes(tiny_llama: Path, tmp_path: Path):
+    bundle = convert_model(tiny_llama, tmp_path / "bundle", OPTIONS)
+    folder = bundle.variant_entry(bundle.variant("int4"))
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     # Query, key and value are one, gate and up are one; with the head nine.
     assert len(products) == 9
@@ -106,8 +126,8 @@ def test_a_conversion_chooses_codes_the_same_every_time(tiny_llama: Path, tmp_pa
     assert (numbers["bits"], numbers["block_size"]) == (4, 64)
     assert not [node for node in graph.node if node.op_type == "AveragePool"]
     ids = np.random.default_rng(0).integers(3, 512, 64)
-    exact = CachedLogits(first.variant_entry(first.variant("fp32")))(ids)
-    chosen = CachedLogits(folders[0])(ids)
+    exact = CachedLogits(bundle.variant_entry(bundle.variant("fp32")))(ids)
+    chosen = CachedLogits(folder)(ids)
     assert np.square(chosen - exact).mean() < 0.05 * np.square(exact).mean()
 
 
