@@ -42,6 +42,8 @@ _TRAIN_S, _TRAIN_TEXT_S = 0.02, 0.12
 #: on the weights, whatever is read; the search shares its work between threads.
 _EXPORT_CACHED_S, _BLOCKS_S = 400.0, 40.0
 _AWQ_S, _AWQ_WINDOW_S = 220.0, 30.0
+#: GPTQ: SmolLM2-135M, eight windows.
+_GPTQ_S, _GPTQ_WINDOW_S = 240.0, 15.0
 #: Comparing layers: SmolLM2-135M `int4` 20 s, all-MiniLM-L6-v2 11 s.
 _LAYERS_START_S, _LAYERS_S = 9.0, 22.0
 _MEASURE_S = 4.0
@@ -215,6 +217,19 @@ def _plan_language_model(source: Source, options: ConversionOptions) -> Plan:
                 )
             ]
             if is_scaled
+            else []
+        ),
+        *(
+            [
+                _step(
+                    "choose codes by GPTQ",
+                    full,
+                    per_gib_s=_GPTQ_S + _GPTQ_WINDOW_S * int4.gptq.windows,
+                    start_s=5,
+                    disk=full / 7,
+                )
+            ]
+            if "int4" in ids and int4.algorithm == "gptq"
             else []
         ),
         *_builds(ids, full),

@@ -102,6 +102,27 @@ class AwqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     windows: Annotated[int, msgspec.Meta(ge=1, le=128)] = 4
 
 
+class GptqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How ``gptq`` chooses codes.
+
+    Attributes:
+        windows: How many texts of 512 tokens activations are looked at on; none of them is among
+            those that perplexity is measured on.
+        block_size: How many weights of a row share a scale and a zero point. Longer blocks are
+            faster and smaller, and lose more.
+        head_bits: Of the head, and of an embedding that shares its codes; 8 rounds them to the
+            nearest in blocks of 32. SmolLM2-135M, 1,530 tokens, blocks of 64, perplexity and size:
+            4 bits 19.30, 79 MB; 8 bits 18.53, 93 MB.
+        damping: How much weight inputs get that the texts hardly ever use, as a share of what the
+            others have.
+    """
+
+    windows: Annotated[int, msgspec.Meta(ge=1, le=128)] = 8
+    block_size: Literal[32, 64] = 64
+    head_bits: Literal[4, 8] = 4
+    damping: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
+
+
 class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights become 4 bits.
 
@@ -114,7 +135,9 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             each block, ``k_quant_last`` with the last matrix in 8 bits, ``k_quant_mixed`` with some
             layers in 8 bits too (Q4_K_M elsewhere). ``awq`` multiplies input channels by scales,
             found on real text, before it rounds to the nearest; head and embedding get 8 bits.
-            ``auto`` is ``carry`` where it is possible, else ``k_quant_mixed``.
+            ``gptq`` rounds one column after the other, and has later ones make up for what earlier
+            ones lose on real text; the head too, whose codes a shared embedding reads. ``auto`` is
+            ``carry`` where it is possible, else ``k_quant_mixed``.
         exact_minima: For ``carry``: matrices whose minima (Q4_1, Q4_K) are kept beyond the zero
             points, for a little time in every token.
         minima_digits: How exactly, in digits of four bits; see `converters.steps.gguf_blocks`.
@@ -125,7 +148,7 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     algorithm: Literal[
-        "auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last", "awq"
+        "auto", "carry", "rtn", "k_quant", "k_quant_mixed", "k_quant_last", "awq", "gptq"
     ] = "auto"
     exact_minima: tuple[Matrix, ...] = get_args(Matrix)
     minima_digits: Annotated[int, msgspec.Meta(ge=0, le=3)] = 1
@@ -135,6 +158,7 @@ class Int4Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     keep: tuple[str, ...] = ()
     max_kept: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 8
     awq: AwqSettings = AwqSettings()
+    gptq: GptqSettings = GptqSettings()
 
 
 class PruneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -25,9 +25,10 @@ from converters.slim.corpus import generator_corpus
 from converters.sources.base import Source
 from converters.sources.gguf import GgufSource
 from converters.sources.huggingface import open_huggingface, read_json
-from converters.steps.apart import give_back, run_apart
+from converters.steps.apart import give_back, run_apart, run_apart_telling
 from converters.steps.carry_gguf import can_carry, carry_blocks
 from converters.steps.genai_build import CONFIG, PRECISIONS, build_genai
+from converters.steps.gptq import carry_codes, choose_codes
 from converters.steps.prepare_model import prepare_model, prepare_sliced
 from converters.steps.verify_generation import (
     SlicedTruth,
@@ -82,7 +83,9 @@ def build(source: Source, name: str, shop: Workshop) -> Manifest:
             if is_plain:
                 said = cached_text.make_cached(source, folder, own, shop, is_large=model.is_large)
             else:
-                said = _build(source, folder, own, shop, int4, slimmed, awq, step)
+                said = _build(
+                    source, folder, own, shop, int4, slimmed, awq, step, is_large=model.is_large
+                )
             sizes = (f"{key} {format_bytes(_size(path))}" for key, path in own.items())
             step.note(", ".join(sizes) + said)
         give_back()
@@ -193,6 +196,8 @@ def _build(
     slimmed: Slimmed | None,
     awq: Calibrator | None,
     step: Step,
+    *,
+    is_large: bool,
 ) -> str:
     """Build what was not built before; see `build_genai` and `carry_blocks`.
 
@@ -221,7 +226,7 @@ def _build(
                 build_genai(made_of, chosen, shop.work, int4.algorithm)
 
     def is_ours(precision: str) -> bool:
-        return precision == "int4" and int4.algorithm in ("carry", "awq")
+        return precision == "int4" and int4.algorithm in ("carry", "awq", "gptq")
 
     built = {
         precision: target
@@ -232,8 +237,8 @@ def _build(
     build_all(built)
 
     def output(precision: str, target: Path) -> None:
-        ours = scale if int4.algorithm == "awq" else carry
-        make = partial(ours if is_ours(precision) else build, precision)
+        ours = {"carry": carry, "awq": scale, "gptq": choose}
+        make = partial(ours[int4.algorithm] if is_ours(precision) else build, precision)
         shop.cache.output("build-genai", parts(precision), target, make, tools=_TOOLS)
 
     def build(precision: str, target: Path) -> None:
@@ -259,6 +264,16 @@ def _build(
         else:
             said.append(make_scaled(awq, folder, target, int4, shop, step))
 
+    def choose(_: str, target: Path) -> None:
+        codes = shop.work / "codes.npz"
+        if is_large:
+            run_apart_telling(step.tell, choose_codes, folder, codes, int4.gptq)
+        else:
+            choose_codes(step.tell, folder, codes, int4.gptq)
+        done = carry_codes(plain(), target, codes, int4)
+        codes.unlink()
+        said.append(f"codes of {done.carried} of {done.carried + done.rounded} matrices chosen")
+
     # Full precision comes first: blocks are carried into its graph.
     for precision, target in targets.items():
         output(precision, target)
@@ -278,9 +293,9 @@ def resolved(source: Source, int4: Int4Settings, *, is_sliced: bool) -> Int4Sett
             field="int4.algorithm",
             fix="Use another algorithm, such as k_quant_mixed",
         )
-    if is_sliced and int4.algorithm == "awq":
+    if is_sliced and int4.algorithm in ("awq", "gptq"):
         raise ConfigError(
-            "AWQ's scales are not looked for in a sliced model",
+            f"{int4.algorithm.upper()} does not look at texts with a sliced model",
             field="int4.algorithm",
             fix="Use another algorithm, such as k_quant_mixed, or do not slice (slim)",
         )

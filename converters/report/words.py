@@ -12,6 +12,7 @@ _INT4 = {
     "carry": "the file's own blocks",
     "rtn": "rounded to the nearest",
     "awq": "scaled by AWQ, then rounded to the nearest",
+    "gptq": "codes chosen by GPTQ",
     "k_quant": "k-quant",
     "k_quant_last": "k-quant, the last matrix in 8 bits",
     "k_quant_mixed": "k-quant, some layers in 8 bits",
@@ -43,7 +44,9 @@ def _method_of(precision: str, settings: Settings) -> str:
     if precision == "int4":
         int4 = settings.int4
         text = f"INT4, {_INT4[int4.algorithm]}"
-        text += f" in blocks of {int4.block_size}" if int4.algorithm == "rtn" else ""
+        sizes = {"rtn": int4.block_size, "gptq": int4.gptq.block_size}
+        size = sizes.get(int4.algorithm)
+        text += f" in blocks of {size}" if size is not None else ""
         return text + (", without zero points" if int4.symmetric else "") + _kept(int4.keep)
     if precision.startswith("onnx-"):
         return f"{_PLAIN[precision.removeprefix('onnx-')]}, a plain graph with its KV cache"

@@ -47,6 +47,7 @@ _CARRY = Trial(id="int4-carry", variant="int4", int4=Int4Settings(algorithm="car
 _TEXT = (
     Trial(id="int4-k-quant-mixed", variant="int4", int4=Int4Settings(algorithm="k_quant_mixed")),
     Trial(id="int4-k-quant", variant="int4", int4=Int4Settings(algorithm="k_quant")),
+    Trial(id="int4-gptq", variant="int4", int4=Int4Settings(algorithm="gptq")),
     Trial(id="int4-rtn", variant="int4", int4=Int4Settings(algorithm="rtn")),
     Trial(id="int8", variant="int8"),
 )

@@ -6,6 +6,7 @@ the next step would pay for it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -14,8 +15,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nearfar.errors import ConversionError, NearfarError
 
@@ -39,25 +41,69 @@ def run_apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -
         NearfarError: What the function raised.
         ConversionError: The child died, or raised something else.
     """
-    job = pickle.dumps((function.__module__, function.__qualname__, args, kwargs))
-    done = subprocess.run(
-        [sys.executable, "-m", "converters.steps.apart"],
-        input=job,
-        capture_output=True,
-        env={**os.environ, **FRUGAL},
-        check=False,
-    )
-    if done.returncode != 0 or not done.stdout:
-        words = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ConversionError(
-            f"The process for {function.__name__!r} ended with status {done.returncode} "
-            f"({words or 'it said nothing'})",
-            fix="If it was killed, there was not enough memory",
+    return _run(None, function, *args, **kwargs)
+
+
+def run_apart_telling(
+    tell: Callable[[str], None],
+    function: Callable[Concatenate[Callable[[str], None], _P], _T],
+    *args: _P.args,
+    **kwargs: _P.kwargs,
+) -> _T:
+    """As `run_apart`, of a function whose first argument is called with what it is doing.
+
+    Args:
+        tell: Called here with what the function told there.
+        function: As of `run_apart`.
+        args: Further arguments.
+        kwargs: Likewise.
+    """
+    return _run(tell, function, *args, **kwargs)
+
+
+def _run(
+    tell: Callable[[str], None] | None, function: Callable[..., _T], *args: Any, **kwargs: Any
+) -> _T:
+    job = (function.__module__, function.__qualname__, tell is not None, args, kwargs)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "converters.steps.apart"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env={**os.environ, **FRUGAL},
         )
-    outcome, value = pickle.loads(done.stdout)  # noqa: S301  (our own child wrote it)
+        outcome, value = "", None
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(pickle.dumps(job))
+            with contextlib.suppress(EOFError, pickle.UnpicklingError):
+                outcome, value = pickle.load(process.stdout)  # noqa: S301  (our own child)
+                while outcome == "told":
+                    if tell is not None:
+                        tell(value)
+                    outcome, value = pickle.load(process.stdout)  # noqa: S301
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        if status != 0 or outcome not in ("value", "error"):
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise ConversionError(
+                f"The process for {function.__name__!r} ended with status {status} "
+                f"({words or 'it said nothing'})",
+                fix="If it was killed, there was not enough memory",
+            )
     if outcome == "error":
+        assert isinstance(value, NearfarError)
         raise value
-    result: _T = value
+    result: _T = value  # type: ignore[assignment]
     return result
 
 
@@ -81,8 +127,15 @@ def main() -> None:
     end_with_parent()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    module, name, args, kwargs = pickle.loads(sys.stdin.buffer.read())  # noqa: S301  (our parent)
+    module, name, is_telling, args, kwargs = pickle.loads(sys.stdin.buffer.read())  # noqa: S301
     function = getattr(importlib.import_module(module), name)
+
+    def tell(doing: str) -> None:
+        pickle.dump(("told", doing), answers)
+        answers.flush()
+
+    if is_telling:
+        args = (tell, *args)
     try:
         answer: tuple[str, object] = ("value", function(*args, **kwargs))
     except NearfarError as exc:

@@ -226,7 +226,7 @@ def _quantize(
 def _fits(node: Any, blocks: Blocks, shape: tuple[int, ...]) -> bool:
     # A table that the embedding shares cannot have minima.
     is_shared = "lm_head" in node.name and blocks.minima is not None
-    return shape == (blocks.codes.shape[1] * BLOCK, len(blocks.codes)) and not is_shared
+    return shape == (blocks.codes.shape[1] * blocks.block, len(blocks.codes)) and not is_shared
 
 
 def _rounded(array: np.ndarray, kind: str = "Q8_0") -> Blocks:
@@ -279,16 +279,28 @@ def is_layer(name: str) -> bool:
     return match is not None and match[2] in _PARTS
 
 
+def names_of(node: str) -> list[tuple[str, str]]:
+    """Matrices that a node of a layer multiplies by, one below the other.
+
+    Args:
+        node: Its name, as the model builder gives it.
+
+    Returns:
+        Their names in GGUF and in transformers; none for other nodes.
+    """
+    match = _NODE.match(node)
+    if match is None or match[2] not in _PARTS:
+        return []
+    return [
+        (f"blk.{match[1]}.{gguf}.weight", f"model.layers.{match[1]}.{hf}.weight")
+        for gguf, hf in _PARTS[match[2]]
+    ]
+
+
 def _blocks_of(name: str, tensors: dict[str, Any], reference: _Reference) -> Blocks | None:
     """Blocks of a node's matrix, its rows in the order of transformers."""
-    parts: list[tuple[str, str]] = []
-    match = _NODE.match(name)
-    if match is not None and match[2] in _PARTS:
-        parts = [
-            (f"blk.{match[1]}.{gguf}.weight", f"model.layers.{match[1]}.{hf}.weight")
-            for gguf, hf in _PARTS[match[2]]
-        ]
-    elif "/embed_tokens/" in name:
+    parts = names_of(name)
+    if "/embed_tokens/" in name:
         parts = [("token_embd.weight", "model.embed_tokens.weight")]
     elif "/lm_head/" in name:
         tied = "output.weight" not in tensors

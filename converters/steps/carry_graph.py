@@ -54,8 +54,8 @@ class GraphEditor:
         node.input.extend(inputs)
         node.op_type, node.domain = "MatMulNBits", CONTRIB
         del node.attribute[:]
-        numbers = {"K": matrix.columns, "N": sum(rows), "bits": matrix.bits, "block_size": BLOCK,
-                   "accuracy_level": _ACCURACY_LEVEL}  # fmt: skip
+        numbers = {"K": matrix.columns, "N": sum(rows), "bits": matrix.bits,
+                   "block_size": matrix.block, "accuracy_level": _ACCURACY_LEVEL}  # fmt: skip
         node.attribute.extend(
             self._onnx.helper.make_attribute(name, value) for name, value in numbers.items()
         )
@@ -71,7 +71,7 @@ class GraphEditor:
             matrix: Its rows; without minima.
         """
         make, name = self._onnx.helper.make_node, gather.name
-        codes, scales = self._stored(weight, matrix)[:2]
+        codes, *others = self._stored(weight, matrix)
         rows, columns = len(matrix.codes), matrix.columns * matrix.bits // 8
         self._tensors[f"{weight}_shape"] = np.array([rows, columns], np.int64)
         self._first.append(
@@ -80,15 +80,16 @@ class GraphEditor:
         gather.op_type, gather.domain = "GatherBlockQuantized", CONTRIB
         ids = gather.input[1]
         del gather.input[:], gather.attribute[:]
-        gather.input.extend([f"{codes}_rows", ids, scales])
-        numbers = {"bits": matrix.bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        gather.input.extend([f"{codes}_rows", ids, *others])
+        numbers = {"bits": matrix.bits, "block_size": matrix.block,
+                   "gather_axis": 0, "quantize_axis": 1}  # fmt: skip
         gather.attribute.extend(
             self._onnx.helper.make_attribute(key, value) for key, value in numbers.items()
         )
 
     def _stored(self, weight: str, matrix: Matrix) -> list[str]:
         """Names of codes, scales and zero points."""
-        names = [f"{weight}_Q{matrix.bits}G{BLOCK}", f"{weight}_scale"]
+        names = [f"{weight}_Q{matrix.bits}G{matrix.block}", f"{weight}_scale"]
         self._tensors[names[0]] = matrix.packed_codes()
         self._widened(names[1], matrix.scales)
         zero_points = matrix.packed_zero_points()

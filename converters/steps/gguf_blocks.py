@@ -44,22 +44,32 @@ class Blocks:
 
     Attributes:
         bits: 4 or 8.
-        codes: uint8, shape (rows, blocks, 32), not packed; the zero point is 8 or 128.
+        codes: uint8, shape (rows, blocks, 32), not packed; blocks that are rounded here may be
+            longer.
         scales: float16, for Q4_K float32; shape (rows, blocks).
         minima: Of the same type and shape, or `None`: then ``w = scale (code - zero point)``,
             else ``w = scale code + minimum``.
+        zero_points: uint8 of the same shape; `None`: 8 or 128 everywhere.
     """
 
     bits: int
     codes: np.ndarray
     scales: np.ndarray
     minima: np.ndarray | None
+    zero_points: np.ndarray | None = None
+
+    @property
+    def block(self) -> int:
+        """How many weights share a scale."""
+        return int(self.codes.shape[2])
 
     def dequantized(self) -> np.ndarray:
         """The weights, float32 of shape (rows, columns)."""
         codes = self.codes.astype(np.float32)
         scales = self.scales.astype(np.float32)[..., None]
-        if self.minima is None:
+        if self.zero_points is not None:
+            values = scales * (codes - self.zero_points[..., None].astype(np.float32))
+        elif self.minima is None:
             values = scales * (codes - np.float32(1 << (self.bits - 1)))
         else:
             values = scales * codes + self.minima.astype(np.float32)[..., None]
@@ -68,7 +78,8 @@ class Blocks:
     def piece(self, rows: np.ndarray | slice) -> Blocks:
         """Some rows, or all in another order."""
         minima = None if self.minima is None else self.minima[rows]
-        return Blocks(self.bits, self.codes[rows], self.scales[rows], minima)
+        zeros = None if self.zero_points is None else self.zero_points[rows]
+        return Blocks(self.bits, self.codes[rows], self.scales[rows], minima, zeros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ class Matrix:
 
     Attributes:
         bits: 4 or 8.
-        codes: uint8, shape (rows, blocks, 32), not packed.
+        codes: uint8, shape (rows, blocks, weights of a block), not packed.
         scales: float16 or float32, shape (rows, blocks).
         zero_points: uint8 of the same shape, or `None`: 8 or 128 everywhere.
         digits: How often the means of the inputs' blocks follow the inputs.
@@ -90,9 +101,14 @@ class Matrix:
     digits: int = 0
 
     @property
+    def block(self) -> int:
+        """How many weights share a scale."""
+        return int(self.codes.shape[2])
+
+    @property
     def columns(self) -> int:
         """Inputs, appended means included."""
-        return int(self.codes.shape[1]) * BLOCK
+        return int(self.codes.shape[1]) * self.block
 
     @property
     def blocks(self) -> int:
@@ -101,14 +117,14 @@ class Matrix:
 
     def packed_codes(self) -> np.ndarray:
         """uint8, shape (rows, blocks, 4 * bits)."""
-        return _packed(self.codes) if self.bits == 4 else self.codes
+        return packed(self.codes) if self.bits == 4 else self.codes
 
     def packed_zero_points(self) -> np.ndarray | None:
         """uint8, two in a byte, each row padded to whole bytes."""
         if self.zero_points is None:
             return None
         padding = self.zero_points.shape[1] % 2
-        return _packed(np.pad(self.zero_points, ((0, 0), (0, padding))))
+        return packed(np.pad(self.zero_points, ((0, 0), (0, padding))))
 
     def effective(self) -> np.ndarray:
         """The weights that it stands for, float32 of shape (rows, columns without means)."""
@@ -168,18 +184,23 @@ def _read_super_blocks(data: np.ndarray) -> Blocks:
 
 def joined(parts: Sequence[Blocks]) -> Blocks | None:
     """Matrices with the same inputs as one; `None` if they are not of one kind."""
-    if (
-        not parts
-        or len({(b.bits, b.minima is None, b.codes.shape[1], b.scales.dtype) for b in parts}) != 1
-    ):
+    if len({_form(blocks) for blocks in parts}) != 1:
         return None
     minima = [blocks.minima for blocks in parts if blocks.minima is not None]
+    zero_points = [blocks.zero_points for blocks in parts if blocks.zero_points is not None]
     return Blocks(
         parts[0].bits,
         np.concatenate([blocks.codes for blocks in parts]),
         np.concatenate([blocks.scales for blocks in parts]),
         np.concatenate(minima) if minima else None,
+        np.concatenate(zero_points) if zero_points else None,
     )
+
+
+def _form(blocks: Blocks) -> tuple[object, ...]:
+    """What matrices must have in common to become one."""
+    have = blocks.minima is None, blocks.zero_points is None
+    return blocks.bits, *have, *blocks.codes.shape[1:], blocks.scales.dtype
 
 
 def matrix_of(blocks: Blocks, *, digits: int) -> Matrix:
@@ -190,7 +211,7 @@ def matrix_of(blocks: Blocks, *, digits: int) -> Matrix:
         digits: Of four bits, for what zero points leave of the minima; 0 drops it.
     """
     if blocks.minima is None:
-        return Matrix(blocks.bits, blocks.codes, blocks.scales)
+        return Matrix(blocks.bits, blocks.codes, blocks.scales, blocks.zero_points)
     scales = blocks.scales.astype(np.float32)
     minima = blocks.minima.astype(np.float32)
     # A scale of zero is a block of 32 equal weights: its minimum is their scale then.
@@ -247,6 +268,11 @@ def _digit(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (np.clip(np.rint(codes), -8, 7) + 8).astype(np.uint8), scales
 
 
-def _packed(nibbles: np.ndarray) -> np.ndarray:
+def packed(nibbles: np.ndarray) -> np.ndarray:
     """Two numbers of four bits in a byte, the first in the low half."""
     return np.asarray(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), dtype=np.uint8)
+
+
+def unpacked(pairs: np.ndarray) -> np.ndarray:
+    """What `packed` packed."""
+    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from converters.steps.apart import give_back, run_apart
+from converters.steps.apart import give_back, run_apart, run_apart_telling
 from nearfar.errors import ConversionError, InvalidInput
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ends processes by signals")
@@ -53,3 +54,16 @@ def test_other_errors_and_deaths_are_told():
 
 def test_giving_memory_back_needs_no_memory():
     give_back()
+
+
+def tell_and_add(tell: Callable[[str], None], one: int, *, other: int) -> int:
+    tell("first")
+    print("what a step prints is not its answer")
+    tell("second")
+    return one + other
+
+
+def test_what_a_step_tells_arrives_before_its_answer():
+    told: list[str] = []
+    assert run_apart_telling(told.append, tell_and_add, 2, other=3) == 5
+    assert told == ["first", "second"]

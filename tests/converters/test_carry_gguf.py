@@ -84,12 +84,14 @@ def test_types_without_an_equal_are_left_alone():
     assert read_blocks("Q6_K", np.zeros((1, 210), np.uint8)) is None
 
 
-def node_model(*, table: bool = False, second: bool = False) -> onnx.ModelProto:
+def node_model(
+    *, table: bool = False, second: bool = False, columns: int = COLUMNS
+) -> onnx.ModelProto:
     """Products as the model builder writes them; with `table` one that the embedding shares."""
-    weight = numpy_helper.from_array(np.zeros((COLUMNS, ROWS), np.float32), "w")
+    weight = numpy_helper.from_array(np.zeros((columns, ROWS), np.float32), "w")
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="/lm_head/MatMul")]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", ROWS])]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", COLUMNS])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", columns])]
     if second:
         nodes.append(helper.make_node("MatMul", ["x", "w"], ["z"], name="second"))
         outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
@@ -187,6 +189,29 @@ def test_an_embedding_that_shares_the_matrix_reads_the_same_numbers():
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (rows,) = session.run(["rows"], feeds)
     np.testing.assert_array_equal(rows, weights[ids])
+
+
+def test_an_embedding_shares_codes_with_zero_points_too():
+    random = np.random.default_rng(0)
+    head = Blocks(
+        4,
+        random.integers(0, 16, (ROWS, 3, 2 * BLOCK)).astype(np.uint8),
+        (0.1 + 0.2 * random.random((ROWS, 3))).astype(np.float16),
+        None,
+        random.integers(5, 11, (ROWS, 3)).astype(np.uint8),
+    )
+    model = node_model(table=True, columns=6 * BLOCK)
+    editor = GraphEditor(onnx, model)
+    _, gather, product = model.graph.node
+    matrix = matrix_of(head, digits=0)
+    editor.quantize([product], [ROWS], matrix)
+    editor.quantize_table(gather, "w", matrix)
+    editor.finish()
+    ids = np.array([3, 60, 3])
+    x = random.standard_normal((1, 3, 6 * BLOCK)).astype(np.float32)
+    y, rows = run_in_float(model, {"x": x, "ids": ids})
+    np.testing.assert_allclose(y, x @ head.dequantized().T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(rows, head.dequantized()[ids], rtol=1e-6)
 
 
 def test_rows_are_found_by_their_numbers():
