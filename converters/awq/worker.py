@@ -91,7 +91,7 @@ def _scale(torch: Any, model: Any, tokens: Any, job: dict[str, Any], emit: Any) 
         "algorithm": {"method": "awq_lite", "alpha_step": 0.1},
     }
     shutil.copytree(job["model"], job["target"])
-    layers, weights = _layers(torch, model), _Weights(Path(job["target"]))
+    layers, weights = layers_of(torch, model), _Weights(Path(job["target"]))
     done: list[dict[str, int]] = []
 
     def search(name: str, layer: Any, run: Any) -> Any:
@@ -111,7 +111,7 @@ def _scale(torch: Any, model: Any, tokens: Any, job: dict[str, Any], emit: Any) 
         weights.put(f"{name}.", layer.state_dict())
         layer.to_empty(device="meta")
         for weight in mapped:
-            _let_go(weight)
+            let_go(weight)
         return outputs[0]
 
     for name, layer in layers.items():
@@ -131,7 +131,7 @@ def _load(torch: Any, transformers: Any, folder: Path) -> Any:
     ).eval()
 
 
-def _layers(torch: Any, model: Any) -> dict[str, Any]:
+def layers_of(torch: Any, model: Any) -> dict[str, Any]:
     """The model's layers by their names.
 
     Raises:
@@ -165,9 +165,9 @@ def _logits(torch: Any, transformers: Any, folder: Path, tokens: Any) -> Any:
 
     def give_back(module: Any, *_: Any) -> None:
         for weight in module.parameters():
-            _let_go(weight.data)
+            let_go(weight.data)
 
-    for layer in _layers(torch, model).values():
+    for layer in layers_of(torch, model).values():
         layer.register_forward_hook(give_back)
     with torch.no_grad():
         return model(tokens[:1, :_COMPARED_TOKENS], use_cache=False).logits[0].clone()
@@ -223,7 +223,7 @@ class _Group:
             part = Part(place)
             if place == 0:
                 self.first = part
-            _let_go(linear.weight.data)
+            let_go(linear.weight.data)
             linear.weight = linear.bias = None
             setattr(parent, name, part)
 
@@ -242,7 +242,7 @@ class _Group:
             setattr(parent, name, linear)
 
 
-def _let_go(tensor: Any) -> None:
+def let_go(tensor: Any) -> None:
     """Give back the memory of a weight that was copied, if it is a mapped part of a file (Linux).
 
     The mapping lives as long as any tensor in it, and so would the pages that were read. They are

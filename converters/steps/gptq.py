@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from converters.awq.calibrate import calibration_windows
-from converters.awq.worker import _layers, _let_go
+from converters.awq.worker import layers_of, let_go
 from converters.libraries import load, quiet
 from converters.settings import GptqSettings, Int4Settings
 from converters.steps.carry_gguf import Carried, Load, fill_graph, names_of
@@ -58,7 +58,7 @@ def choose_codes(tell: Tell, folder: Path, target: Path, settings: GptqSettings)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
             ).eval()
-            layers = _layers(torch, model)
+            layers = layers_of(torch, model)
             for place, (name, layer) in enumerate(layers.items()):
                 tell_layer = f"choose codes, layer {place + 1} of {len(layers)}"
                 layer.forward = _Once(torch, name, layer, settings, put, tell, tell_layer)
@@ -137,7 +137,7 @@ class _Once:
         output = self._forward(*args, **kwargs)
         self._layer.to_empty(device="meta")
         for weight in mapped:
-            _let_go(weight)
+            let_go(weight)
         return output
 
     def _inputs(
