@@ -283,10 +283,17 @@ def test_wherever_the_bytes_stop_nothing_is_lost_and_nothing_comes_twice(world, 
         draw.randrange(connected, whole - 100),
         draw.randrange(100, whole),
     ]
-    with CuttingProxy(world.port, cut_after=cuts) as proxy:
-        assert with_link(world.config(proxy), use) == WHOLE
-        assert proxy.connections >= 2
-    assert (world.chat.runs, world.chat.tokens) == (2, 2 * TOKENS)
+    runs = 1
+    # Tokens that come together share records: the answer may be there in fewer bytes than before.
+    for _ in range(5):
+        runs += 1
+        with CuttingProxy(world.port, cut_after=cuts) as proxy:
+            assert with_link(world.config(proxy), use) == WHOLE
+            if proxy.connections >= 2:
+                break
+    else:
+        pytest.fail(f"never cut after {cuts} bytes")
+    assert (world.chat.runs, world.chat.tokens) == (runs, runs * TOKENS)
 
 
 def test_many_answers_on_one_connection_all_go_on(world, proxy):

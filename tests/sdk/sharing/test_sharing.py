@@ -234,7 +234,8 @@ def test_the_deadline_of_the_first_does_not_fail_the_others(cloud):
         cloud.wait_for(wire.Infer, 2)
         gate.open.set()
         sources = sorted(future.result(10).route.source for future in others)
-        assert sources == ["in_flight", "run"]
+        # On a busy machine the other one may come only when the answer is there.
+        assert sources in (["in_flight", "run"], ["cache", "run"])
     assert asked(cloud) == 2
 
 
