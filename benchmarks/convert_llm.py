@@ -1,9 +1,9 @@
-"""SmolLM2-135M in 4 and 8 bits: rounded to the nearest, and as nearfar makes it."""
+"""SmolLM2-135M in 4 and 8 bits: rounded to the nearest, and the ways nearfar has for it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.baselines import GenaiLoop
@@ -34,6 +34,7 @@ variants = ["int4"]
 [settings.int4]
 algorithm = "rtn"
 """
+_GPTQ = _RTN.replace('"rtn"', '"gptq"')
 _AWQ = (
     _RTN.replace('"rtn"', '"awq"')
     + """
@@ -55,7 +56,7 @@ def measure_llm(
     *,
     quick: bool,
 ) -> Part:
-    """Convert as `nearfar convert` does, to INT8, and to INT4 rounded to the nearest.
+    """Convert as `nearfar convert` does, to INT8, and to INT4 by GPTQ and rounded to the nearest.
 
     Args:
         source: The GGUF file.
@@ -67,41 +68,50 @@ def measure_llm(
         quick: Leave INT8 out, and AWQ, which is there where `INTERPRETER_VARIABLE` names modelopt.
     """
     ways = () if quick or not os.environ.get(INTERPRETER_VARIABLE) else ("search", "none")
-    step = begin("language model: conversions", 3 - quick + len(ways))
-    recipe = work / "rtn.toml"
-    recipe.write_text(_RTN)
+    step = begin("language model: conversions", 4 - quick + len(ways))
 
-    def made(name: str, *options: str) -> Conversion:
+    def made(name: str, *options: str, recipe: str = "") -> Conversion:
+        if recipe:
+            path = work / f"{name}.toml"
+            path.write_text(recipe)
+            options = ("--recipe", str(path))
         conversion = convert(source, work / name, "--no-measure", "--no-cache", *options)
         step()
         return conversion
 
     first = made("best")
     eight = None if quick else made("eight", "--variants", "int8")
-    by_rounding = made("rtn", "--recipe", str(recipe))
-    scaled = {}
-    for scales in ways:
-        recipe = work / f"awq-{scales}.toml"
-        recipe.write_text(_AWQ.format(scales))
-        scaled[scales] = made(f"awq-{scales}", "--recipe", str(recipe))
-    best, rounded = first.bundle, by_rounding.bundle
+    by_rounding = made("rtn", recipe=_RTN)
+    by_gptq = made("gptq", recipe=_GPTQ)
+    scaled = {
+        scales: made(f"awq-{scales}", recipe=_AWQ.format(scales)) for scales in ways
+    }  # fmt: skip
+    best, rounded, chosen = first.bundle, by_rounding.bundle, by_gptq.bundle
     full = _perplexity(best, "fp32")
-    lost, lost_rtn = _perplexity(best, "int4") - full, _perplexity(rounded, "int4") - full
-    size, size_rtn = _size(best, "int4"), _size(rounded, "int4")
-    speed = _speed(best, rounded, rounds, tokens, run, begin)
-    bars = [
-        _bar("SmolLM2 INT4: size ÷ FP32", size / _size(best, "fp32"), MAX_SIZE),
-        speed["int4"].bar(MIN_SPEED, "at_least"),
-        _bar("SmolLM2 INT4: perplexity lost ÷ RTN's", lost / lost_rtn, MAX_LOSS_TO_RTN),
-        _bar("SmolLM2 INT4: size ÷ RTN", size / size_rtn, MAX_SIZE_TO_RTN),
+    lost_rtn, size_rtn = _perplexity(rounded, "int4") - full, _size(rounded, "int4")
+    speed = _speed(best, {"int4 gptq": chosen, "int4 rtn": rounded}, rounds, tokens, run, begin)
+    bars = [speed["int4 gptq"].bar(MIN_SPEED, "at_least")]
+    for name, bundle in (("INT4", best), ("INT4 GPTQ", chosen)):
+        lost, size = _perplexity(bundle, "int4") - full, _size(bundle, "int4")
+        bars += [
+            _bar(f"SmolLM2 {name}: size ÷ FP32", size / _size(best, "fp32"), MAX_SIZE),
+            _bar(f"SmolLM2 {name}: perplexity lost ÷ RTN's", lost / lost_rtn, MAX_LOSS_TO_RTN),
+            _bar(f"SmolLM2 {name}: size ÷ RTN", size / size_rtn, MAX_SIZE_TO_RTN),
+        ]
+    bars += [
         _bar(
             "SmolLM2: peak memory of a conversion ÷ size of FP32",
             first.peak_bytes / _size(best, "fp32"), MAX_MEMORY,
+        ),
+        _bar(
+            "SmolLM2 GPTQ: peak memory of a conversion ÷ size of FP32",
+            by_gptq.peak_bytes / _size(best, "fp32"), MAX_MEMORY,
         ),
     ]  # fmt: skip
     figures = [
         _one("SmolLM2 FP32: perplexity", full),
         _one("SmolLM2 INT4: perplexity", _perplexity(best, "int4")),
+        _one("SmolLM2 INT4 GPTQ: perplexity", _perplexity(chosen, "int4")),
         _one("SmolLM2 INT4 RTN: perplexity", _perplexity(rounded, "int4")),
         _one("SmolLM2 INT4 RTN: size ÷ FP32", size_rtn / _size(best, "fp32")),
         _one(
@@ -110,6 +120,7 @@ def measure_llm(
         ),
         Figure.of_rounds("SmolLM2: time of a conversion", "s", [first.seconds]),
         Figure.of_rounds("SmolLM2 RTN: time of a conversion", "s", [by_rounding.seconds]),
+        Figure.of_rounds("SmolLM2 GPTQ: time of a conversion", "s", [by_gptq.seconds]),
         *speed.values(),
     ]
     if eight is not None:
@@ -134,14 +145,14 @@ def measure_llm(
 
 
 def _speed(
-    best: Bundle, rounded: Bundle, rounds: int, tokens: int, run: Run, begin: Begin
+    best: Bundle, others: Mapping[str, Bundle], rounds: int, tokens: int, run: Run, begin: Begin
 ) -> dict[str, Figure]:
     """Tokens in a second after the first, against FP32 in the same round."""
     prompt = texts.prose()[:_PROMPT_CHARACTERS]
     folders = {
         "fp32": best.variant_entry(best.variant("fp32")),
         "int4": best.variant_entry(best.variant("int4")),
-        "int4 rtn": rounded.variant_entry(rounded.variant("int4")),
+        **{name: one.variant_entry(one.variant("int4")) for name, one in others.items()},
     }
 
     def side(folder: Path) -> Callable[[], float]:
@@ -169,7 +180,7 @@ def _speed(
             f"SmolLM2 {name.upper()}: decode tokens/s ÷ FP32", "",
             per_round(lambda small, full: small / full, samples[name], samples["fp32"]),
         )
-        for name in ("int4", "int4 rtn")
+        for name in ("int4", *others)
     } | {
         f"{name} alone": Figure.of_rounds(
             f"SmolLM2 {name.upper()}: decode", "tokens/s", samples[name]
