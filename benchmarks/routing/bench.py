@@ -50,7 +50,7 @@ MAX_DECISION_P50_US, MAX_DECISION_P99_US = 20.0, 100.0
 
 #: Held-out scenarios are drawn from other seeds than tuned ones.
 HELD_OUT_SEEDS = 1000
-#: Calls in one sample of the decision's time, of which one is taken after each scenario.
+#: Calls in one sample of the decision's time, of which one is taken after each seed.
 DECISION_CALLS = 200
 
 
@@ -158,8 +158,12 @@ def measure(settings: Settings, begin: Begin) -> tuple[Report, list[Outcome]]:
     for scenario in scenarios(settings.traces):
         first = settings.seed + (HELD_OUT_SEEDS if scenario.use == "held_out" else 0)
         step = begin(scenario.name, settings.seeds)
-        outcomes.append(run_scenario(scenario, range(first, first + settings.seeds), step))
-        decisions.sample()
+
+        def after_each(step: Callable[[], None] = step) -> None:
+            step()
+            decisions.sample()
+
+        outcomes.append(run_scenario(scenario, range(first, first + settings.seeds), after_each))
     quietest, every = decisions.figures()
     bars = [
         *_bars(outcomes, "tuned"),
