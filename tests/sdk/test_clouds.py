@@ -150,7 +150,7 @@ def test_the_slow_cloud_gets_less(far, clouds):
 
 def test_a_cloud_that_would_be_late_is_not_drawn(far, clouds):
     def slow(session, message, tensors):
-        yield 0.9
+        yield 1.8
         yield from answer_infer(session, message, tensors)
 
     clouds.us.behaviour = slow
@@ -163,7 +163,7 @@ def test_a_cloud_that_would_be_late_is_not_drawn(far, clouds):
     asked = len(clouds.us.saw(wire.Infer))
     assert asked == 4
     for _ in range(10):
-        assert far.infer("tensor", X, deadline_ms=600).route.endpoint == "eu"
+        assert far.infer("tensor", X, deadline_ms=1500).route.endpoint == "eu"
     assert len(clouds.us.saw(wire.Infer)) == asked
 
 
