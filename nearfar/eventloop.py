@@ -98,3 +98,12 @@ def run(coroutine: Coroutine[Any, Any, T], name: str = "auto") -> T:
         result: T = uvloop.run(coroutine)
         return result
     return asyncio.run(coroutine)
+
+
+def mark_seen(future: asyncio.Future[Any]) -> None:
+    """Read a future's error, so that asyncio does not report it when nobody waits any more.
+
+    For `asyncio.Future.add_done_callback`.
+    """
+    if not future.cancelled():
+        future.exception()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nearfar.engines.base import CancelToken
 from nearfar.errors import Cancelled, EngineError, NearfarError, StreamInterrupted
+from nearfar.eventloop import mark_seen
 from nearfar.generation import GenerationChunk
 from sdk.sources import AsyncBegun, AsyncCloudSource, AsyncSource, Begun, CloudSource, Source
 
@@ -257,7 +258,7 @@ class AsyncEdgeBeginning:
     async def close(self) -> None:
         self._cancel.cancel()
         if not self.future.done():
-            self.future.add_done_callback(_mark_seen)
+            self.future.add_done_callback(mark_seen)
         elif not self.future.cancelled() and self.future.exception() is None:
             await self.future.result().close()
 
@@ -293,7 +294,7 @@ class AsyncCloudBeginning:
 
     async def close(self) -> None:
         self.future.cancel()
-        self.future.add_done_callback(_mark_seen)
+        self.future.add_done_callback(mark_seen)
         for stream in self._opened:
             stream.cancel()
 
@@ -309,7 +310,7 @@ class AsyncCloudOpened:
         return await self._source.pull()
 
     async def close(self) -> None:
-        self.future.add_done_callback(_mark_seen)
+        self.future.add_done_callback(mark_seen)
         await self._source.close()
 
 
@@ -368,9 +369,3 @@ def _task_error(future: asyncio.Future[Any]) -> BaseException | None:
     if future.cancelled():
         return Cancelled("The request was cancelled")
     return future.exception()
-
-
-def _mark_seen(future: asyncio.Future[Any]) -> None:
-    """Read a task's error, so that asyncio does not report it."""
-    if not future.cancelled():
-        future.exception()

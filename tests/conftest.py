@@ -8,11 +8,32 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.standstill import StandstillWatch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # How long an example takes is the machine's affair: tests prove what comes out, not how fast.
 settings.register_profile("nearfar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("nearfar")
+
+
+_WATCH = StandstillWatch()
+
+
+def pytest_sessionstart() -> None:
+    """Notice from now on when the machine stands still."""
+    _WATCH.start()
+
+
+def pytest_sessionfinish() -> None:
+    """End what notices it."""
+    _WATCH.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What happened before this test does not excuse it."""
+    _WATCH.begin()
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +66,11 @@ def _has_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests with the reason where there is no GPU."""
-    if _has_gpu():
-        return
+    """Skip GPU tests with the reason where there is no GPU; see `StandstillWatch` for the other."""
+    again = pytest.mark.flaky(reruns=2, condition=_WATCH.stood_still)
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")
+    has_gpu = _has_gpu()
     for item in items:
-        if "gpu" in item.keywords:
+        item.add_marker(again)
+        if "gpu" in item.keywords and not has_gpu:
             item.add_marker(skip)

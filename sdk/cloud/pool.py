@@ -18,6 +18,7 @@ from nearfar.errors import (
     NearfarError,
     SecurityError,
 )
+from nearfar.eventloop import mark_seen
 from nearfar.units import Deadline
 from nearfar.wire import messages as wire
 from sdk.cloud.endpoints import endpoint_name
@@ -161,7 +162,7 @@ class Pool:
         task = self._reaching.get(name)
         if task is None or task.done():
             task = self._reaching[name] = asyncio.ensure_future(self._reach(name))
-            task.add_done_callback(_mark_seen)
+            task.add_done_callback(mark_seen)
         return task
 
     async def _reach(self, name: str) -> None:
@@ -178,9 +179,3 @@ class Pool:
     def _tell(self, name: str, error: NearfarError | None) -> None:
         if self.on_reached is not None:
             self.on_reached(name, error)
-
-
-def _mark_seen(task: asyncio.Task[None]) -> None:
-    """Read a task's error, so that asyncio does not report it when nobody waits any more."""
-    if not task.cancelled():
-        task.exception()

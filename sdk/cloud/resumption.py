@@ -23,6 +23,7 @@ from nearfar.errors import (
     ResumeMissed,
     StreamInterrupted,
 )
+from nearfar.eventloop import mark_seen
 from nearfar.units import Deadline
 from nearfar.wire import messages as wire
 from nearfar.wire.retention import ticket_for
@@ -160,16 +161,20 @@ class ResumableStream:
             raise self._cut or cut
         if self._cut is None:
             self._cut = cut
-        self._reconnecting = asyncio.ensure_future(self._reconnect(self._cut, deadline))
+        reconnecting = asyncio.ensure_future(self._reconnect(self._cut, deadline))
+        self._reconnecting = reconnecting
         try:
-            await self._reconnecting
+            # Not awaited itself: who is cancelled here, this task or that one, would not be told.
+            await asyncio.wait([reconnecting])
         except asyncio.CancelledError:
-            if self._is_cancelled:
-                raise Cancelled("The request was cancelled") from None
             self.cancel()
+            reconnecting.add_done_callback(mark_seen)
             raise
         finally:
             self._reconnecting = None
+        if reconnecting.cancelled():
+            raise Cancelled("The request was cancelled")
+        reconnecting.result()
 
     async def _reconnect(self, cut: StreamInterrupted, deadline: Deadline) -> None:
         started_s = time.monotonic()

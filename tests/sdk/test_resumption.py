@@ -395,6 +395,24 @@ def test_cancelling_while_it_reconnects_ends_it_at_once(world, proxy, monkeypatc
     with_link(world.config(proxy), use)
 
 
+def test_who_reads_is_cancelled_with_the_stream_while_it_reconnects(world, proxy, monkeypatch):
+    """As an answer that another route has outrun: nobody is left to be told of an error."""
+    monkeypatch.setattr(resumption, "_PAUSES_S", (20.0,))
+
+    async def use(link: CloudLink) -> None:
+        stream = await begin(link, tokens=100_000)
+        await stream.tokens(Deadline())
+        await asyncio.to_thread(proxy.cut)
+        reading = asyncio.ensure_future(read(stream))
+        await asyncio.sleep(0.2)
+        reading.cancel()
+        stream.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(reading, 2)
+
+    with_link(world.config(proxy), use)
+
+
 def test_the_deadline_holds_while_it_reconnects(world, proxy, monkeypatch):
     monkeypatch.setattr(resumption, "_PAUSES_S", (0.0, 20.0))
 

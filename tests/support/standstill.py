@@ -1,0 +1,62 @@
+"""Did the machine stand still while a test ran?
+
+Many tests run real servers, clients and clocks. On a shared machine the host may take a processor
+away for some hundred milliseconds, and then a request is rightly late, a silent route rightly left.
+Such a test is run again, but only on evidence: in each processor a thread waits for short times all
+along, and tells how late it was at most.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+#: A thread that is later than this, in seconds, could not have kept a deadline either. Well above
+#: what the suite's own work delays it (an import or an engine that keeps the interpreter's lock).
+STOOD_STILL_S = 0.15
+
+_WAIT_S = 0.02
+
+
+class StandstillWatch:
+    """Waits in every processor of this process, and notices how late it was woken."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+        has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+        processors: list[int | None] = [*os.sched_getaffinity(0)] if has_affinity else [None]
+        self._latest_s = dict.fromkeys(processors, 0.0)
+        self._threads = [
+            threading.Thread(target=self._wait, args=(one,), name="standstill", daemon=True)
+            for one in processors
+        ]
+
+    def start(self) -> None:
+        """Begin to wait."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._is_over.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def begin(self) -> None:
+        """Forget what was: a test begins."""
+        self._latest_s = dict.fromkeys(self._latest_s, 0.0)
+
+    def stood_still(self) -> bool:
+        """Whether a processor stood still since `begin`."""
+        return max(self._latest_s.values()) > STOOD_STILL_S
+
+    def _wait(self, processor: int | None) -> None:
+        if processor is not None:
+            os.sched_setaffinity(threading.get_native_id(), {processor})
+        while not self._is_over.is_set():
+            due_s = time.monotonic() + _WAIT_S
+            time.sleep(_WAIT_S)
+            late_s = time.monotonic() - due_s
+            self._latest_s[processor] = max(self._latest_s[processor], late_s)
