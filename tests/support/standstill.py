@@ -17,15 +17,18 @@ import time
 STOOD_STILL_S = 0.15
 
 _WAIT_S = 0.02
+_MOST_THREADS = 8
 
 
 class StandstillWatch:
-    """Waits in every processor of this process, and notices how late it was woken."""
+    """Waits in every processor of this process (in any, if there are many), and notices delays."""
 
     def __init__(self) -> None:
         self._is_over = threading.Event()
-        has_affinity = hasattr(os, "sched_getaffinity")  # Linux
-        processors: list[int | None] = [*os.sched_getaffinity(0)] if has_affinity else [None]
+        processors: list[int | None] = [None]
+        # Only Linux can bind threads; many of them would be a load of their own.
+        if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) <= _MOST_THREADS:
+            processors = [*os.sched_getaffinity(0)]
         self._latest_s = dict.fromkeys(processors, 0.0)
         self._threads = [
             threading.Thread(target=self._wait, args=(one,), name="standstill", daemon=True)
