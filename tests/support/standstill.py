@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from time import monotonic, sleep  # by name: tests put clocks of their own into `time`
 
 #: A thread that is later than this, in seconds, could not have kept a deadline either. Well above
 #: what the suite's own work delays it (an import or an engine that keeps the interpreter's lock).
@@ -59,7 +59,7 @@ class StandstillWatch:
         if processor is not None:
             os.sched_setaffinity(threading.get_native_id(), {processor})
         while not self._is_over.is_set():
-            due_s = time.monotonic() + _WAIT_S
-            time.sleep(_WAIT_S)
-            late_s = time.monotonic() - due_s
+            due_s = monotonic() + _WAIT_S
+            sleep(_WAIT_S)
+            late_s = monotonic() - due_s
             self._latest_s[processor] = max(self._latest_s[processor], late_s)
