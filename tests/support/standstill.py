@@ -12,9 +12,9 @@ import os
 import threading
 from time import monotonic, sleep  # by name: tests put clocks of their own into `time`
 
-#: A thread that is later than this, in seconds, could not have kept a deadline either. Well above
-#: what the suite's own work delays it (an import or an engine that keeps the interpreter's lock).
-STOOD_STILL_S = 0.15
+#: A thread that is later than this, in seconds, could not have kept a deadline either. What the
+#: suite's own work delays it (engines in every processor, the interpreter's lock) is mostly less.
+STOOD_STILL_S = 0.05
 
 _WAIT_S = 0.02
 _MOST_THREADS = 8
