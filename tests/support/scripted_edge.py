@@ -130,6 +130,7 @@ class ScriptedGeneration:
                 raise edge.fail_with
             if cancel is not None and cancel.is_cancelled:
                 edge.cancelled += 1
+                yield GenerationChunk(index=index, text="", finish_reason="cancelled")
                 return
             if edge.pause_s:
                 time.sleep(edge.pause_s)
